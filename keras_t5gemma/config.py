@@ -1,0 +1,210 @@
+"""Sizes of one tower and of a pair, validated when they are made."""
+
+import dataclasses
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def _require_positive_int(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number >= 1; got {value!r}.")
+
+
+def _require_soft_cap(name, value):
+    if value is not None and not (isinstance(value, int | float) and value > 0):
+        raise ValueError(
+            f"`{name}` must be a positive number, or None for no soft cap; "
+            f"got {value!r}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """One tower: an encoder, or a decoder without its cross-attention.
+
+    The defaults that are not sizes are Gemma 2's (arXiv 2408.00118, table 1),
+    which every T5Gemma tower shares.
+
+    Args:
+        num_layers: number of blocks.
+        hidden_dim: model width D.
+        intermediate_dim: feed-forward width F, before gating.
+        num_query_heads: N.
+        num_key_value_heads: K; must divide N.
+        head_dim: H, even, because rotary embedding turns pairs.
+        sliding_window: W, in tokens. A local decoder layer sees keys with
+            `0 <= query - key < W`, a local encoder layer `|query - key| < W`.
+        layer_types: one of `"sliding_attention"`, `"full_attention"` a layer;
+            `None` alternates them, starting with sliding.
+        query_scale: factor on the queries; `None` means `head_dim ** -0.5`.
+        attention_soft_cap: `c * tanh(logits / c)` on the attention logits, or
+            `None`.
+        rope_base: base of the rotary frequencies.
+        rms_norm_epsilon: added to the mean square.
+
+    Raises:
+        ValueError: naming the field, its value, and what is accepted.
+    """
+
+    num_layers: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int = 4096
+    layer_types: tuple | None = None
+    query_scale: float | None = None
+    attention_soft_cap: float | None = 50.0
+    rope_base: float = 10_000.0
+    rms_norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        for name in (
+            "num_layers",
+            "hidden_dim",
+            "intermediate_dim",
+            "num_query_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+        ):
+            _require_positive_int(name, getattr(self, name))
+        if self.num_query_heads % self.num_key_value_heads:
+            raise ValueError(
+                "`num_query_heads` must be a multiple of `num_key_value_heads`; "
+                f"got {self.num_query_heads} and {self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even; got {self.head_dim}.")
+        _require_soft_cap("attention_soft_cap", self.attention_soft_cap)
+        for name in ("rope_base", "rms_norm_epsilon"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"`{name}` must be positive; got {value!r}.")
+        scale = self.query_scale
+        if scale is None:
+            scale = self.head_dim**-0.5
+        elif not (isinstance(scale, int | float) and scale > 0):
+            raise ValueError(
+                f"`query_scale` must be positive, or None; got {scale!r}."
+            )
+        object.__setattr__(self, "query_scale", float(scale))
+        types = self.layer_types
+        if types is None:
+            types = [FULL if i % 2 else SLIDING for i in range(self.num_layers)]
+        types = tuple(types)  # JSON gives lists back.
+        if len(types) != self.num_layers or set(types) - {SLIDING, FULL}:
+            raise ValueError(
+                f"`layer_types` must be {self.num_layers} of {SLIDING!r} or "
+                f"{FULL!r}; got {types!r}."
+            )
+        object.__setattr__(self, "layer_types", types)
+
+    def count_params(self):
+        """Parameters of the blocks and the final norm, no embedding."""
+        d, h = self.hidden_dim, self.head_dim
+        attention = 2 * d * h * (self.num_query_heads + self.num_key_value_heads)
+        block = attention + 3 * d * self.intermediate_dim + 4 * d
+        return self.num_layers * block + d
+
+
+# The released sizes (FACTS: layers, width, feed-forward, heads, kv heads, head
+# size). Blocks and final norm, no embedding, in the comment.
+STACKS = {
+    "s": StackConfig(8, 512, 1024, 8, 8, 64),  # 20,988,416
+    "b": StackConfig(12, 768, 2048, 12, 12, 64),  # 84,972,288
+    "l": StackConfig(24, 1024, 2816, 16, 16, 64),  # 308,380,672
+    "ml": StackConfig(26, 1152, 6912, 4, 4, 256),  # 743,889,024
+    "xl": StackConfig(24, 2048, 5120, 32, 32, 64),  # 1,157,826,560
+    "2b": StackConfig(26, 2304, 9216, 8, 4, 256),  # 2,024,517,888
+    "9b": StackConfig(42, 3584, 14336, 16, 8, 256),  # 8,324,201,984
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5GemmaConfig:
+    """An encoder tower, a decoder tower, and what the two share.
+
+    Args:
+        encoder: a `StackConfig`, or its dict.
+        decoder: a `StackConfig`, or its dict. It may differ in every size.
+        vocabulary_size: V, rows of each of the two embedding tables.
+        final_soft_cap: `c * tanh(logits / c)` on the vocabulary logits, or
+            `None`.
+        dropout: rate on embeddings, attention weights and sub-layer outputs
+            while training, in [0, 1).
+
+    Raises:
+        ValueError: naming the field, its value, and what is accepted.
+    """
+
+    encoder: StackConfig
+    decoder: StackConfig
+    vocabulary_size: int = 256_000
+    final_soft_cap: float | None = 30.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for side in ("encoder", "decoder"):
+            stack = getattr(self, side)
+            if isinstance(stack, dict):
+                object.__setattr__(self, side, _from_dict(StackConfig, stack, side))
+            elif not isinstance(stack, StackConfig):
+                raise ValueError(f"`{side}` must be a StackConfig; got {stack!r}.")
+        _require_positive_int("vocabulary_size", self.vocabulary_size)
+        _require_soft_cap("final_soft_cap", self.final_soft_cap)
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ValueError(f"`dropout` must be in [0, 1); got {self.dropout!r}.")
+
+    @classmethod
+    def pair(cls, encoder, decoder, **kwargs):
+        """A pair of released sizes: `T5GemmaConfig.pair("9b", "2b")`.
+
+        Args:
+            encoder: a key of `STACKS`: s, b, l, ml, xl, 2b, 9b.
+            decoder: likewise.
+            **kwargs: other fields of the config.
+
+        Raises:
+            ValueError: for a size that was not released.
+        """
+        for name, size in (("encoder", encoder), ("decoder", decoder)):
+            if str(size).lower() not in STACKS:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(STACKS)}; got {size!r}."
+                )
+        return cls(STACKS[encoder.lower()], STACKS[decoder.lower()], **kwargs)
+
+    def count_params(self):
+        """Exact number of parameters of the pair, embeddings included."""
+        e, d = self.encoder, self.decoder
+        cross = d.head_dim * (
+            2 * d.hidden_dim * d.num_query_heads
+            + 2 * e.hidden_dim * d.num_key_value_heads
+        )
+        return (
+            e.count_params()
+            + d.count_params()
+            + d.num_layers * (cross + 2 * d.hidden_dim)
+            + self.vocabulary_size * (e.hidden_dim + d.hidden_dim)
+        )
+
+    def to_dict(self):
+        """A JSON-ready dict; `from_dict` gives the same config back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, config):
+        """The config of a `to_dict()` result, lists or tuples alike."""
+        return _from_dict(cls, config, "config")
+
+
+def _from_dict(cls, config, name):
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = set(config) - known
+    if unknown:
+        raise ValueError(
+            f"`{name}` has unknown fields {sorted(unknown)}; known: {sorted(known)}."
+        )
+    return cls(**config)

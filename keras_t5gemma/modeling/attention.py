@@ -1,0 +1,148 @@
+"""Grouped-query attention, for self and cross.
+
+Axis legend, for every einsum and shape comment of this package:
+B batch, T query length, S key length, N query heads, K key/value heads,
+G = N / K queries a key/value head, H head size, D width, F feed-forward width,
+V vocabulary.
+"""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.modeling import kv_cache
+from keras_t5gemma.modeling.layers import dense, soft_cap
+from keras_t5gemma.modeling.rotary import apply_rotary
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class Attention(keras.layers.Layer):
+    """Soft-capped grouped-query attention of queries `x` to keys of `memory`.
+
+    Self-attention is `memory = x` with rotary angles; cross-attention passes
+    the encoder output and no angles (FACTS: cross-attention has no rotary).
+    Keys and values are never repeated: the queries are grouped instead.
+
+    Args:
+        hidden_dim: D, the width of the queries and of the output.
+        num_query_heads: N.
+        num_key_value_heads: K.
+        head_dim: H.
+        query_scale: factor on the queries.
+        soft_cap: cap on the attention logits, or `None`.
+        dropout: rate on the attention weights while training.
+    """
+
+    def __init__(
+        self,
+        hidden_dim,
+        num_query_heads,
+        num_key_value_heads,
+        head_dim,
+        query_scale,
+        soft_cap=None,
+        dropout=0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.hidden_dim = hidden_dim
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.query_scale = query_scale
+        self.soft_cap = soft_cap
+        self.dropout = dropout
+        dtype = self.dtype_policy
+        self.query = dense(num_query_heads * head_dim, "query", dtype)
+        self.key = dense(num_key_value_heads * head_dim, "key", dtype)
+        self.value = dense(num_key_value_heads * head_dim, "value", dtype)
+        self.output_projection = dense(hidden_dim, "output", dtype)
+        self.dropout_layer = keras.layers.Dropout(
+            dropout, name="dropout", dtype=dtype
+        )
+
+    def build(self, x_shape, memory_shape=None):
+        memory_shape = memory_shape or x_shape
+        self.query.build(x_shape)
+        self.key.build(memory_shape)
+        self.value.build(memory_shape)
+        width = self.num_query_heads * self.head_dim
+        self.output_projection.build((*x_shape[:-1], width))
+
+    def project_memory(self, memory, angles=None):
+        """Keys and values of `memory` `(B, S, D)`, each `(B, K, S, H)`."""
+        key = self._heads(self.key(memory), self.num_key_value_heads)  # B S K H
+        value = self._heads(self.value(memory), self.num_key_value_heads)
+        if angles is not None:
+            key = apply_rotary(key, angles)
+        return tuple(ops.transpose(t, (0, 2, 1, 3)) for t in (key, value))
+
+    def call(
+        self,
+        x,
+        memory=None,
+        mask=None,
+        angles=None,
+        cache=None,
+        index=None,
+        training=None,
+    ):
+        """Attend.
+
+        Args:
+            x: queries `(B, T, D)`.
+            memory: `(B, S, D)`; not needed when `cache` holds all there is.
+            mask: boolean, broadcastable to `(B, T, S)`; True may be seen. A row
+                that is False everywhere gets attention output 0.
+            angles: rotary angles of the new positions, or `None`.
+            cache: `(key, value)`, each `(B, K, S, H)`, or `None`.
+            index: where the keys of `memory` go in the cache.
+            training: turns dropout on.
+
+        Returns:
+            `(output, cache)`: `(B, T, D)`, and the cache that was read.
+        """
+        query = self._heads(self.query(x), self.num_query_heads)  # B T N H
+        if angles is not None:
+            query = apply_rotary(query, angles)
+        if memory is not None:
+            new = self.project_memory(memory, angles)
+            cache = new if cache is None else kv_cache.write(cache, *new, index)
+        output = self._attend(query * self.query_scale, *cache, mask, training)
+        return self.output_projection(output), cache
+
+    def _attend(self, query, key, value, mask, training):
+        batch, length = ops.shape(query)[0], ops.shape(query)[1]
+        kv_heads = self.num_key_value_heads
+        groups = self.num_query_heads // kv_heads
+        query = ops.reshape(query, (batch, length, kv_heads, groups, self.head_dim))
+        logits = ops.einsum("BTKGH,BKSH->BKGTS", query, key)
+        logits = soft_cap(ops.cast(logits, "float32"), self.soft_cap)
+        if mask is not None:
+            mask = mask[:, None, None]  # B 1 1 T S
+            # In float32, so that the constant fits whatever the compute dtype.
+            logits = ops.where(mask, logits, -1e30)
+        weights = ops.softmax(logits, axis=-1)
+        if mask is not None:
+            weights = ops.where(mask, weights, 0.0)
+        weights = ops.cast(weights, value.dtype)
+        weights = self.dropout_layer(weights, training=training)
+        output = ops.einsum("BKGTS,BKSH->BTKGH", weights, value)
+        return ops.reshape(
+            output, (batch, length, self.num_query_heads * self.head_dim)
+        )
+
+    def _heads(self, x, heads):
+        shape = ops.shape(x)
+        return ops.reshape(x, (shape[0], shape[1], heads, self.head_dim))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "num_query_heads": self.num_query_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "query_scale": self.query_scale,
+            "soft_cap": self.soft_cap,
+            "dropout": self.dropout,
+        }
