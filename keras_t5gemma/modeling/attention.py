@@ -43,7 +43,8 @@ class Attention(keras.layers.Layer):
         dropout=0.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # No autocast: the rotary angles stay float32.
+        super().__init__(autocast=False, **kwargs)
         self.hidden_dim = hidden_dim
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
@@ -80,7 +81,7 @@ class Attention(keras.layers.Layer):
         self,
         x,
         memory=None,
-        mask=None,
+        attention_mask=None,
         angles=None,
         cache=None,
         index=None,
@@ -91,8 +92,8 @@ class Attention(keras.layers.Layer):
         Args:
             x: queries `(B, T, D)`.
             memory: `(B, S, D)`; not needed when `cache` holds all there is.
-            mask: boolean, broadcastable to `(B, T, S)`; True may be seen. A row
-                that is False everywhere gets attention output 0.
+            attention_mask: boolean, broadcastable to `(B, T, S)`; True may be
+                seen. A row that is False everywhere gets attention output 0.
             angles: rotary angles of the new positions, or `None`.
             cache: `(key, value)`, each `(B, K, S, H)`, or `None`.
             index: where the keys of `memory` go in the cache.
@@ -107,7 +108,8 @@ class Attention(keras.layers.Layer):
         if memory is not None:
             new = self.project_memory(memory, angles)
             cache = new if cache is None else kv_cache.write(cache, *new, index)
-        output = self._attend(query * self.query_scale, *cache, mask, training)
+        query = query * self.query_scale
+        output = self._attend(query, *cache, attention_mask, training)
         return self.output_projection(output), cache
 
     def _attend(self, query, key, value, mask, training):

@@ -18,7 +18,8 @@ class RMSNorm(keras.layers.Layer):
     """
 
     def __init__(self, epsilon=1e-6, **kwargs):
-        super().__init__(**kwargs)
+        # No autocast: input and scale are lifted to float32 from what they are.
+        super().__init__(autocast=False, **kwargs)
         self.epsilon = epsilon
 
     def build(self, input_shape):

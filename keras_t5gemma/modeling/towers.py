@@ -1,0 +1,212 @@
+"""The two towers: token ids to hidden states."""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.modeling import kv_cache
+from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
+from keras_t5gemma.modeling.layers import RMSNorm
+from keras_t5gemma.modeling.masks import causal_mask, padding_mask, two_sided_mask
+from keras_t5gemma.modeling.rotary import rotary_angles
+
+
+class _Tower(keras.layers.Layer):
+    def __init__(self, stack, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.stack = stack
+        self.config = config
+        # The soft cap and the reverse call serve the decoder; an encoder's
+        # table is the same layer, never called in reverse.
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            config.vocabulary_size,
+            stack.hidden_dim,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
+            logit_soft_cap=config.final_soft_cap,
+            name="token_embedding",
+            dtype=self.dtype_policy,
+        )
+        self.dropout_layer = keras.layers.Dropout(
+            config.dropout, name="dropout", dtype=self.dtype_policy
+        )
+        self.final_norm = RMSNorm(
+            stack.rms_norm_epsilon, name="final_norm", dtype=self.dtype_policy
+        )
+        self.blocks = [self._block(i) for i in range(stack.num_layers)]
+
+    def build(self, *_):
+        shape = (None, None, self.stack.hidden_dim)
+        self.token_embedding.build()
+        for block in self.blocks:
+            block.build(shape)
+        self.final_norm.build(shape)
+
+    def _embed(self, token_ids, training):
+        x = self.token_embedding(token_ids)  # B T D
+        # Gemma rounds the factor to the compute dtype before it multiplies.
+        x = x * ops.cast(self.stack.hidden_dim**0.5, x.dtype)
+        return self.dropout_layer(x, training=training)
+
+    def _angles(self, positions):
+        return rotary_angles(positions, self.stack.head_dim, self.stack.rope_base)
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class Encoder(_Tower):
+    """Reads: bidirectional Gemma 2.
+
+    Args:
+        config: the pair's `T5GemmaConfig`.
+    """
+
+    def __init__(self, config, name="encoder", **kwargs):
+        super().__init__(config.encoder, config, name=name, **kwargs)
+
+    def _block(self, i):
+        return EncoderBlock(
+            self.stack,
+            dropout=self.config.dropout,
+            name=f"block_{i}",
+            dtype=self.dtype_policy,
+        )
+
+    def call(self, token_ids, padding, training=None):
+        """Encode.
+
+        Args:
+            token_ids: int `(B, T)`.
+            padding: `(B, T)`, 1 for a token, 0 for padding.
+            training: turns dropout on.
+
+        Returns:
+            `(B, T, D)`, after the final norm.
+        """
+        positions = ops.arange(ops.shape(token_ids)[1])
+        angles = self._angles(positions)
+        everything = padding_mask(padding)  # B 1 T
+        near = two_sided_mask(positions, self.stack.sliding_window)
+        masks = {
+            "full_attention": everything,
+            "sliding_attention": ops.logical_and(everything, near),
+        }
+        x = self._embed(token_ids, training)
+        for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
+            x = block(
+                x, attention_mask=masks[kind], angles=angles, training=training
+            )
+        return self.dropout_layer(self.final_norm(x), training=training)
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class Decoder(_Tower):
+    """Writes: causal Gemma 2 with cross-attention to the encoder output.
+
+    Args:
+        config: the pair's `T5GemmaConfig`.
+    """
+
+    def __init__(self, config, name="decoder", **kwargs):
+        super().__init__(config.decoder, config, name=name, **kwargs)
+
+    def _block(self, i):
+        return DecoderBlock(
+            self.stack,
+            self.config.encoder.hidden_dim,
+            dropout=self.config.dropout,
+            name=f"block_{i}",
+            dtype=self.dtype_policy,
+        )
+
+    def _masks(self, query_positions, key_positions, keep=None):
+        masks = {
+            "full_attention": causal_mask(query_positions, key_positions),
+            "sliding_attention": causal_mask(
+                query_positions, key_positions, self.stack.sliding_window
+            ),
+        }  # T S
+        if keep is None:
+            return {kind: mask[None] for kind, mask in masks.items()}
+        return {kind: ops.logical_and(keep, mask) for kind, mask in masks.items()}
+
+    def call(self, token_ids, padding, memory, memory_padding, training=None):
+        """Decode a whole sequence at once, as in training.
+
+        Args:
+            token_ids: int `(B, T)`.
+            padding: `(B, T)`, 1 for a token, 0 for padding.
+            memory: encoder output `(B, S, D of the encoder)`.
+            memory_padding: `(B, S)`.
+            training: turns dropout on.
+
+        Returns:
+            `(B, T, D)`, after the final norm.
+        """
+        positions = ops.arange(ops.shape(token_ids)[1])
+        masks = self._masks(positions, positions, padding_mask(padding))
+        angles = self._angles(positions)
+        cross_mask = padding_mask(memory_padding)
+        x = self._embed(token_ids, training)
+        for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
+            x, _ = block(
+                x,
+                memory=memory,
+                attention_mask=masks[kind],
+                cross_mask=cross_mask,
+                angles=angles,
+                training=training,
+            )
+        return self.dropout_layer(self.final_norm(x), training=training)
+
+    def make_cache(self, memory, memory_padding, length):
+        """The cache of `kv_cache`, cross-attention filled, the rest zeros.
+
+        Args:
+            memory: encoder output `(B, S, D of the encoder)`.
+            memory_padding: `(B, S)`.
+            length: the longest sequence that will be decoded.
+        """
+        return {
+            "self": kv_cache.make_self_cache(
+                self.stack, ops.shape(memory)[0], length, self.compute_dtype
+            ),
+            "cross": tuple(
+                block.cross_attention.project_memory(memory) for block in self.blocks
+            ),
+            "cross_mask": ops.cast(memory_padding, "bool"),
+        }
+
+    def step(self, token_ids, cache, index):
+        """Decode a few more tokens after those in the cache.
+
+        Args:
+            token_ids: int `(B, T)`, the tokens at positions
+                `index ... index + T - 1`.
+            cache: of `make_cache`, or of the step before.
+            index: scalar int.
+
+        Returns:
+            `(hidden states (B, T, D), cache)`.
+        """
+        query_positions = index + ops.arange(ops.shape(token_ids)[1])
+        key_positions = ops.arange(ops.shape(cache["self"][0][0])[2])
+        masks = self._masks(query_positions, key_positions)
+        angles = self._angles(query_positions)
+        cross_mask = padding_mask(cache["cross_mask"])
+        x = self._embed(token_ids, False)
+        updated = []
+        for i, kind in enumerate(self.stack.layer_types):
+            x, layer_cache = self.blocks[i](
+                x,
+                attention_mask=masks[kind],
+                cross_mask=cross_mask,
+                angles=angles,
+                cache=cache["self"][i],
+                cross_cache=cache["cross"][i],
+                index=index,
+                training=False,
+            )
+            updated.append(layer_cache)
+        return self.final_norm(x), {**cache, "self": tuple(updated)}
+
+    def logits(self, hidden_states):
+        """Soft-capped vocabulary logits `(B, T, V)` of hidden states."""
+        return self.token_embedding(hidden_states, reverse=True)
