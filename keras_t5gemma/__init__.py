@@ -1,3 +1,8 @@
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
 from keras_t5gemma.modeling.backbone import Backbone as Backbone
+from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
+from keras_t5gemma.text.preprocessor import (
+    Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
+)
+from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer

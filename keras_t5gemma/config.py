@@ -134,6 +134,8 @@ class T5GemmaConfig:
             `None`.
         dropout: rate on embeddings, attention weights and sub-layer outputs
             while training, in [0, 1).
+        max_positions: longest sequence, in tokens, that the checkpoint is made
+            for; generation refuses to go beyond it.
 
     Raises:
         ValueError: naming the field, its value, and what is accepted.
@@ -144,6 +146,7 @@ class T5GemmaConfig:
     vocabulary_size: int = 256_000
     final_soft_cap: float | None = 30.0
     dropout: float = 0.0
+    max_positions: int = 8192
 
     def __post_init__(self):
         for side in ("encoder", "decoder"):
@@ -153,6 +156,7 @@ class T5GemmaConfig:
             elif not isinstance(stack, StackConfig):
                 raise ValueError(f"`{side}` must be a StackConfig; got {stack!r}.")
         _require_positive_int("vocabulary_size", self.vocabulary_size)
+        _require_positive_int("max_positions", self.max_positions)
         _require_soft_cap("final_soft_cap", self.final_soft_cap)
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise ValueError(f"`dropout` must be in [0, 1); got {self.dropout!r}.")

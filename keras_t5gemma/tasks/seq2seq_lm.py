@@ -1,0 +1,573 @@
+"""Text in, text out: training, generation, scoring."""
+
+import contextlib
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.generation.loop import decode_batch
+from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.text.batches import (
+    MappedBatches,
+    TextBatches,
+    as_columns,
+    stream,
+)
+from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor, pad
+
+INPUTS = (
+    "encoder_token_ids",
+    "encoder_padding_mask",
+    "decoder_token_ids",
+    "decoder_padding_mask",
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
+    """A T5Gemma that reads a text and writes another.
+
+    Args:
+        backbone: a `Backbone`.
+        preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays of
+            ids only.
+
+    Raises:
+        ValueError: when the tokenizer's vocabulary is larger than the model's.
+    """
+
+    backbone_cls = Backbone
+    preprocessor_cls = Seq2SeqLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        if preprocessor is not None and preprocessor.tokenizer.proto is not None:
+            check_vocabulary(preprocessor.tokenizer, backbone.config)
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        hidden = backbone(backbone.input)["decoder_sequence_output"]
+        super().__init__(
+            inputs=backbone.input, outputs=backbone.logits(hidden), **kwargs
+        )
+        if keras.config.backend() == "torch":
+            self._track_variables()
+
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        sampler="greedy",
+        **kwargs,
+    ):
+        """Configure training and generation.
+
+        Args:
+            optimizer: `"auto"` is Adafactor at 1e-4, the official fine-tuning
+                example's, which needs little memory and works on bfloat16
+                weights.
+            loss: `"auto"` is cross-entropy from logits, the mean over the
+                target tokens of the batch (padding weighs nothing).
+            weighted_metrics: `"auto"` is the accuracy of the next token.
+            sampler: a `keras_hub.samplers.Sampler` or its name, for `generate`.
+            **kwargs: further arguments of `keras.Model.compile`.
+
+        Raises:
+            ValueError: for an optimizer that cannot move weights of this dtype.
+        """
+        if optimizer == "auto":
+            optimizer = keras.optimizers.Adafactor(1e-4)
+        optimizer = keras.optimizers.get(optimizer)
+        check_optimizer(optimizer, self.backbone.variable_dtype)
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight"
+            )
+        if weighted_metrics == "auto":
+            weighted_metrics = [
+                keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+            ]
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            weighted_metrics=weighted_metrics,
+            sampler=sampler,
+            **kwargs,
+        )
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        validation_data=None,
+        validation_split=0.0,
+        shuffle=True,
+        sample_weight=None,
+        steps_per_epoch=None,
+        validation_steps=None,
+        validation_batch_size=None,
+        **kwargs,
+    ):
+        """Train on text pairs, or on arrays of ids.
+
+        Args:
+            x: a list of source strings (with `y`), a list of `(source, target)`
+                pairs or of dicts, a dict of `"encoder_text"` and
+                `"decoder_text"` lists; or batches of such: a generator, a
+                `keras.utils.PyDataset`, `tf.data.Dataset`, Grain dataset or
+                loader, PyTorch `DataLoader`; or the arrays that
+                `preprocessor(...)` returns.
+            y: the list of target strings, or target ids.
+            batch_size: pairs a step, for in-memory data; 32 when `None`.
+            epochs: passes over the data.
+            validation_data: `x`, `(x, y)`, or batches, as above.
+            validation_split: share of in-memory pairs kept for validation,
+                taken from the end before shuffling.
+            shuffle: a new order every epoch, for in-memory data.
+            sample_weight: one weight a pair, or one a target token with arrays.
+            steps_per_epoch: batches an epoch, for endless data.
+            validation_steps: likewise for validation.
+            validation_batch_size: `batch_size` when `None`.
+            **kwargs: further arguments of `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: for data that is no pairs, ids outside the vocabulary, or
+                a model in pure float16, whose gradients are NaN.
+        """
+        if self.backbone.variable_dtype == "float16":
+            raise ValueError(
+                "A float16 model cannot be trained: its gradients overflow. Load "
+                "it with dtype='mixed_float16', 'bfloat16' or 'float32'."
+            )
+        data = self._batches(
+            x,
+            y,
+            sample_weight,
+            batch_size,
+            shuffle,
+            steps_per_epoch,
+            validation_split=validation_split,
+        )
+        valid = data.pop("held_out", {})
+        if validation_data is not None:
+            if not isinstance(validation_data, tuple):
+                validation_data = (validation_data,)
+            size = validation_batch_size or batch_size
+            valid = self._batches(
+                *validation_data,
+                batch_size=size,
+                steps=validation_steps,
+                name="validation_data",
+            )
+        if valid:
+            kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(
+                valid["x"], valid.get("y"), valid.get("sample_weight")
+            )
+            kwargs["validation_steps"] = valid.get("steps_per_epoch")
+            kwargs["validation_batch_size"] = valid.get("batch_size")
+        with self._report_truncation():
+            return keras.Model.fit(self, **data, epochs=epochs, **kwargs)
+
+    def evaluate(
+        self, x=None, y=None, batch_size=None, sample_weight=None, steps=None, **kwargs
+    ):
+        """Loss and metrics on pairs; the data arguments of `fit`."""
+        data = self._batches(x, y, sample_weight, batch_size, steps=steps)
+        del data["shuffle"]
+        data["steps"] = data.pop("steps_per_epoch")
+        with self._report_truncation():
+            return keras.Model.evaluate(self, **data, **kwargs)
+
+    def predict(self, x, y=None, batch_size=None, steps=None, **kwargs):
+        """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
+        data = self._batches(x, y, None, batch_size, steps=steps)
+        with self._report_truncation():
+            return keras.Model.predict(
+                self,
+                data["x"],
+                batch_size=data.get("batch_size"),
+                steps=data["steps_per_epoch"],
+                **kwargs,
+            )
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        batch_size=32,
+    ):
+        """Write an answer to each source.
+
+        Args:
+            inputs: a source string, a list of them, a dict of `"encoder_text"`
+                and (optional) `"decoder_text"` to continue, strings or lists; or
+                a dict of int arrays: `encoder_token_ids` `(batch, length)` and,
+                as an option, `encoder_padding_mask`, `decoder_token_ids` (start
+                token and prompt) and `decoder_padding_mask`.
+            max_length: most decoder tokens, start token and prompt included;
+                `None` means the preprocessor's `decoder_sequence_length`.
+            stop_token_ids: ids that end an answer; `"auto"` is eos and
+                `<end_of_turn>`, `None` writes until `max_length`.
+            strip_prompt: leave `decoder_text` out of what is returned.
+            batch_size: sources decoded together.
+
+        Returns:
+            A string for a string, a list for a list (`[]` for `[]`); for arrays
+            a dict of int32 `decoder_token_ids` and `decoder_padding_mask`,
+            `(batch, max_length)`. An empty source `""` is allowed: the decoder
+            then writes without having read anything.
+
+        Raises:
+            ValueError: for what is no text or no such dict, ids outside the
+                vocabulary, a prompt longer than `max_length`, or a `max_length`
+                beyond the positions the model was built for.
+        """
+        positions = self.backbone.config.max_positions
+        if max_length is None and self.preprocessor is not None:
+            max_length = self.preprocessor.decoder_sequence_length
+        whole = isinstance(max_length, int | np.integer)
+        if not whole or not 2 <= max_length <= positions:
+            raise ValueError(
+                f"`max_length` must be a whole number from 2 to {positions}, the "
+                f"model's positions; got {max_length!r}."
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1; got {batch_size!r}.")
+        if stop_token_ids == "auto":
+            if self.preprocessor is None:
+                raise ValueError(
+                    "`stop_token_ids='auto'` needs a preprocessor; pass a tuple of "
+                    "ids, or None to write until `max_length`."
+                )
+            stop_token_ids = self.preprocessor.stop_ids
+        if stop_token_ids is not None:
+            stop_token_ids = tuple(int(i) for i in stop_token_ids) or None
+
+        is_arrays = isinstance(inputs, dict) and "encoder_token_ids" in inputs
+        single = False
+        if is_arrays:
+            arrays = self._id_prompts(inputs, max_length)
+        elif self.preprocessor is None:
+            raise ValueError(
+                "Without a preprocessor, `inputs` must be a dict of int arrays "
+                "with `encoder_token_ids`."
+            )
+        else:
+            first = inputs.get("encoder_text") if isinstance(inputs, dict) else inputs
+            single = isinstance(first, str)
+            if not single and first is not None and not len(first):
+                return []
+            arrays = self.preprocessor.generate_preprocess(inputs, max_length)
+        lengths = arrays["decoder_padding_mask"].sum(axis=1)
+        ids = self._generate_ids(arrays, lengths, stop_token_ids, batch_size)
+        mask = answer_mask(ids, lengths, stop_token_ids)
+        if is_arrays:
+            return {
+                "decoder_token_ids": ids * mask,
+                "decoder_padding_mask": mask,
+            }
+        if strip_prompt:
+            mask[np.arange(mask.shape[1]) < lengths[:, None]] = 0
+        texts = self.preprocessor.generate_postprocess(
+            {"decoder_token_ids": ids, "decoder_padding_mask": mask}
+        )
+        return texts[0] if single else texts
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """One compiled batch; KerasHub's `make_generate_function` wraps it."""
+        return decode_batch(
+            self.backbone, self.sampler, inputs, stop_token_ids, model=self
+        )
+
+    def _generate_ids(self, arrays, lengths, stop_ids, batch_size):
+        """int32 `(rows, max length)`, row by row what decoding it alone gives.
+
+        Rows with prompts of one length go together: a sampler holds a single
+        position for the whole batch, and beams of a row that is still being
+        forced through its prompt would be no beams.
+        """
+        ids = np.array(arrays["decoder_token_ids"])
+        function = self.make_generate_function()
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                decoder_ids = arrays["decoder_token_ids"][batch]
+                out = function(
+                    {
+                        "encoder_token_ids": arrays["encoder_token_ids"][batch],
+                        "encoder_padding_mask": arrays["encoder_padding_mask"][batch],
+                        "prefix_token_ids": decoder_ids[:, : length - 1],
+                        "decoder_token_ids": decoder_ids,
+                    },
+                    stop_token_ids=stop_ids,
+                )
+                ids[batch] = ops.convert_to_numpy(out)
+        return ids
+
+    def _id_prompts(self, inputs, max_length):
+        """The arrays of `generate_preprocess`, from a user's own arrays."""
+        unknown = set(inputs) - set(INPUTS)
+        if unknown:
+            raise ValueError(
+                f"`inputs` has unknown keys {sorted(unknown)}; known: {INPUTS}."
+            )
+        arrays = {k: ops.convert_to_numpy(v) for k, v in inputs.items()}
+        source = arrays["encoder_token_ids"]
+        if source.ndim != 2 or not source.shape[1]:
+            raise ValueError(
+                "`encoder_token_ids` must be (batch, length) with length >= 1; got "
+                f"shape {source.shape}."
+            )
+        arrays.setdefault("encoder_padding_mask", source != 0)
+        start = np.full((len(source), 1), 2)
+        prompt = arrays.get("decoder_token_ids", start)
+        mask = arrays.get("decoder_padding_mask", prompt != 0).astype(bool)
+        for name, array in (("encoder_token_ids", source), ("decoder_token_ids", prompt)):
+            check_range(array, name, self.backbone.config.vocabulary_size)
+        lengths = mask.sum(axis=1)
+        if len(prompt) != len(source) or lengths.min(initial=1) < 1:
+            raise ValueError(
+                "`decoder_token_ids` must hold at least the start token of each of "
+                f"the {len(source)} sources; got shape {prompt.shape}."
+            )
+        if lengths.max(initial=1) > max_length:
+            raise ValueError(
+                f"`decoder_token_ids` holds a prompt of {lengths.max()} tokens, more "
+                f"than the `max_length` of {max_length}."
+            )
+        rows = [row[keep].tolist() for row, keep in zip(prompt, mask, strict=True)]
+        ids, mask = pad(rows, max_length)
+        return {
+            "encoder_token_ids": source.astype("int32"),
+            "encoder_padding_mask": arrays["encoder_padding_mask"].astype("int32"),
+            "decoder_token_ids": ids,
+            "decoder_padding_mask": mask,
+        }
+
+    def score(self, source, target, batch_size=32):
+        """How likely each target is, given its source.
+
+        Args:
+            source: a string, or a list of them.
+            target: a string, or a list of as many.
+            batch_size: pairs scored together.
+
+        Returns:
+            A dict of `"log_prob"` (natural log of the whole target and its end
+            token), `"token_log_probs"` and `"token_ids"` (float32 and int32
+            `(tokens,)`, the end token last); lists of those for lists. Nothing
+            is lost to padding, only to the preprocessor's lengths.
+
+        Raises:
+            ValueError: without a preprocessor, or for what is no text.
+        """
+        if self.preprocessor is None:
+            raise ValueError("`score` needs a preprocessor: it works on text.")
+        single = isinstance(source, str)
+        pairs = {"encoder_text": source, "decoder_text": target}
+        if not single and not len(source):
+            return {"log_prob": [], "token_log_probs": [], "token_ids": []}
+        x, labels, weights = self.preprocessor(pairs)
+        scores = self._scorer().predict(
+            {**x, "labels": labels}, batch_size=batch_size, verbose=0
+        )
+        keep = weights > 0
+        result = {
+            "log_prob": (scores * keep).sum(axis=1, dtype="float64").tolist(),
+            "token_log_probs": [s[k] for s, k in zip(scores, keep, strict=True)],
+            "token_ids": [i[k] for i, k in zip(labels, keep, strict=True)],
+        }
+        return {k: v[0] for k, v in result.items()} if single else result
+
+    def _scorer(self):
+        """A model from inputs and labels to log-probabilities `(B, T)`."""
+        if self.__dict__.get("_score_model") is None:
+            labels = keras.Input((None,), dtype="int32", name="labels")
+            logits = ops.cast(self.output, "float32")
+            chosen = ops.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+            log_probs = chosen - ops.logsumexp(logits, axis=-1)
+            model = keras.Model({**self.input, "labels": labels}, log_probs)
+            # Not a part of this model: it owns no weights and is not saved.
+            object.__setattr__(self, "_score_model", model)
+        return self._score_model
+
+    def enable_lora(self, rank, target_layer_names=None):
+        """Freeze the model and train low-rank adapters (arXiv 2106.09685).
+
+        Args:
+            rank: inner size of the adapters, at least 1.
+            target_layer_names: names of the projections; `None` is query and
+                value of every attention. Others: key, output, gate, up, down.
+
+        Raises:
+            ValueError: for a rank below 1, or names that match no layer.
+        """
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"`rank` must be a whole number >= 1; got {rank!r}.")
+        names = target_layer_names or self.backbone.default_lora_layer_names()
+        known = {
+            layer.name
+            for layer in self.backbone._flatten_layers(include_self=False)
+            if isinstance(layer, keras.layers.Dense)
+        }
+        if set(names) - known:
+            raise ValueError(
+                f"`target_layer_names` must be among {sorted(known)}; got {names!r}."
+            )
+        self.backbone.enable_lora(rank, names)
+        self._forget_compiled()
+
+    def save_lora_weights(self, filepath):
+        """Write the adapters alone, to a path that ends in `.lora.h5`."""
+        self.backbone.save_lora_weights(filepath)
+
+    def load_lora_weights(self, filepath):
+        """Read adapters of `save_lora_weights`, enabling them if need be."""
+        self.backbone.load_lora_weights(filepath)
+        self._forget_compiled()
+
+    def _forget_compiled(self):
+        """The set of trainable variables changed: build the functions anew."""
+        self.generate_function = None
+        self.train_function = self.test_function = self.predict_function = None
+        if keras.config.backend() == "torch":
+            self.backbone._track_variables()
+            self._track_variables()
+
+    def _batches(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        batch_size=None,
+        shuffle=False,
+        steps=None,
+        name="x",
+        validation_split=0.0,
+    ):
+        """Keyword arguments of `keras.Model.fit` for the data of a user."""
+        common = {"shuffle": shuffle, "steps_per_epoch": steps}
+        columns = None if self.preprocessor is None else as_columns(x, y)
+        if columns is not None:
+
+            def batches(rows, shuffle):
+                return TextBatches(
+                    self._preprocess,
+                    {key: column[rows] for key, column in columns.items()},
+                    None if sample_weight is None else sample_weight[rows],
+                    batch_size or 32,
+                    shuffle,
+                )
+
+            cut = len(columns["encoder_text"])
+            if not 0 <= validation_split < 1:
+                raise ValueError(
+                    f"`validation_split` must be in [0, 1); got {validation_split!r}."
+                )
+            cut -= int(cut * validation_split)
+            data = {**common, "x": batches(slice(cut), shuffle), "shuffle": False}
+            if validation_split:
+                data["held_out"] = {"x": batches(slice(cut, None), False)}
+            return data
+        if isinstance(x, dict):
+            check_ids(x, y, self.backbone.config.vocabulary_size)
+            if validation_split:
+                common["validation_split"] = validation_split
+            return {
+                **common,
+                "x": {key: x[key] for key in INPUTS},
+                "y": y,
+                "sample_weight": sample_weight,
+                "batch_size": batch_size,
+            }
+        if validation_split:
+            raise ValueError(
+                "`validation_split` works on in-memory data; pass "
+                "`validation_data` beside batches."
+            )
+        if self.preprocessor is None:
+            return {**common, "x": x}
+        if isinstance(x, keras.utils.PyDataset):
+            return {**common, "x": MappedBatches(self._preprocess, x)}
+        x, steps = stream(self._preprocess, x, steps, name)
+        return {"x": x, "shuffle": False, "steps_per_epoch": steps}
+
+    def _preprocess(self, columns, sample_weight=None):
+        return self.preprocessor(columns, sample_weight=sample_weight)
+
+    def _report_truncation(self):
+        if self.preprocessor is None:
+            return contextlib.nullcontext()
+        return self.preprocessor.report_truncation()
+
+
+def check_ids(x, y, vocabulary_size):
+    """Raise `ValueError` unless `x` holds the four inputs, all ids in range."""
+    if set(x) != set(INPUTS):
+        raise ValueError(
+            f"Arrays must come as a dict with keys {INPUTS}; got {sorted(x)}."
+        )
+    for name in ("encoder_token_ids", "decoder_token_ids"):
+        check_range(x[name], name, vocabulary_size)
+    if y is not None:
+        check_range(y, "y", vocabulary_size)
+
+
+def check_range(ids, name, vocabulary_size):
+    """Raise `ValueError` for an id outside the vocabulary."""
+    ids = ops.convert_to_numpy(ids)
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary_size):
+        raise ValueError(
+            f"`{name}` must be in [0, {vocabulary_size}); got ids from "
+            f"{ids.min()} to {ids.max()}."
+        )
+
+
+def check_vocabulary(tokenizer, config):
+    """Raise `ValueError` when the tokenizer has ids the model has no row for."""
+    size = tokenizer.vocabulary_size()
+    if size > config.vocabulary_size:
+        raise ValueError(
+            f"The tokenizer has {size} ids, the model only "
+            f"{config.vocabulary_size}: they do not belong together."
+        )
+
+
+def check_optimizer(optimizer, dtype):
+    """Raise `ValueError` for an Adam whose variance cannot be held in `dtype`.
+
+    In bfloat16, 0.999 rounds to 1: the second moment never changes and the
+    weights never move.
+    """
+    optimizers = keras.optimizers
+    adams = (optimizers.Adam, optimizers.Nadam, optimizers.Lamb)
+    if dtype != "bfloat16" or not isinstance(optimizer, adams):
+        return
+    beta_2 = ops.cast(float(optimizer.beta_2), "bfloat16")
+    if float(ops.convert_to_numpy(ops.cast(beta_2, "float32"))) >= 1:
+        raise ValueError(
+            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} never moves "
+            "bfloat16 weights: beta_2 rounds to 1. Load the model with "
+            "dtype='mixed_bfloat16', lower beta_2 to 0.99, or use Adafactor, Lion "
+            "or Muon."
+        )
+
+
+def answer_mask(ids, prompt_lengths, stop_ids):
+    """1 for prompt and answer, stop id included; 0 after it. int32, as `ids`."""
+    mask = np.ones_like(ids)
+    if stop_ids is None:
+        return mask
+    positions = np.arange(ids.shape[1])
+    stop = np.isin(ids, stop_ids) & (positions >= prompt_lengths[:, None])
+    return ((np.cumsum(stop, axis=1) - stop) == 0).astype("int32")

@@ -1,0 +1,211 @@
+"""What users hand to `fit`, turned into batches of arrays.
+
+Keras's own adapters take arrays from everywhere; this module only puts the
+tokeniser between the text and them, one batch at a time.
+"""
+
+import itertools
+
+import keras
+import numpy as np
+
+TEXT_KEYS = ("encoder_text", "decoder_text")
+
+
+def as_columns(x, y=None):
+    """In-memory pairs as `{"encoder_text": [...], "decoder_text": [...]}`.
+
+    Args:
+        x: that dict; or a list of sources (with `y`); or a list of
+            `(source, target)` pairs; or a list of dicts, one a pair.
+        y: a list of targets, only with a list of sources.
+
+    Returns:
+        The dict, or `None` when `x` is not in-memory text.
+
+    Raises:
+        ValueError: when `y` is missing, or given beside targets in `x`.
+    """
+    if isinstance(x, dict) and any("text" in str(key) for key in x):
+        columns = x
+    elif isinstance(x, list | tuple | np.ndarray) and len(x):
+        first = x[0]
+        if isinstance(first, str | bytes):
+            if y is None:
+                raise ValueError(
+                    "`y` must be the list of targets when `x` is a list of "
+                    "strings; got None. A dict with keys "
+                    f"{TEXT_KEYS} holds both in `x`."
+                )
+            return {"encoder_text": x, "decoder_text": y}
+        if isinstance(first, dict) and any("text" in str(k) for k in first):
+            columns = {key: [row.get(key) for row in x] for key in first}
+        elif (
+            isinstance(first, list | tuple)
+            and len(first) == 2
+            and all(isinstance(text, str) for text in first)
+        ):
+            columns = dict(zip(TEXT_KEYS, map(list, zip(*x, strict=True)), strict=True))
+        else:
+            return None
+    else:
+        return None
+    if y is not None:
+        raise ValueError("`y` must be None when `x` holds the targets too.")
+    return columns
+
+
+class TextBatches(keras.utils.PyDataset):
+    """Batches of in-memory pairs, tokenised a batch at a time off the main thread.
+
+    Args:
+        preprocess: `(columns, sample_weight) -> (x, y, sample_weight)` arrays.
+        columns: dict of equally long lists.
+        sample_weight: `None`, or one weight a row.
+        batch_size: rows a batch; the last may be shorter.
+        shuffle: draw a new order every epoch, from NumPy's global generator
+            (`keras.utils.set_random_seed` makes it repeatable).
+    """
+
+    def __init__(self, preprocess, columns, sample_weight, batch_size, shuffle):
+        super().__init__(workers=1)
+        self.preprocess = preprocess
+        self.columns = columns
+        self.sample_weight = sample_weight
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        lengths = {key: len(column) for key, column in columns.items()}
+        if len(set(lengths.values())) != 1 or not min(lengths.values()):
+            raise ValueError(
+                "`x` must have as many rows in every column, and at least one; "
+                f"got {lengths}."
+            )
+        self.order = np.arange(min(lengths.values()))
+        self._reorder()
+
+    def _reorder(self):
+        if self.shuffle:
+            self.order = np.random.permutation(len(self.order))
+
+    @property
+    def num_batches(self):
+        """Batches an epoch."""
+        return -(-len(self.order) // self.batch_size)
+
+    def __getitem__(self, index):
+        start = index * self.batch_size
+        rows = self.order[start : start + self.batch_size]
+        columns = {key: [c[i] for i in rows] for key, c in self.columns.items()}
+        weight = self.sample_weight
+        return self.preprocess(
+            columns, None if weight is None else np.asarray(weight)[rows]
+        )
+
+    def on_epoch_end(self):
+        self._reorder()
+
+
+class MappedBatches(keras.utils.PyDataset):
+    """A user's PyDataset of text batches, with the tokeniser behind it."""
+
+    def __init__(self, preprocess, dataset):
+        super().__init__(
+            workers=dataset.workers,
+            use_multiprocessing=False,
+            max_queue_size=dataset.max_queue_size,
+        )
+        self.preprocess = preprocess
+        self.dataset = dataset
+
+    @property
+    def num_batches(self):
+        """Batches an epoch."""
+        return self.dataset.num_batches
+
+    def __getitem__(self, index):
+        return map_batch(self.preprocess, self.dataset[index])
+
+    def on_epoch_begin(self):
+        self.dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.dataset.on_epoch_end()
+
+
+def stream(preprocess, batches, steps=None, name="x"):
+    """A generator of arrays from an iterable of text batches.
+
+    Generators, `tf.data`, Grain and PyTorch DataLoaders are all iterables. One
+    that can be iterated again is started again at its end, for the next epoch.
+
+    Args:
+        preprocess: as in `TextBatches`.
+        batches: the iterable; each item a dict of text columns, or a
+            `(sources, targets)` pair of lists.
+        steps: batches an epoch; `None` asks the iterable, by its length or by
+            going through it once.
+        name: the argument's name, for messages.
+
+    Returns:
+        `(generator, steps)`.
+
+    Raises:
+        ValueError: for what cannot be iterated, is empty, or is infinite
+            without `steps`.
+    """
+    try:
+        again = iter(batches) is not batches
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be text pairs (lists, a dict of lists) or an iterable "
+            f"of batches of them; got {type(batches).__name__}."
+        ) from None
+    if steps is None and again:
+        steps = _length(batches, name)
+
+    def generate():
+        for _ in itertools.count() if again else range(1):
+            for batch in batches:
+                yield map_batch(preprocess, batch)
+
+    return generate(), steps
+
+
+def _length(batches, name):
+    cardinality = getattr(batches, "cardinality", None)
+    if cardinality is not None and int(cardinality()) == -1:
+        raise ValueError(
+            f"`{name}` never ends: pass `steps_per_epoch` (or `validation_steps`)."
+        )
+    try:
+        length = len(batches)
+    except TypeError:
+        length = sum(1 for _ in batches)
+    if not length:
+        raise ValueError(f"`{name}` is empty.")
+    return length
+
+
+def map_batch(preprocess, batch):
+    """One batch of text through `preprocess`; of arrays, as it is."""
+    columns, weight = batch, None
+    if isinstance(batch, list | tuple):
+        if len(batch) and isinstance(batch[0], dict):
+            columns = batch[0]
+            weight = batch[2] if len(batch) > 2 else None
+        elif len(batch) == 2:
+            columns = dict(zip(TEXT_KEYS, batch, strict=True))
+    if not isinstance(columns, dict):
+        raise ValueError(
+            f"A batch must be a dict with keys {TEXT_KEYS}, or a pair (sources, "
+            f"targets) of lists; got {type(batch).__name__}."
+        )
+    if "encoder_token_ids" in columns:
+        return batch
+    for key, column in columns.items():
+        if isinstance(column, str | bytes) or getattr(column, "shape", None) == ():
+            raise ValueError(
+                f"{key!r} must be a batch of strings; got one string. Batch the "
+                "dataset first, e.g. `.batch(32)`."
+            )
+    return preprocess(columns, weight)

@@ -1,0 +1,271 @@
+"""Text pairs to padded arrays for training, texts to arrays for generation."""
+
+import contextlib
+import warnings
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_t5gemma.text.tokenizer import Tokenizer, as_texts
+
+INSTRUCTION_TEMPLATE = (
+    "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
+)
+TEMPLATES = {"instruction": INSTRUCTION_TEMPLATE}
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
+    """Pairs of texts to `(x, y, sample_weight)`; texts to prompts.
+
+    The encoder gets the text, without bos or eos, the same in training and in
+    generation. The decoder input is bos + response, its target response + end
+    token; padding is on the right with id 0 and weighs nothing.
+
+    Args:
+        tokenizer: a `Tokenizer`.
+        encoder_sequence_length: longest encoder input, in tokens; more is cut.
+        decoder_sequence_length: longest decoder sequence, in tokens, bos
+            included; more is cut.
+        template: `None` for plain text, `"instruction"` for the turns of the
+            instruction-tuned checkpoints, or a string with one `{text}`. A
+            template's control tokens become single ids; the user's text never
+            does. With a template the response ends in `<end_of_turn>`,
+            otherwise in `<eos>`.
+        pad_to_multiple_of: `None` pads every batch to the full lengths; n pads
+            it to its longest row, rounded up to a multiple of n (fewer wasted
+            tokens, more compiled shapes on JAX and TensorFlow).
+
+    Raises:
+        ValueError: for a length below 1, or a template without `{text}`.
+    """
+
+    tokenizer_cls = Tokenizer
+
+    def __init__(
+        self,
+        tokenizer,
+        encoder_sequence_length=512,
+        decoder_sequence_length=512,
+        template=None,
+        pad_to_multiple_of=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for name, value, least in (
+            ("encoder_sequence_length", encoder_sequence_length, 1),
+            ("decoder_sequence_length", decoder_sequence_length, 2),
+            ("pad_to_multiple_of", pad_to_multiple_of or 1, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"`{name}` must be a whole number >= {least}; got {value!r}."
+                )
+        if template is not None:
+            text = TEMPLATES.get(template, template)
+            if not isinstance(text, str) or text.count("{text}") != 1:
+                raise ValueError(
+                    f"`template` must be None, one of {sorted(TEMPLATES)}, or a "
+                    f"string with one '{{text}}'; got {template!r}."
+                )
+        self.tokenizer = tokenizer
+        self.encoder_sequence_length = encoder_sequence_length
+        self.decoder_sequence_length = decoder_sequence_length
+        self.template = template
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._truncations = None
+
+    def call(self, x, y=None, sample_weight=None):
+        """Training arrays of a batch of pairs.
+
+        Args:
+            x: dict with `"encoder_text"` and `"decoder_text"`, each a list of
+                strings (or one string: a batch of one).
+            y: must be `None`: the target is the decoder text.
+            sample_weight: `None`, or one weight a pair, `(batch,)`.
+
+        Returns:
+            `(x, y, sample_weight)`: the dict of the backbone's int32 inputs,
+            int32 targets `(batch, decoder length)` and float32 weights of the
+            same shape, 0 on padding.
+
+        Raises:
+            ValueError: for wrong keys, lengths that differ, or what is no text.
+        """
+        if y is not None:
+            raise ValueError(
+                "`y` must be None: the target is x['decoder_text'], shifted."
+            )
+        sources, targets = self._pair(x)
+        with self.report_truncation():
+            encoder = self._encoder_arrays(sources, self.pad_to_multiple_of)
+            rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
+            rows = self._cut(rows, self.decoder_sequence_length, "decoder")
+        width = self._width(
+            rows, self.decoder_sequence_length, self.pad_to_multiple_of
+        )
+        labels, mask = pad(rows, width)
+        inputs = [[self.tokenizer.start_token_id, *row[:-1]] for row in rows]
+        decoder_ids, _ = pad(inputs, width)
+        weights = mask.astype("float32")
+        if sample_weight is not None:
+            weights *= np.asarray(sample_weight, "float32").reshape(-1, 1)
+        x = {**encoder, **_named("decoder", decoder_ids, mask)}
+        return x, labels, weights
+
+    def generate_preprocess(self, x, sequence_length=None):
+        """Arrays of a batch of sources, with a start of the answer or without.
+
+        Args:
+            x: a string, a list of strings, or a dict of `"encoder_text"` and,
+                as an option, `"decoder_text"` to continue.
+            sequence_length: most decoder tokens, bos and prompt included;
+                `None` means `decoder_sequence_length`.
+
+        Returns:
+            The dict of the backbone's int32 inputs: the encoder arrays are
+            padded to a multiple of 64, the decoder arrays hold bos and the
+            prompt and are `(batch, sequence_length)`.
+        """
+        sequence_length = sequence_length or self.decoder_sequence_length
+        if not isinstance(x, dict):
+            x = {"encoder_text": x}
+        sources, prompts = self._pair(x, decoder_optional=True)
+        with self.report_truncation():
+            encoder = self._encoder_arrays(sources, self.pad_to_multiple_of or 64)
+        rows = [
+            [self.tokenizer.start_token_id, *ids]
+            for ids in self.tokenizer.tokenize(prompts)
+        ]
+        longest = max(map(len, rows), default=1)
+        if longest > sequence_length:
+            raise ValueError(
+                f"`decoder_text` is {longest} tokens with bos, more than the "
+                f"`max_length` of {sequence_length}."
+            )
+        return {**encoder, **_named("decoder", *pad(rows, sequence_length))}
+
+    def generate_postprocess(self, x):
+        """Strings of a dict of generated `decoder_token_ids` and mask."""
+        ids = np.asarray(x["decoder_token_ids"])
+        mask = np.asarray(x["decoder_padding_mask"]).astype(bool)
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return [self.tokenizer.detokenize(row) for row in rows]
+
+    @property
+    def end_id(self):
+        """The id that ends a response in training."""
+        if self.template is None:
+            return self.tokenizer.end_token_id
+        return self.tokenizer.end_of_turn_id
+
+    @property
+    def stop_ids(self):
+        """The ids that end a generated response, either of them."""
+        return (self.tokenizer.end_token_id, self.tokenizer.end_of_turn_id)
+
+    @contextlib.contextmanager
+    def report_truncation(self):
+        """Warn once, with counts, about all that was cut inside this context."""
+        if self._truncations is not None:  # An outer one reports.
+            yield
+            return
+        self._truncations = {}
+        try:
+            yield
+        finally:
+            counts, self._truncations = self._truncations, None
+            for side, (cut, total) in counts.items():
+                if cut:
+                    name = f"{side}_sequence_length"
+                    warnings.warn(
+                        f"{cut} of {total} {side} texts were longer than "
+                        f"{getattr(self, name)} tokens and were cut; raise "
+                        f"`preprocessor.{name}` to keep them whole.",
+                        stacklevel=3,
+                    )
+
+    def _pair(self, x, decoder_optional=False):
+        known = ("encoder_text", "decoder_text")
+        if not isinstance(x, dict):
+            raise ValueError(
+                f"Text pairs must be a dict with keys {known}; got "
+                f"{type(x).__name__}."
+            )
+        required = known[:1] if decoder_optional else known
+        if set(x) - set(known) or set(required) - set(x):
+            raise ValueError(
+                f"Text pairs must be a dict with keys {known}"
+                f"{' (the second is optional)' if decoder_optional else ''}; "
+                f"got {sorted(map(str, x))}."
+            )
+        columns = {
+            key: as_texts([value] if isinstance(value, str) else value, key)
+            for key, value in x.items()
+        }
+        sources = columns["encoder_text"]
+        targets = columns.get("decoder_text", [""] * len(sources))
+        if len(sources) != len(targets):
+            raise ValueError(
+                "`encoder_text` and `decoder_text` must have as many rows; got "
+                f"{len(sources)} and {len(targets)}."
+            )
+        return sources, targets
+
+    def _encoder_arrays(self, texts, multiple):
+        length = self.encoder_sequence_length
+        rows = self.tokenizer.tokenize(texts)
+        if self.template is not None:
+            before, after = TEMPLATES.get(self.template, self.template).split("{text}")
+            before, after = (
+                self.tokenizer.tokenize(part, parse_control_tokens=True)
+                for part in (before, after)
+            )
+            room = length - len(before) - len(after)
+            if room < 1:
+                raise ValueError(
+                    f"`encoder_sequence_length` {length} leaves no room for text "
+                    f"beside the {length - room} tokens of the template."
+                )
+            # The text is cut, never the template around it.
+            rows = self._cut(rows, room, "encoder")
+            rows = [before + row + after for row in rows]
+        else:
+            rows = self._cut(rows, length, "encoder")
+        return _named("encoder", *pad(rows, self._width(rows, length, multiple)))
+
+    def _cut(self, rows, length, side):
+        cut, total = self._truncations.get(side, (0, 0))
+        cut += sum(len(row) > length for row in rows)
+        self._truncations[side] = (cut, total + len(rows))
+        return [row[:length] for row in rows]
+
+    def _width(self, rows, length, multiple):
+        if multiple is None:
+            return length
+        longest = max(1, max(map(len, rows), default=1))
+        return min(length, -(-longest // multiple) * multiple)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "encoder_sequence_length": self.encoder_sequence_length,
+            "decoder_sequence_length": self.decoder_sequence_length,
+            "template": self.template,
+            "pad_to_multiple_of": self.pad_to_multiple_of,
+        }
+
+
+def pad(rows, width):
+    """Right-pad lists of ids with 0: int32 ids and mask, `(rows, width)`."""
+    ids = np.zeros((len(rows), width), "int32")
+    mask = np.zeros((len(rows), width), "int32")
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def _named(side, ids, mask):
+    return {f"{side}_token_ids": ids, f"{side}_padding_mask": mask}

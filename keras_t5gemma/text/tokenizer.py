@@ -1,0 +1,220 @@
+"""SentencePiece with Gemma's special tokens. No TensorFlow anywhere."""
+
+import os
+import re
+
+import keras
+import keras_hub
+import numpy as np
+import sentencepiece
+
+VOCABULARY_FILE = "vocabulary.spm"
+_REQUIRED = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+# Never parsed from a user's text, whatever kind of piece the vocabulary makes
+# of them.
+_CONTROL = re.compile(
+    r"<pad>|<eos>|<bos>|<unk>|<mask>|<2mass>|\[@BOS@\]|<unused\d+>"
+    r"|<start_of_turn>|<end_of_turn>"
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class Tokenizer(keras_hub.tokenizers.Tokenizer):
+    """Text to token ids and back, by a SentencePiece model.
+
+    A text is encoded as it is: no bos, no eos, and control tokens such as
+    `<end_of_turn>` written by a user are encoded as ordinary characters.
+
+    Args:
+        proto: path of a SentencePiece model, or its bytes. `None` leaves the
+            tokenizer empty until `load_assets`.
+
+    Raises:
+        ValueError: when the file is no SentencePiece model, or lacks Gemma's
+            special tokens (pad 0, eos 1, bos 2, unk 3, the two turn tokens).
+    """
+
+    def __init__(self, proto=None, **kwargs):
+        super().__init__(**kwargs)
+        self.file_assets = [VOCABULARY_FILE]
+        self.proto = None
+        self._processor = None
+        if proto is not None:
+            self._set_proto(proto)
+
+    def _set_proto(self, proto):
+        if not isinstance(proto, bytes):
+            with open(proto, "rb") as file:
+                proto = file.read()
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(proto)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"`proto` is not a SentencePiece model: {error}"
+            ) from error
+        for token, expected in _REQUIRED.items():
+            found = processor.PieceToId(token)
+            if processor.IdToPiece(expected) != token:
+                raise ValueError(
+                    f"`proto` must have {token} at id {expected}, as Gemma's "
+                    f"vocabulary does; it has it at {found} and "
+                    f"{processor.IdToPiece(expected)!r} at {expected}."
+                )
+        self.proto, self._processor = proto, processor
+        self.pad_token_id, self.end_token_id, self.start_token_id = 0, 1, 2
+        self.unknown_token_id = 3
+        self.start_of_turn_id = self.token_to_id("<start_of_turn>")
+        self.end_of_turn_id = self.token_to_id("<end_of_turn>")
+        self.control_ids = {
+            i
+            for i in range(len(processor))
+            if processor.IsControl(i) or _CONTROL.fullmatch(processor.IdToPiece(i))
+        }
+
+    @property
+    def processor(self):
+        """The `sentencepiece.SentencePieceProcessor`."""
+        if self._processor is None:
+            raise ValueError(
+                "This Tokenizer has no vocabulary yet: pass `proto`, or load it "
+                "with `Tokenizer.from_preset(...)`."
+            )
+        return self._processor
+
+    def tokenize(self, text, parse_control_tokens=False):
+        """Encode a string, or a list of them.
+
+        Args:
+            text: `str`, or a list, tuple or array of `str`.
+            parse_control_tokens: whether `<end_of_turn>` and its kind in the
+                text become their single ids. Leave it off for text that
+                somebody else wrote.
+
+        Returns:
+            A list of ids, or a list of such lists. `""` gives `[]`.
+
+        Raises:
+            ValueError: for anything that is not text, naming its place.
+        """
+        if isinstance(text, str):
+            return self._encode(text, parse_control_tokens)
+        texts = as_texts(text, "text")
+        if not any(_CONTROL.search(t) for t in texts):
+            return self.processor.Encode(texts)  # The whole batch in one call.
+        return [self._encode(t, parse_control_tokens) for t in texts]
+
+    def _encode(self, text, parse_control_tokens):
+        ids, start = [], 0
+        for match in _CONTROL.finditer(text):
+            if parse_control_tokens:
+                ids += self.processor.Encode(text[start : match.start()])
+                ids.append(self.token_to_id(match.group()))
+                start = match.end()
+            else:
+                # Cut inside the token: no piece can span it any more.
+                cut = match.start() + 1
+                ids += self.processor.Encode(text[start:cut])
+                start = cut
+        return ids + self.processor.Encode(text[start:])
+
+    def detokenize(self, token_ids, skip_control_tokens=True):
+        """Decode one sequence of ids, or a batch of them.
+
+        Args:
+            token_ids: ints `(length,)` or `(batch, length)`, ragged or not.
+            skip_control_tokens: leave out padding, bos, eos, turn tokens, ...
+
+        Returns:
+            A string, or a list of strings.
+
+        Raises:
+            ValueError: for an id outside the vocabulary.
+        """
+        if not isinstance(token_ids, list | tuple):
+            token_ids = keras.ops.convert_to_numpy(token_ids).tolist()
+        if len(token_ids) and not isinstance(token_ids[0], int | np.integer):
+            return [self.detokenize(row, skip_control_tokens) for row in token_ids]
+        ids = [int(i) for i in token_ids]
+        for i in ids:
+            if not 0 <= i < self.vocabulary_size():
+                raise ValueError(
+                    f"`token_ids` must be in [0, {self.vocabulary_size()}); got {i}."
+                )
+        if skip_control_tokens:
+            ids = [i for i in ids if i not in self.control_ids]
+            return self.processor.Decode(ids)
+        out, run = [], []
+        for i in ids:  # The library drops control pieces: write their names.
+            if i in self.control_ids:
+                out += [self.processor.Decode(run), self.id_to_token(i)]
+                run = []
+            else:
+                run.append(i)
+        return "".join([*out, self.processor.Decode(run)])
+
+    def call(self, inputs):
+        """Same as `tokenize`."""
+        return self.tokenize(inputs)
+
+    def vocabulary_size(self):
+        """Number of ids."""
+        return len(self.processor)
+
+    def get_vocabulary(self):
+        """All pieces, in id order."""
+        return [self.processor.IdToPiece(i) for i in range(self.vocabulary_size())]
+
+    def id_to_token(self, id):
+        """The piece of an id; raises `ValueError` outside the vocabulary."""
+        if not 0 <= id < self.vocabulary_size():
+            raise ValueError(
+                f"`id` must be in [0, {self.vocabulary_size()}); got {id}."
+            )
+        return self.processor.IdToPiece(int(id))
+
+    def token_to_id(self, token):
+        """The id of a piece; raises `ValueError` when there is none."""
+        id = self.processor.PieceToId(token)
+        if self.processor.IdToPiece(id) != token:
+            raise ValueError(f"The vocabulary has no piece {token!r}.")
+        return id
+
+    @property
+    def special_token_ids(self):
+        """Ids of the control tokens, in order."""
+        return sorted(self.control_ids)
+
+    def save_assets(self, dir_path):
+        """Write the SentencePiece model into a folder."""
+        with open(os.path.join(dir_path, VOCABULARY_FILE), "wb") as file:
+            file.write(self.processor.serialized_model_proto())
+
+    def load_assets(self, dir_path):
+        """Read the SentencePiece model from a folder."""
+        self._set_proto(os.path.join(dir_path, VOCABULARY_FILE))
+
+
+def as_texts(values, name):
+    """A list of `str` from a list, tuple, array or tensor of text.
+
+    Raises:
+        ValueError: naming `name`, the place and the value that is no text.
+    """
+    if hasattr(values, "numpy"):  # tf.Tensor of bytes
+        values = values.numpy()
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise ValueError(
+            f"`{name}` must be a string or a list of strings; got "
+            f"{type(values).__name__} {values!r}."
+        )
+    texts = [v.decode("utf-8") if isinstance(v, bytes) else v for v in values]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`{name}[{i}]` must be a string; got "
+                f"{type(text).__name__} {text!r}."
+            )
+    return texts
