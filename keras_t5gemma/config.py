@@ -86,9 +86,7 @@ class StackConfig:
         if scale is None:
             scale = self.head_dim**-0.5
         elif not (isinstance(scale, int | float) and scale > 0):
-            raise ValueError(
-                f"`query_scale` must be positive, or None; got {scale!r}."
-            )
+            raise ValueError(f"`query_scale` must be positive, or None; got {scale!r}.")
         object.__setattr__(self, "query_scale", float(scale))
         types = self.layer_types
         if types is None:

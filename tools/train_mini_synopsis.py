@@ -265,7 +265,9 @@ def main():
         },
         validation_freq=5,
         callbacks=[
-            keras.callbacks.BackupAndRestore(str(args.run / "backup"), delete_checkpoint=False),
+            keras.callbacks.BackupAndRestore(
+                str(args.run / "backup"), delete_checkpoint=False
+            ),
             clock,
             keras.callbacks.CSVLogger(str(log), append=log.exists()),
         ],

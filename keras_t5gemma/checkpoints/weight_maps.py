@@ -38,8 +38,11 @@ def _under(ours, theirs, rows):
 def _tower(name, cross):
     block, layer = f"{name}/block_{{i}}/", f"model.{name}.layers.{{i}}."
     rows = (
-        (f"{name}/token_embedding/embeddings", f"model.{name}.embed_tokens.weight",
-         "same"),
+        (
+            f"{name}/token_embedding/embeddings",
+            f"model.{name}.embed_tokens.weight",
+            "same",
+        ),
         (f"{name}/final_norm/scale", f"model.{name}.norm.weight", "same"),
         *_under(block, layer, _NORMS + _FEED_FORWARD),
         *_under(block + "self_attention/", layer + "self_attn.", _ATTENTION),

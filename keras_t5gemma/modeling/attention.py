@@ -57,9 +57,7 @@ class Attention(keras.layers.Layer):
         self.key = dense(num_key_value_heads * head_dim, "key", dtype)
         self.value = dense(num_key_value_heads * head_dim, "value", dtype)
         self.output_projection = dense(hidden_dim, "output", dtype)
-        self.dropout_layer = keras.layers.Dropout(
-            dropout, name="dropout", dtype=dtype
-        )
+        self.dropout_layer = keras.layers.Dropout(dropout, name="dropout", dtype=dtype)
 
     def build(self, x_shape, memory_shape=None):
         memory_shape = memory_shape or x_shape

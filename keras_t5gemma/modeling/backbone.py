@@ -3,6 +3,7 @@
 import keras
 import keras_hub
 
+from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 
@@ -122,6 +123,28 @@ class Backbone(keras_hub.models.Backbone):
     def default_lora_layer_names(self):
         """Query and value projections, of self- and cross-attention."""
         return ["query", "value"]
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """The backbone of a preset.
+
+        Args:
+            preset: a name of `keras_t5gemma.presets()`, a local folder, or an
+                `hf://` or `kaggle://` handle; our format or transformers'.
+            load_weights: `False` leaves the weights random.
+            **kwargs: `dtype`, `name`, `trainable`.
+
+        Raises:
+            ValueError: for an unknown preset or keyword, or files that do not
+                fit, named.
+        """
+        presets.check_keywords(kwargs, ("dtype", "name", "trainable"), cls.__name__)
+        location, kind = presets.resolve(preset)
+        if kind == presets.HUGGING_FACE:
+            from keras_t5gemma.checkpoints import huggingface
+
+            return huggingface.load_backbone(location, load_weights, **kwargs)
+        return super().from_preset(location, load_weights, **kwargs)
 
     def get_config(self):
         return {**super().get_config(), "config": self.config.to_dict()}

@@ -90,9 +90,7 @@ class Encoder(_Tower):
         }
         x = self._embed(token_ids, training)
         for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
-            x = block(
-                x, attention_mask=masks[kind], angles=angles, training=training
-            )
+            x = block(x, attention_mask=masks[kind], angles=angles, training=training)
         return self.dropout_layer(self.final_norm(x), training=training)
 
 

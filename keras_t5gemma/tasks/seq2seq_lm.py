@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.generation.loop import decode_batch
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.text.batches import (
@@ -53,6 +54,38 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         if keras.config.backend() == "torch":
             self._track_variables()
 
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """The model of a preset, with its tokenizer.
+
+        Args:
+            preset: a name of `keras_t5gemma.presets()`, a local folder, or an
+                `hf://` or `kaggle://` handle; our format or transformers'.
+            load_weights: `False` leaves the weights random.
+            **kwargs: `dtype` (a policy or its name; float checkpoints are read
+                into Keras's default policy when it is left out), `preprocessor`
+                (a `Seq2SeqLMPreprocessor`, or `None`), `name`, `compile`.
+
+        Raises:
+            ValueError: for an unknown preset or keyword, or files that do not
+                fit, named.
+            OSError: when a download fails, with what to do.
+        """
+        presets.check_keywords(
+            kwargs, ("dtype", "preprocessor", "name", "compile"), cls.__name__
+        )
+        location, kind = presets.resolve(preset)
+        if kind == presets.KERAS:
+            return super().from_preset(location, load_weights, **kwargs)
+        if "preprocessor" not in kwargs:
+            kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(
+                location if "://" in str(preset) else preset
+            )
+        backbone = Backbone.from_preset(
+            location, load_weights, dtype=kwargs.pop("dtype", None)
+        )
+        return cls(backbone, **kwargs)
+
     def compile(
         self,
         optimizer="auto",
@@ -96,6 +129,18 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
             sampler=sampler,
             **kwargs,
         )
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        if config is not None:
+            config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+        return config
+
+    def compile_from_config(self, config):
+        config = dict(config)
+        sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
+        self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler)
+        self.optimizer.build(self.trainable_variables)
 
     def fit(
         self,
@@ -332,7 +377,10 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         start = np.full((len(source), 1), 2)
         prompt = arrays.get("decoder_token_ids", start)
         mask = arrays.get("decoder_padding_mask", prompt != 0).astype(bool)
-        for name, array in (("encoder_token_ids", source), ("decoder_token_ids", prompt)):
+        for name, array in (
+            ("encoder_token_ids", source),
+            ("decoder_token_ids", prompt),
+        ):
             check_range(array, name, self.backbone.config.vocabulary_size)
         lengths = mask.sum(axis=1)
         if len(prompt) != len(source) or lengths.min(initial=1) < 1:

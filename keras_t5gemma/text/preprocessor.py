@@ -1,12 +1,14 @@
 """Text pairs to padded arrays for training, texts to arrays for generation."""
 
 import contextlib
+import inspect
 import warnings
 
 import keras
 import keras_hub
 import numpy as np
 
+from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.text.tokenizer import Tokenizer, as_texts
 
 INSTRUCTION_TEMPLATE = (
@@ -102,9 +104,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             encoder = self._encoder_arrays(sources, self.pad_to_multiple_of)
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
             rows = self._cut(rows, self.decoder_sequence_length, "decoder")
-        width = self._width(
-            rows, self.decoder_sequence_length, self.pad_to_multiple_of
-        )
+        width = self._width(rows, self.decoder_sequence_length, self.pad_to_multiple_of)
         labels, mask = pad(rows, width)
         inputs = [[self.tokenizer.start_token_id, *row[:-1]] for row in rows]
         decoder_ids, _ = pad(inputs, width)
@@ -153,6 +153,24 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         return [self.tokenizer.detokenize(row) for row in rows]
 
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """The preprocessor of a preset, with any of its arguments replaced.
+
+        A transformers folder has none: the defaults are taken, and the
+        instruction template when the folder's name ends in `-it`.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        presets.check_keywords(kwargs, set(known) - {"self", "kwargs"}, cls.__name__)
+        location, kind = presets.resolve(preset)
+        if kind == presets.HUGGING_FACE:
+            if str(preset).rstrip("/").endswith(("-it", "_it")):
+                kwargs.setdefault("template", "instruction")
+            if "tokenizer" not in kwargs:
+                kwargs["tokenizer"] = Tokenizer.from_preset(location)
+            return cls(**kwargs)
+        return super().from_preset(location, **kwargs)
+
     @property
     def end_id(self):
         """The id that ends a response in training."""
@@ -190,8 +208,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         known = ("encoder_text", "decoder_text")
         if not isinstance(x, dict):
             raise ValueError(
-                f"Text pairs must be a dict with keys {known}; got "
-                f"{type(x).__name__}."
+                f"Text pairs must be a dict with keys {known}; got {type(x).__name__}."
             )
         required = known[:1] if decoder_optional else known
         if set(x) - set(known) or set(required) - set(x):

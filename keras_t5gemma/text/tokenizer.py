@@ -8,7 +8,10 @@ import keras_hub
 import numpy as np
 import sentencepiece
 
+from keras_t5gemma.checkpoints import presets
+
 VOCABULARY_FILE = "vocabulary.spm"
+HUGGING_FACE_FILE = "tokenizer.model"
 _REQUIRED = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
 # Never parsed from a user's text, whatever kind of piece the vocabulary makes
 # of them.
@@ -185,6 +188,20 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         """Ids of the control tokens, in order."""
         return sorted(self.control_ids)
 
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """The tokenizer of a preset; see `Backbone.from_preset`."""
+        presets.check_keywords(kwargs, ("name",), cls.__name__)
+        location, kind = presets.resolve(preset)
+        if kind == presets.HUGGING_FACE:
+            path = os.path.join(location, HUGGING_FACE_FILE)
+            if not os.path.exists(path):
+                raise ValueError(
+                    f"{location} has no {HUGGING_FACE_FILE}, the SentencePiece model."
+                )
+            return cls(path, **kwargs)
+        return super().from_preset(location, **kwargs)
+
     def save_assets(self, dir_path):
         """Write the SentencePiece model into a folder."""
         with open(os.path.join(dir_path, VOCABULARY_FILE), "wb") as file:
@@ -214,7 +231,6 @@ def as_texts(values, name):
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
-                f"`{name}[{i}]` must be a string; got "
-                f"{type(text).__name__} {text!r}."
+                f"`{name}[{i}]` must be a string; got {type(text).__name__} {text!r}."
             )
     return texts
