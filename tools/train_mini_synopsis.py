@@ -9,7 +9,9 @@ slow machine ends with a finished, if less trained, model. Killed and started
 again with the same `--run`, it goes on where it was, at most one round back.
 
 A small model learns to copy last, so it first learns little else: from a text
-with spans masked out, it writes a stretch of the original, starting anywhere.
+with spans masked out, it writes a stretch of the original, starting anywhere. The
+texts are short at first, because attention that still spreads evenly over ten
+tokens already hears the right one.
 """
 
 import argparse
@@ -104,8 +106,10 @@ def batches(pairs, rng):
             yield groups[k]
 
 
-def denoising_pair(ids, starts_word, rng):
+def denoising_pair(ids, longest, starts_word, rng):
     """Mask spans of about 3 tokens, a fifth of the text; write some of it."""
+    first = rng.integers(max(1, len(ids) - longest + 1))
+    ids = ids[first : first + longest]
     keep = np.ones(len(ids), bool)
     for _ in range(max(1, len(ids) // 15)):
         start = rng.integers(len(ids))
@@ -146,9 +150,15 @@ def stream(pairs, texts, starts_word, rng, clock, warm_up):
 
     task, denoise = forever(pairs), forever([(t, None) for t in texts])
     while True:
-        share = 1.0 if clock.share() < warm_up else 0.08
-        if rng.random() < share:
-            chosen = [denoising_pair(texts[i], starts_word, rng) for i in next(denoise)]
+        progress = clock.share() / warm_up
+        if progress < 1 or rng.random() < 0.08:
+            longest = int(np.clip(256 * progress - 64, 12, 128))
+            repeat = 128 // longest if longest < 48 else 1
+            chosen = [
+                denoising_pair(texts[i], longest, starts_word, rng)
+                for i in next(denoise)
+                for _ in range(repeat)
+            ]
         else:
             chosen = [pairs[i] for i in next(task)]
         yield arrays(chosen)

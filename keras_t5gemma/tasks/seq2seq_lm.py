@@ -134,13 +134,16 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         config = super().get_compile_config()
         if config is not None:
             config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+            config["optimizer_built"] = self.optimizer.built
         return config
 
     def compile_from_config(self, config):
         config = dict(config)
         sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
+        optimizer_built = config.pop("optimizer_built")
         self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler)
-        self.optimizer.build(self.trainable_variables)
+        if optimizer_built:  # It has a state to load.
+            self.optimizer.build(self.trainable_variables)
 
     def fit(
         self,
