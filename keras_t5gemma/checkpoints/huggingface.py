@@ -6,7 +6,7 @@ from pathlib import Path
 from keras_t5gemma.checkpoints import safetensors_file, weight_maps
 from keras_t5gemma.checkpoints.deferred import build_and_fill
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.modeling.backbone import Backbone, track_parameters
 
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -98,7 +98,9 @@ def load_backbone(folder, load_weights=True, dtype=None, **kwargs):
             for ours, (theirs, rule) in rows.items()
         }
 
-    return build_and_fill(lambda: Backbone(config, dtype=dtype, **kwargs), read)
+    backbone = build_and_fill(lambda: Backbone(config, dtype=dtype, **kwargs), read)
+    track_parameters(backbone)
+    return backbone
 
 
 def _tensor_reader(entry, rule):

@@ -67,10 +67,7 @@ class Backbone(keras_hub.models.Backbone):
         self.config = config
         self.encoder = encoder
         self.decoder = decoder
-        if keras.config.backend() == "torch":
-            # KerasHub assigns attributes before the torch module exists, which
-            # hides the parameters from torch until they are tracked again.
-            self._track_variables()
+        track_parameters(self)
 
     def encode(self, token_ids, padding_mask, training=False):
         """Encoder states `(batch, length, width)` of int arrays `(batch, length)`."""
@@ -148,3 +145,16 @@ class Backbone(keras_hub.models.Backbone):
 
     def get_config(self):
         return {**super().get_config(), "config": self.config.to_dict()}
+
+
+def track_parameters(model):
+    """Let PyTorch see a KerasHub model's parameters.
+
+    KerasHub assigns attributes before the torch module exists, which hides the
+    parameters from `parameters()`, DDP and exporters until they are tracked again.
+    Variables that wait for their values are tracked when they have them.
+    """
+    if keras.config.backend() != "torch":
+        return
+    if all(variable._value is not None for variable in model.variables):
+        model._track_variables()

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.generation.loop import decode_batch
-from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.modeling.backbone import Backbone, track_parameters
 from keras_t5gemma.text.batches import (
     MappedBatches,
     TextBatches,
@@ -51,8 +51,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         super().__init__(
             inputs=backbone.input, outputs=backbone.logits(hidden), **kwargs
         )
-        if keras.config.backend() == "torch":
-            self._track_variables()
+        track_parameters(self)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -312,7 +311,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         else:
             first = inputs.get("encoder_text") if isinstance(inputs, dict) else inputs
             single = isinstance(first, str)
-            if not single and first is not None and not len(first):
+            if isinstance(first, list | tuple) and not first:
                 return []
             arrays = self.preprocessor.generate_preprocess(inputs, max_length)
         lengths = arrays["decoder_padding_mask"].sum(axis=1)
@@ -491,9 +490,8 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         """The set of trainable variables changed: build the functions anew."""
         self.generate_function = None
         self.train_function = self.test_function = self.predict_function = None
-        if keras.config.backend() == "torch":
-            self.backbone._track_variables()
-            self._track_variables()
+        track_parameters(self.backbone)
+        track_parameters(self)
 
     def _batches(
         self,

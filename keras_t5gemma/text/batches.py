@@ -50,6 +50,10 @@ def as_columns(x, y=None):
             return None
     else:
         return None
+    if set(columns) != set(TEXT_KEYS):
+        raise ValueError(
+            f"`x` must be text pairs with keys {TEXT_KEYS}; got {sorted(columns)}."
+        )
     if y is not None:
         raise ValueError("`y` must be None when `x` holds the targets too.")
     return columns
@@ -132,26 +136,50 @@ class MappedBatches(keras.utils.PyDataset):
         self.dataset.on_epoch_end()
 
 
-def stream(preprocess, batches, steps=None, name="x"):
-    """A generator of arrays from an iterable of text batches.
+class StreamBatches(keras.utils.PyDataset):
+    """An iterable of text batches that can be started again, once an epoch.
 
-    Generators, `tf.data`, Grain and PyTorch DataLoaders are all iterables. One
-    that can be iterated again is started again at its end, for the next epoch.
+    Batches are asked for in order; the first one starts the iterable anew, so that
+    Keras's looking ahead at the end of an epoch costs the next one nothing.
+    """
+
+    def __init__(self, preprocess, batches, length):
+        super().__init__(workers=0)
+        self.preprocess = preprocess
+        self.batches = batches
+        self.length = length
+
+    @property
+    def num_batches(self):
+        """Batches an epoch."""
+        return self.length
+
+    def __getitem__(self, index):
+        if index == 0:
+            self.iterator = iter(self.batches)
+        return map_batch(self.preprocess, next(self.iterator))
+
+
+def stream(preprocess, batches, steps=None, name="x"):
+    """Arrays from an iterable of text batches.
+
+    Generators, `tf.data`, Grain and PyTorch DataLoaders are all iterables.
 
     Args:
         preprocess: as in `TextBatches`.
         batches: the iterable; each item a dict of text columns, or a
             `(sources, targets)` pair of lists.
-        steps: batches an epoch; `None` asks the iterable, by its length or by
-            going through it once.
+        steps: batches an epoch, for what is endless; `None` takes as an epoch all
+            that the iterable gives, which is gone through once to count when it
+            does not know its length.
         name: the argument's name, for messages.
 
     Returns:
-        `(generator, steps)`.
+        `(data for keras.Model.fit, steps)`.
 
     Raises:
-        ValueError: for what cannot be iterated, is empty, or is infinite
-            without `steps`.
+        ValueError: for what cannot be iterated, is empty, or is endless without
+            `steps`.
     """
     try:
         again = iter(batches) is not batches
@@ -160,8 +188,8 @@ def stream(preprocess, batches, steps=None, name="x"):
             f"`{name}` must be text pairs (lists, a dict of lists) or an iterable "
             f"of batches of them; got {type(batches).__name__}."
         ) from None
-    if steps is None and again:
-        steps = _length(batches, name)
+    if again and steps is None:
+        return StreamBatches(preprocess, batches, _length(batches, name)), None
 
     def generate():
         for _ in itertools.count() if again else range(1):

@@ -9,6 +9,7 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.text.tokenizer import Tokenizer, as_texts
 
 INSTRUCTION_TEMPLATE = (
@@ -43,6 +44,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         ValueError: for a length below 1, or a template without `{text}`.
     """
 
+    backbone_cls = Backbone
     tokenizer_cls = Tokenizer
 
     def __init__(
@@ -55,6 +57,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.built = True
         for name, value, least in (
             ("encoder_sequence_length", encoder_sequence_length, 1),
             ("decoder_sequence_length", decoder_sequence_length, 2),

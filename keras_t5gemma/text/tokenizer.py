@@ -9,6 +9,7 @@ import numpy as np
 import sentencepiece
 
 from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.modeling.backbone import Backbone
 
 VOCABULARY_FILE = "vocabulary.spm"
 HUGGING_FACE_FILE = "tokenizer.model"
@@ -37,8 +38,11 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
             special tokens (pad 0, eos 1, bos 2, unk 3, the two turn tokens).
     """
 
+    backbone_cls = Backbone
+
     def __init__(self, proto=None, **kwargs):
         super().__init__(**kwargs)
+        self.built = True
         self.file_assets = [VOCABULARY_FILE]
         self.proto = None
         self._processor = None

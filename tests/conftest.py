@@ -1,0 +1,136 @@
+"""Tiny models and a tiny vocabulary, through the real code paths."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import io
+
+import keras
+import numpy as np
+import pytest
+import sentencepiece
+
+import keras_t5gemma as kt
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A small tool that shows the free space of a disk.",
+    "Library to read and write tables of numbers.",
+    "Games for two players, with a board and ten stones.",
+    "Fonts of the old kind, in three weights.",
+    "Documentation of the server, in plain text.",
+]
+CONTROLS = [
+    "<mask>",
+    "<2mass>",
+    "[@BOS@]",
+    *(f"<unused{i}>" for i in range(99)),
+    "<start_of_turn>",
+    "<end_of_turn>",
+]
+
+
+def make_proto(kind="control_symbols", vocab_size=480):
+    """A SentencePiece model with Gemma's ids, trained on the sentences above."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 4),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **{kind: CONTROLS},
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def proto():
+    return make_proto()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(proto):
+    return kt.Tokenizer(proto)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    keras.utils.set_random_seed(0)
+
+
+def tiny_config(vocabulary_size=480, **kwargs):
+    """Unequal towers, grouped heads, a window that short texts outgrow."""
+    return kt.T5GemmaConfig(
+        kt.StackConfig(3, 32, 64, 4, 2, 8, sliding_window=8),
+        kt.StackConfig(2, 24, 48, 4, 1, 8, sliding_window=8),
+        vocabulary_size=vocabulary_size,
+        **kwargs,
+    )
+
+
+def enlarge(model, factor=12.0):
+    """Make weights large enough that attention differs and soft caps bite."""
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        if variable.path.endswith("scale"):
+            variable.assign(rng.normal(0, 0.3, variable.shape))
+        else:
+            variable.assign(keras.ops.multiply(variable, factor))
+    return model
+
+
+def tiny_model(tokenizer, dtype="float32", **kwargs):
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16, **kwargs)
+    model = kt.Seq2SeqLM(kt.Backbone(tiny_config(), dtype=dtype), preprocessor)
+    enlarge(model.backbone)
+    return model
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def shared_model(tokenizer):
+    """One model for the tests of a file that only read it."""
+    keras.utils.set_random_seed(0)
+    return tiny_model(tokenizer)
+
+
+def random_inputs(batch=2, source=20, target=14, vocabulary=480, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "encoder_token_ids": rng.integers(4, vocabulary, (batch, source), "int32"),
+        "encoder_padding_mask": np.ones((batch, source), "int32"),
+        "decoder_token_ids": rng.integers(4, vocabulary, (batch, target), "int32"),
+        "decoder_padding_mask": np.ones((batch, target), "int32"),
+    }
+
+
+def numpy(x):
+    """Any backend's tensor as float32 or int numpy."""
+    if "float" in keras.backend.standardize_dtype(x.dtype):
+        x = keras.ops.cast(x, "float32")
+    return keras.ops.convert_to_numpy(x)
+
+
+def max_difference(a, b):
+    return float(np.abs(np.asarray(numpy(a)) - np.asarray(numpy(b))).max())

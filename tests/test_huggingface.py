@@ -1,0 +1,290 @@
+"""Parity with transformers, and what the reader refuses."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from conftest import max_difference, numpy, random_inputs
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+import keras_t5gemma as kt
+from keras_t5gemma.checkpoints import huggingface, safetensors_file
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+WINDOW = 8
+
+
+def make_folder(folder, seed=0, dtype=torch.float32, **save):
+    """A random model with unequal towers, weights large enough for soft caps."""
+    torch.manual_seed(seed)
+    common = {"vocab_size": 200, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
+    config = transformers.T5GemmaConfig(
+        encoder={
+            **common,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        },
+        decoder={
+            **common,
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+        },
+        vocab_size=200,
+    )
+    model = transformers.T5GemmaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = 0.3 if name.endswith("norm.weight") else 0.5
+            parameter.normal_(0, std)
+    model.to(dtype).save_pretrained(folder, **save)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return load_reference(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return huggingface.load_backbone(folder)
+
+
+def load_reference(folder):
+    """Their model with the official encoder window, one less than theirs."""
+    model = transformers.T5GemmaForConditionalGeneration.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
+    model.config.encoder.sliding_window = WINDOW - 1
+    return model
+
+
+def run_reference(model, x):
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(x["encoder_token_ids"]).long(),
+            attention_mask=torch.tensor(x["encoder_padding_mask"]),
+            decoder_input_ids=torch.tensor(x["decoder_token_ids"]).long(),
+            decoder_attention_mask=torch.tensor(x["decoder_padding_mask"]),
+        )
+    return out.encoder_last_hidden_state.float().numpy(), out.logits.float().numpy()
+
+
+def run_ours(backbone, x):
+    out = backbone(x)
+    logits = backbone.logits(out["decoder_sequence_output"])
+    return numpy(out["encoder_sequence_output"]), numpy(logits)
+
+
+@pytest.mark.parametrize(("source", "target"), [(6, 6), (20, 14), (40, 33)])
+def test_states_and_logits_equal_transformers(ours, reference, source, target):
+    x = random_inputs(3, source, target, vocabulary=200)
+    x["encoder_padding_mask"][1, source // 2 :] = 0
+    x["decoder_padding_mask"][1, target // 2 :] = 0
+    states, logits = run_ours(ours, x)
+    their_states, their_logits = run_reference(reference, x)
+    seen = x["encoder_padding_mask"].astype(bool)
+    assert np.abs(states[seen] - their_states[seen]).max() <= 1e-4
+    seen = x["decoder_padding_mask"].astype(bool)
+    assert np.abs(logits[seen] - their_logits[seen]).max() <= 1e-4
+    # The test is worth something only while the caps bite.
+    assert np.abs(their_logits).max() > 10
+
+
+def test_windows_matter(ours, folder):
+    """Without the adjusted window their encoder differs: ours is the official."""
+    theirs = transformers.T5GemmaForConditionalGeneration.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
+    x = random_inputs(1, 40, 6, vocabulary=200)
+    states, _ = run_ours(ours, x)
+    assert np.abs(states - run_reference(theirs, x)[0]).max() > 1e-2
+
+
+def test_greedy_equals_transformers_token_for_token(ours, reference):
+    x = random_inputs(3, 20, 1, vocabulary=200, seed=3)
+    x["encoder_padding_mask"][1, 9:] = 0
+    with torch.no_grad():
+        theirs = reference.generate(
+            input_ids=torch.tensor(x["encoder_token_ids"]).long(),
+            attention_mask=torch.tensor(x["encoder_padding_mask"]),
+            max_new_tokens=19,
+            do_sample=False,
+            decoder_start_token_id=2,
+        ).numpy()
+    model = kt.Seq2SeqLM(ours)
+    out = model.generate(
+        {k: v for k, v in x.items() if k.startswith("encoder")},
+        max_length=20,
+        stop_token_ids=(1,),
+    )
+    mask = out["decoder_padding_mask"]
+    theirs = np.pad(theirs, ((0, 0), (0, 20 - theirs.shape[1])))
+    assert (theirs * mask == out["decoder_token_ids"]).all()
+    assert (mask.sum(axis=1) > 5).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_reads_every_float_type_sharded_or_not(tmp_path, dtype):
+    whole = make_folder(tmp_path / "a", dtype=getattr(torch, dtype))
+    sharded = make_folder(
+        tmp_path / "b", dtype=getattr(torch, dtype), max_shard_size="50KB"
+    )
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    a, b = (huggingface.load_backbone(f) for f in (whole, sharded))
+    for x, y in zip(a.weights, b.weights, strict=True):
+        assert max_difference(x, y) == 0
+    kernel = safetensors_torch.load_file(whole / "model.safetensors")
+    kernel = kernel["model.decoder.layers.1.cross_attn.k_proj.weight"].float().numpy()
+    ours = a.decoder.blocks[1].cross_attention.key.kernel
+    assert (numpy(ours) == kernel.T).all()
+    half = huggingface.load_backbone(whole, dtype="bfloat16")
+    assert all(v.dtype == "bfloat16" for v in half.weights)
+
+
+def test_nothing_is_initialised_at_random(folder, monkeypatch):
+    def refuse(self, shape, dtype=None):
+        # Shape inference asks for placeholders, which cost nothing.
+        assert in_symbolic_scope(), "a weight was drawn at random"
+        return keras.ops.zeros(shape, dtype)
+
+    monkeypatch.setattr(keras.initializers.RandomNormal, "__call__", refuse)
+    backbone = huggingface.load_backbone(folder)
+    if keras.config.backend() == "torch":
+        parameters = list(kt.Seq2SeqLM(backbone).parameters())
+        assert {p.device.type for p in parameters} == {"cpu"}
+        assert sum(p.numel() for p in parameters) == backbone.count_params()
+    with pytest.raises(AssertionError, match="at random"):
+        kt.Backbone(backbone.config)
+
+
+def test_reads_the_configs_of_older_transformers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    expected = huggingface.read_config(config)
+    for stack in (config["encoder"], config["decoder"]):  # As 4.53 wrote them.
+        stack["rope_theta"] = stack.pop("rope_parameters")["rope_theta"]
+        del stack["layer_types"]
+    assert huggingface.read_config(config) == expected
+
+
+def test_from_preset_reads_the_folder_with_its_tokenizer(folder, proto, tmp_path):
+    path = tmp_path / "model-it"
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    (path / "tokenizer.model").write_bytes(proto)
+    with pytest.raises(ValueError, match="480 ids, the model only 200"):
+        kt.Seq2SeqLM.from_preset(path)
+    preprocessor = kt.Seq2SeqLMPreprocessor.from_preset(path)
+    assert preprocessor.template == "instruction"
+    model = kt.Seq2SeqLM.from_preset(path, preprocessor=None, dtype="bfloat16")
+    assert model.backbone.variable_dtype == "bfloat16"
+
+
+def break_copy(folder, tmp_path, change=None, edit_config=None):
+    """A copy of the folder with its tensors or its config changed."""
+    path = tmp_path / "broken"
+    path.mkdir()
+    tensors = safetensors_torch.load_file(folder / "model.safetensors")
+    if change:
+        change(tensors)
+    safetensors_torch.save_file(tensors, path / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    if edit_config:
+        edit_config(config)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(folder, tmp_path):
+    def change(tensors):
+        del tensors["model.encoder.norm.weight"]
+        tensors["model.vision.weight"] = torch.zeros(2)
+        tensors["model.decoder.norm.weight"] = torch.zeros(23)
+
+    path = break_copy(folder, tmp_path, change)
+    with pytest.raises(ValueError) as error:
+        kt.Backbone.from_preset(path)
+    message = str(error.value)
+    assert "missing tensors ['model.encoder.norm.weight']" in message
+    assert "unexpected tensors ['model.vision.weight']" in message
+    assert "'model.decoder.norm.weight' has shape (23,), the config needs (24,)" in (
+        message
+    )
+    # And nothing is left pending for the next model that is built.
+    kt.Backbone.from_preset(folder)
+
+
+def test_wrong_vocabulary_size_is_named(folder, tmp_path):
+    def edit(config):
+        config["decoder"]["vocab_size"] = 300
+
+    with pytest.raises(ValueError, match=r"embed_tokens.*\(200, 32\).*\(300, 32\)"):
+        kt.Backbone.from_preset(break_copy(folder, tmp_path, edit_config=edit))
+
+
+def test_truncated_file_is_named(folder, tmp_path):
+    path = break_copy(folder, tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is truncated: tensor"):
+        kt.Backbone.from_preset(path)
+    file.write_bytes(b"abc")
+    with pytest.raises(ValueError, match="truncated or no safetensors"):
+        kt.Backbone.from_preset(path)
+    file.unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        kt.Backbone.from_preset(path)
+
+
+def test_missing_shard_is_named(tmp_path):
+    folder = make_folder(tmp_path / "s", max_shard_size="50KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"shard {shard.name}, which is missing"):
+        safetensors_file.read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(model_type="t5"), "not a checkpoint of T5Gemma.*'t5'"),
+        (lambda c: c["encoder"].pop("hidden_size"), "lacks the field 'hidden_size'"),
+        (lambda c: c["decoder"].update(attention_bias=True), "attention_bias True"),
+    ],
+)
+def test_other_models_are_refused(folder, tmp_path, edit, message):
+    with pytest.raises(ValueError, match=message):
+        kt.Backbone.from_preset(break_copy(folder, tmp_path, edit_config=edit))
+
+
+def test_kerashub_agrees_inside_the_window(tmp_path):
+    """The same folder through KerasHub's converter; past the window it is wrong."""
+    keras_hub = pytest.importorskip("keras_hub")
+    pytest.importorskip("tensorflow")  # KerasHub's loader of safetensors asks for it.
+    folder = make_folder(tmp_path / "hub")
+    theirs = keras_hub.models.T5GemmaBackbone.from_preset(str(folder))
+    ours = kt.Backbone.from_preset(folder)
+    x = random_inputs(2, WINDOW, WINDOW, vocabulary=200)
+    x["encoder_padding_mask"][1, 5:] = 0
+    hidden = theirs(x)["decoder_sequence_output"]
+    logits = theirs.decoder_token_embedding(hidden, reverse=True)
+    logits = keras.ops.tanh(logits / 30.0) * 30.0
+    assert max_difference(run_ours(ours, x)[1], logits) <= 1e-4
