@@ -1,0 +1,64 @@
+"""The tests as CI runs them: `nox` alone runs everything, `nox -l` lists."""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "tests", "without_tensorflow"]
+
+BACKENDS = ("jax", "tensorflow", "torch")
+# The versions that are tested together. torch first and by number: the next one
+# that pip finds brings gigabytes of GPU libraries.
+PINNED = {
+    "torch": "torch==2.13.0",
+    "jax": "jax==0.10.2",
+    "tensorflow": "tensorflow==2.21.0",
+}
+# Without dependencies: its metadata asks for TensorFlow whatever the backend.
+KERAS_HUB = ("--no-deps", "keras-hub==0.32.0")
+
+
+@nox.session
+def lint(session):
+    """Ruff, rules and format."""
+    session.install("ruff==0.17.5")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def tests(session):
+    """The suite on all three backends, in one environment with the references."""
+    session.install(PINNED["torch"])
+    session.install(PINNED["jax"], PINNED["tensorflow"])
+    session.install(*KERAS_HUB)
+    session.install("-e", ".[test]", "keras==3.15.1")
+    for backend in BACKENDS:
+        session.log(f"backend: {backend}")
+        env = {"KERAS_BACKEND": backend}
+        session.run("pytest", *session.posargs, env=env)
+
+
+@nox.session
+@nox.parametrize("backend", ["jax", "torch"])
+def without_tensorflow(session, backend):
+    """Text in, text out, with one backend and nothing of TensorFlow installed."""
+    session.install(PINNED[backend])
+    session.install(*KERAS_HUB)
+    session.install(".", "keras==3.15.1", "pytest>=8")
+    session.run(
+        "python",
+        "-c",
+        "import importlib.util as u; assert not u.find_spec('tensorflow')",
+    )
+    session.run(
+        "pytest",
+        "tests/test_tokenizer.py",
+        "tests/test_preprocessor.py",
+        "tests/test_generate.py",
+        "tests/test_fit.py",
+        "tests/test_presets.py",
+        "tests/test_cli.py",
+        *session.posargs,
+        env={"KERAS_BACKEND": backend},
+    )
