@@ -42,6 +42,48 @@ ENCODER_LENGTH, DECODER_LENGTH = 160, 44
 TOKENS_A_BATCH = 2560
 STEPS_A_ROUND = 50
 
+CARD = """# t5gemma_mini_synopsis
+
+A small T5Gemma that shortens a Debian package description to one line.
+
+{parameters} parameters: an encoder of 4 layers and a decoder of 2, width 256, an own
+vocabulary of 8,192 pieces with Gemma's special ids; weights in bfloat16. It was
+trained from nothing, not adapted from Gemma, and holds no Gemma weights.
+
+## Data
+
+Debian 12 (bookworm): 38,471 package descriptions and their synopses, and 75,421
+paragraphs of descriptions for the denoising warm-up, all of source packages outside
+the validation and test splits (split by sha256 of the source package's name, first
+8 hex digits mod 1000: below 50 test, below 80 validation). The tokenizer also saw
+60,000 lines of freely licensed documentation. The texts belong to their packages
+and are not part of this project.
+
+## Rebuild
+
+`python tools/train_mini_synopsis.py --data DATA --minutes 52`, where DATA holds
+`synopsis/{{train,valid,test}}.jsonl.gz` and `text/{{descriptions,docs}}.txt.gz`. This
+one took {steps} steps in {minutes} minutes on 2 CPU cores that also did other work.
+
+## Scores
+
+Synopsis test, greedy, ROUGE F1 x 100 with stemmer (rouge-score), chrF and BLEU
+(sacrebleu):
+
+| measure | score |
+|---|---|
+{rows}
+
+The first ten words of the description score ROUGE-L 28.2 and BLEU 7.5; a
+hand-written rule that strips "X is a" scores ROUGE-L 32.1 and BLEU 9.7.
+
+## Limits
+
+One task, one kind of English text, 160 tokens of input; it invents names and
+misspells rare ones. It is here to show the package with real weights, not to be
+relied on.
+"""
+
 
 def read_rows(path):
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -178,7 +220,7 @@ def stream(pairs, texts, starts_word, rng, clock, warm_up):
     task, denoise = forever(pairs), forever([(t, None) for t in texts])
     while True:
         progress = clock.share() / warm_up
-        if progress < 1 or rng.random() < 0.08:
+        if progress < 1 or rng.random() < 0.2:
             longest = int(np.clip(200 * progress - 30, 16, 128))
             repeat = 64 // longest if longest < 48 else 1
             chosen = [
@@ -306,11 +348,34 @@ def main():
         ],
         verbose=1 if os.isatty(1) else 2,
     )
-    model.save_to_preset(str(args.output))
-    scores, answers = evaluate(model, read_rows(args.data / "synopsis/test.jsonl.gz"))
-    print(json.dumps(scores, indent=1))
-    (args.output / "scores.json").write_text(json.dumps(scores, indent=1))
+    export(model, args.output)
+    shipped = kt.Seq2SeqLM.from_preset(args.output)
+    scores, answers = evaluate(shipped, read_rows(args.data / "synopsis/test.jsonl.gz"))
     (args.run / "answers.txt").write_text("\n".join(answers))
+    scores = {name: round(value, 1) for name, value in scores.items()}
+    print(json.dumps(scores))
+    write_card(args.output, scores, clock.used / 60, int(model.optimizer.iterations))
+
+
+def export(model, folder):
+    """Save the model in bfloat16, half the size of what was trained."""
+    half = kt.Backbone(model.backbone.config, dtype="bfloat16")
+    for ours, trained in zip(half.weights, model.backbone.weights, strict=True):
+        ours.assign(keras.ops.cast(trained, "bfloat16"))
+    kt.Seq2SeqLM(half, model.preprocessor).save_to_preset(str(folder))
+
+
+def write_card(folder, scores, minutes, steps):
+    """The model card, with what was measured."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in scores.items())
+    (folder / "README.md").write_text(
+        CARD.format(
+            parameters=f"{CONFIG.count_params():,}",
+            rows=rows,
+            minutes=round(minutes),
+            steps=steps,
+        )
+    )
 
 
 if __name__ == "__main__":

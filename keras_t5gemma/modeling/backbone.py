@@ -117,6 +117,12 @@ class Backbone(keras_hub.models.Backbone):
         """The encoder's embedding layer."""
         return self.encoder.token_embedding
 
+    def quantize(self, mode=None, filters=None, **kwargs):
+        """Quantise projections and embeddings; see `keras.Model.quantize`."""
+        if filters is None:
+            filters = _is_projection_or_embedding
+        super().quantize(mode, filters=filters, **kwargs)
+
     def default_lora_layer_names(self):
         """Query and value projections, of self- and cross-attention."""
         return ["query", "value"]
@@ -145,6 +151,10 @@ class Backbone(keras_hub.models.Backbone):
 
     def get_config(self):
         return {**super().get_config(), "config": self.config.to_dict()}
+
+
+def _is_projection_or_embedding(layer):
+    return isinstance(layer, keras.layers.Dense | keras.layers.Embedding)
 
 
 def track_parameters(model):

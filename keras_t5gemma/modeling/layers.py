@@ -38,6 +38,22 @@ class RMSNorm(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
+class TokenEmbedding(keras.layers.ReversibleEmbedding):
+    """Keras's embedding and logit table; int8 quantises its weights alone.
+
+    With Keras's quantised activations the gradient through the int8 logits points
+    nowhere (its cosine to float32's is about 0), and LoRA learns nothing.
+    """
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        super().quantize(mode, type_check=False, config=config)
+
+    def _int8_build(self, embeddings_shape, config=None):
+        super()._int8_build(embeddings_shape, config)
+        self.inputs_quantizer = None
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
 class GatedMLP(keras.layers.Layer):
     """GeGLU feed-forward: `down(gelu(gate(x)) * up(x))`, no biases.
 

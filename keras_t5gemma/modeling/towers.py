@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
-from keras_t5gemma.modeling.layers import RMSNorm
+from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding
 from keras_t5gemma.modeling.masks import causal_mask, padding_mask, two_sided_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
 
@@ -17,7 +17,7 @@ class _Tower(keras.layers.Layer):
         self.config = config
         # The soft cap and the reverse call serve the decoder; an encoder's
         # table is the same layer, never called in reverse.
-        self.token_embedding = keras.layers.ReversibleEmbedding(
+        self.token_embedding = TokenEmbedding(
             config.vocabulary_size,
             stack.hidden_dim,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),

@@ -486,6 +486,11 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         self.backbone.load_lora_weights(filepath)
         self._forget_compiled()
 
+    def quantize(self, mode=None, **kwargs):
+        """Quantise the backbone; see `Backbone.quantize`."""
+        self.backbone.quantize(mode, **kwargs)
+        self._forget_compiled()
+
     def _forget_compiled(self):
         """The set of trainable variables changed: build the functions anew."""
         self.generate_function = None
