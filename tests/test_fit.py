@@ -97,7 +97,7 @@ def test_fit_shuffles(fresh):
     second = order(shuffled)
     assert first != second and first != order(fixed)
     assert sorted(first) == sorted(second) == sorted(order(fixed))
-    assert fresh._batches(PAIRS, shuffle=True)["x"].shuffle
+    assert fresh._data(PAIRS, shuffle=True)["x"].shuffle
 
 
 def test_same_seed_same_training(tokenizer):

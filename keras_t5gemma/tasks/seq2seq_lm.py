@@ -5,25 +5,15 @@ import contextlib
 import keras
 import keras_hub
 import numpy as np
-from keras import ops
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.generation.loop import decode_batch
+from keras_t5gemma.generation.prompts import answer_mask, decode_all, id_prompts
+from keras_t5gemma.generation.scoring import make_scorer
 from keras_t5gemma.modeling.backbone import Backbone, track_parameters
-from keras_t5gemma.text.batches import (
-    MappedBatches,
-    TextBatches,
-    as_columns,
-    stream,
-)
-from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor, pad
-
-INPUTS = (
-    "encoder_token_ids",
-    "encoder_padding_mask",
-    "decoder_token_ids",
-    "decoder_padding_mask",
-)
+from keras_t5gemma.text.batches import fit_arguments
+from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.training.optimizers import check_optimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -77,9 +67,8 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         if kind == presets.KERAS:
             return super().from_preset(location, load_weights, **kwargs)
         if "preprocessor" not in kwargs:
-            kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(
-                location if "://" in str(preset) else preset
-            )
+            # By the name that was given: `-it` at its end chooses the template.
+            kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(preset)
         backbone = Backbone.from_preset(
             location, load_weights, dtype=kwargs.pop("dtype", None)
         )
@@ -193,7 +182,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
                 "A float16 model cannot be trained: its gradients overflow. Load "
                 "it with dtype='mixed_float16', 'bfloat16' or 'float32'."
             )
-        data = self._batches(
+        data = self._data(
             x,
             y,
             sample_weight,
@@ -207,7 +196,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
             size = validation_batch_size or batch_size
-            valid = self._batches(
+            valid = self._data(
                 *validation_data,
                 batch_size=size,
                 steps=validation_steps,
@@ -226,7 +215,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         self, x=None, y=None, batch_size=None, sample_weight=None, steps=None, **kwargs
     ):
         """Loss and metrics on pairs; the data arguments of `fit`."""
-        data = self._batches(x, y, sample_weight, batch_size, steps=steps)
+        data = self._data(x, y, sample_weight, batch_size, steps=steps)
         del data["shuffle"]
         data["steps"] = data.pop("steps_per_epoch")
         with self._report_truncation():
@@ -234,7 +223,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
 
     def predict(self, x, y=None, batch_size=None, steps=None, **kwargs):
         """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
-        data = self._batches(x, y, None, batch_size, steps=steps)
+        data = self._data(x, y, None, batch_size, steps=steps)
         with self._report_truncation():
             return keras.Model.predict(
                 self,
@@ -302,7 +291,8 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         is_arrays = isinstance(inputs, dict) and "encoder_token_ids" in inputs
         single = False
         if is_arrays:
-            arrays = self._id_prompts(inputs, max_length)
+            size = self.backbone.config.vocabulary_size
+            arrays = id_prompts(inputs, max_length, size)
         elif self.preprocessor is None:
             raise ValueError(
                 "Without a preprocessor, `inputs` must be a dict of int arrays "
@@ -315,7 +305,8 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
                 return []
             arrays = self.preprocessor.generate_preprocess(inputs, max_length)
         lengths = arrays["decoder_padding_mask"].sum(axis=1)
-        ids = self._generate_ids(arrays, lengths, stop_token_ids, batch_size)
+        function = self.make_generate_function()
+        ids = decode_all(function, arrays, stop_token_ids, batch_size)
         mask = answer_mask(ids, lengths, stop_token_ids)
         if is_arrays:
             return {
@@ -334,75 +325,6 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         return decode_batch(
             self.backbone, self.sampler, inputs, stop_token_ids, model=self
         )
-
-    def _generate_ids(self, arrays, lengths, stop_ids, batch_size):
-        """int32 `(rows, max length)`, row by row what decoding it alone gives.
-
-        Rows with prompts of one length go together: a sampler holds a single
-        position for the whole batch, and beams of a row that is still being
-        forced through its prompt would be no beams.
-        """
-        ids = np.array(arrays["decoder_token_ids"])
-        function = self.make_generate_function()
-        for length in np.unique(lengths):
-            rows = np.flatnonzero(lengths == length)
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                decoder_ids = arrays["decoder_token_ids"][batch]
-                out = function(
-                    {
-                        "encoder_token_ids": arrays["encoder_token_ids"][batch],
-                        "encoder_padding_mask": arrays["encoder_padding_mask"][batch],
-                        "prefix_token_ids": decoder_ids[:, : length - 1],
-                        "decoder_token_ids": decoder_ids,
-                    },
-                    stop_token_ids=stop_ids,
-                )
-                ids[batch] = ops.convert_to_numpy(out)
-        return ids
-
-    def _id_prompts(self, inputs, max_length):
-        """The arrays of `generate_preprocess`, from a user's own arrays."""
-        unknown = set(inputs) - set(INPUTS)
-        if unknown:
-            raise ValueError(
-                f"`inputs` has unknown keys {sorted(unknown)}; known: {INPUTS}."
-            )
-        arrays = {k: ops.convert_to_numpy(v) for k, v in inputs.items()}
-        source = arrays["encoder_token_ids"]
-        if source.ndim != 2 or not source.shape[1]:
-            raise ValueError(
-                "`encoder_token_ids` must be (batch, length) with length >= 1; got "
-                f"shape {source.shape}."
-            )
-        arrays.setdefault("encoder_padding_mask", source != 0)
-        start = np.full((len(source), 1), 2)
-        prompt = arrays.get("decoder_token_ids", start)
-        mask = arrays.get("decoder_padding_mask", prompt != 0).astype(bool)
-        for name, array in (
-            ("encoder_token_ids", source),
-            ("decoder_token_ids", prompt),
-        ):
-            check_range(array, name, self.backbone.config.vocabulary_size)
-        lengths = mask.sum(axis=1)
-        if len(prompt) != len(source) or lengths.min(initial=1) < 1:
-            raise ValueError(
-                "`decoder_token_ids` must hold at least the start token of each of "
-                f"the {len(source)} sources; got shape {prompt.shape}."
-            )
-        if lengths.max(initial=1) > max_length:
-            raise ValueError(
-                f"`decoder_token_ids` holds a prompt of {lengths.max()} tokens, more "
-                f"than the `max_length` of {max_length}."
-            )
-        rows = [row[keep].tolist() for row, keep in zip(prompt, mask, strict=True)]
-        ids, mask = pad(rows, max_length)
-        return {
-            "encoder_token_ids": source.astype("int32"),
-            "encoder_padding_mask": arrays["encoder_padding_mask"].astype("int32"),
-            "decoder_token_ids": ids,
-            "decoder_padding_mask": mask,
-        }
 
     def score(self, source, target, batch_size=32):
         """How likely each target is, given its source.
@@ -428,7 +350,10 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         if not single and not len(source):
             return {"log_prob": [], "token_log_probs": [], "token_ids": []}
         x, labels, weights = self.preprocessor(pairs)
-        scores = self._scorer().predict(
+        if self.__dict__.get("_scorer") is None:
+            # Not a part of this model: it owns no weights and is not saved.
+            object.__setattr__(self, "_scorer", make_scorer(self))
+        scores = self._scorer.predict(
             {**x, "labels": labels}, batch_size=batch_size, verbose=0
         )
         keep = weights > 0
@@ -438,18 +363,6 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
             "token_ids": [i[k] for i, k in zip(labels, keep, strict=True)],
         }
         return {k: v[0] for k, v in result.items()} if single else result
-
-    def _scorer(self):
-        """A model from inputs and labels to log-probabilities `(B, T)`."""
-        if self.__dict__.get("_score_model") is None:
-            labels = keras.Input((None,), dtype="int32", name="labels")
-            logits = ops.cast(self.output, "float32")
-            chosen = ops.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-            log_probs = chosen - ops.logsumexp(logits, axis=-1)
-            model = keras.Model({**self.input, "labels": labels}, log_probs)
-            # Not a part of this model: it owns no weights and is not saved.
-            object.__setattr__(self, "_score_model", model)
-        return self._score_model
 
     def enable_lora(self, rank, target_layer_names=None):
         """Freeze the model and train low-rank adapters (arXiv 2106.09685).
@@ -498,63 +411,11 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         track_parameters(self.backbone)
         track_parameters(self)
 
-    def _batches(
-        self,
-        x,
-        y=None,
-        sample_weight=None,
-        batch_size=None,
-        shuffle=False,
-        steps=None,
-        name="x",
-        validation_split=0.0,
-    ):
-        """Keyword arguments of `keras.Model.fit` for the data of a user."""
-        common = {"shuffle": shuffle, "steps_per_epoch": steps}
-        columns = None if self.preprocessor is None else as_columns(x, y)
-        if columns is not None:
-
-            def batches(rows, shuffle):
-                return TextBatches(
-                    self._preprocess,
-                    {key: column[rows] for key, column in columns.items()},
-                    None if sample_weight is None else sample_weight[rows],
-                    batch_size or 32,
-                    shuffle,
-                )
-
-            cut = len(columns["encoder_text"])
-            if not 0 <= validation_split < 1:
-                raise ValueError(
-                    f"`validation_split` must be in [0, 1); got {validation_split!r}."
-                )
-            cut -= int(cut * validation_split)
-            data = {**common, "x": batches(slice(cut), shuffle), "shuffle": False}
-            if validation_split:
-                data["held_out"] = {"x": batches(slice(cut, None), False)}
-            return data
-        if isinstance(x, dict):
-            check_ids(x, y, self.backbone.config.vocabulary_size)
-            if validation_split:
-                common["validation_split"] = validation_split
-            return {
-                **common,
-                "x": {key: x[key] for key in INPUTS},
-                "y": y,
-                "sample_weight": sample_weight,
-                "batch_size": batch_size,
-            }
-        if validation_split:
-            raise ValueError(
-                "`validation_split` works on in-memory data; pass "
-                "`validation_data` beside batches."
-            )
-        if self.preprocessor is None:
-            return {**common, "x": x}
-        if isinstance(x, keras.utils.PyDataset):
-            return {**common, "x": MappedBatches(self._preprocess, x)}
-        x, steps = stream(self._preprocess, x, steps, name)
-        return {"x": x, "shuffle": False, "steps_per_epoch": steps}
+    def _data(self, *args, **kwargs):
+        """`fit_arguments` of a user's data for this model."""
+        preprocess = None if self.preprocessor is None else self._preprocess
+        size = self.backbone.config.vocabulary_size
+        return fit_arguments(preprocess, size, *args, **kwargs)
 
     def _preprocess(self, columns, sample_weight=None):
         return self.preprocessor(columns, sample_weight=sample_weight)
@@ -565,28 +426,6 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         return self.preprocessor.report_truncation()
 
 
-def check_ids(x, y, vocabulary_size):
-    """Raise `ValueError` unless `x` holds the four inputs, all ids in range."""
-    if set(x) != set(INPUTS):
-        raise ValueError(
-            f"Arrays must come as a dict with keys {INPUTS}; got {sorted(x)}."
-        )
-    for name in ("encoder_token_ids", "decoder_token_ids"):
-        check_range(x[name], name, vocabulary_size)
-    if y is not None:
-        check_range(y, "y", vocabulary_size)
-
-
-def check_range(ids, name, vocabulary_size):
-    """Raise `ValueError` for an id outside the vocabulary."""
-    ids = ops.convert_to_numpy(ids)
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary_size):
-        raise ValueError(
-            f"`{name}` must be in [0, {vocabulary_size}); got ids from "
-            f"{ids.min()} to {ids.max()}."
-        )
-
-
 def check_vocabulary(tokenizer, config):
     """Raise `ValueError` when the tokenizer has ids the model has no row for."""
     size = tokenizer.vocabulary_size()
@@ -595,33 +434,3 @@ def check_vocabulary(tokenizer, config):
             f"The tokenizer has {size} ids, the model only "
             f"{config.vocabulary_size}: they do not belong together."
         )
-
-
-def check_optimizer(optimizer, dtype):
-    """Raise `ValueError` for an Adam whose variance cannot be held in `dtype`.
-
-    In bfloat16, 0.999 rounds to 1: the second moment never changes and the
-    weights never move.
-    """
-    optimizers = keras.optimizers
-    adams = (optimizers.Adam, optimizers.Nadam, optimizers.Lamb)
-    if dtype != "bfloat16" or not isinstance(optimizer, adams):
-        return
-    beta_2 = ops.cast(float(optimizer.beta_2), "bfloat16")
-    if float(ops.convert_to_numpy(ops.cast(beta_2, "float32"))) >= 1:
-        raise ValueError(
-            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} never moves "
-            "bfloat16 weights: beta_2 rounds to 1. Load the model with "
-            "dtype='mixed_bfloat16', lower beta_2 to 0.99, or use Adafactor, Lion "
-            "or Muon."
-        )
-
-
-def answer_mask(ids, prompt_lengths, stop_ids):
-    """1 for prompt and answer, stop id included; 0 after it. int32, as `ids`."""
-    mask = np.ones_like(ids)
-    if stop_ids is None:
-        return mask
-    positions = np.arange(ids.shape[1])
-    stop = np.isin(ids, stop_ids) & (positions >= prompt_lengths[:, None])
-    return ((np.cumsum(stop, axis=1) - stop) == 0).astype("int32")

@@ -9,6 +9,8 @@ import itertools
 import keras
 import numpy as np
 
+from keras_t5gemma.text.ids import INPUTS, check_ids
+
 TEXT_KEYS = ("encoder_text", "decoder_text")
 
 
@@ -237,3 +239,82 @@ def map_batch(preprocess, batch):
                 "dataset first, e.g. `.batch(32)`."
             )
     return preprocess(columns, weight)
+
+
+def fit_arguments(
+    preprocess,
+    vocabulary_size,
+    x,
+    y=None,
+    sample_weight=None,
+    batch_size=None,
+    shuffle=False,
+    steps=None,
+    name="x",
+    validation_split=0.0,
+):
+    """Keyword arguments of `keras.Model.fit` for the data of a user.
+
+    Args:
+        preprocess: as in `TextBatches`, or `None`: only arrays are taken.
+        vocabulary_size: the bound of ids in arrays.
+        x: in-memory text, arrays, or an iterable of batches.
+        y: targets, where `x` does not hold them.
+        sample_weight: one weight a pair.
+        batch_size: rows a batch of in-memory text; 32 when `None`.
+        shuffle: a new order every epoch, for in-memory text.
+        steps: batches an epoch, for what is endless.
+        name: the argument's name, for messages.
+        validation_split: share of in-memory data to hold out, from its end.
+
+    Returns:
+        The dict; with a split of text, `"held_out"` is the dict for validation.
+
+    Raises:
+        ValueError: for what is no data of pairs.
+    """
+    if not 0 <= validation_split < 1:
+        raise ValueError(
+            f"`validation_split` must be in [0, 1); got {validation_split!r}."
+        )
+    common = {"shuffle": shuffle, "steps_per_epoch": steps}
+    columns = None if preprocess is None else as_columns(x, y)
+    if columns is not None:
+
+        def batches(rows, shuffle):
+            return TextBatches(
+                preprocess,
+                {key: column[rows] for key, column in columns.items()},
+                None if sample_weight is None else sample_weight[rows],
+                batch_size or 32,
+                shuffle,
+            )
+
+        rows = len(columns["encoder_text"])
+        cut = rows - int(rows * validation_split)
+        data = {**common, "x": batches(slice(cut), shuffle), "shuffle": False}
+        if validation_split:
+            data["held_out"] = {"x": batches(slice(cut, None), False)}
+        return data
+    if isinstance(x, dict):
+        check_ids(x, y, vocabulary_size)
+        if validation_split:
+            common["validation_split"] = validation_split
+        return {
+            **common,
+            "x": {key: x[key] for key in INPUTS},
+            "y": y,
+            "sample_weight": sample_weight,
+            "batch_size": batch_size,
+        }
+    if validation_split:
+        raise ValueError(
+            "`validation_split` works on in-memory data; pass `validation_data` "
+            "beside batches."
+        )
+    if preprocess is None:
+        return {**common, "x": x}
+    if isinstance(x, keras.utils.PyDataset):
+        return {**common, "x": MappedBatches(preprocess, x)}
+    x, steps = stream(preprocess, x, steps, name)
+    return {"x": x, "shuffle": False, "steps_per_epoch": steps}
