@@ -85,9 +85,12 @@ def test_keras_hub_base_classes_find_our_preset_and_only_ours(tokenizer, tmp_pat
     assert all(v.__module__.startswith("keras_hub") for v in shared)
 
 
-def test_failed_download_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError])
+def test_failed_download_says_what_to_do(monkeypatch, error):
+    """KerasHub reports a hub that was not reached as a file that is not there."""
+
     def offline(*args, **kwargs):
-        raise ConnectionError("no route")
+        raise error("no route")
 
     monkeypatch.setattr(presets, "get_file", offline)
     with pytest.raises(OSError, match="licence.*hf auth login.*passed as a path"):

@@ -120,12 +120,15 @@ def resolve(preset):
 def _config_file(location):
     try:
         return get_file(location, "config.json")
-    except FileNotFoundError as error:
-        raise ValueError(f"{location} has no config.json: it is no preset.") from error
     except Exception as error:
-        if "://" not in location:
-            raise
-        raise _download_error(location, error) from error
+        if "://" in location:  # "Not found" may be "not reached": KerasHub's own
+            cause = error.__cause__ or error  # message does not tell them apart.
+            raise _download_error(location, cause) from error
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(
+                f"{location} has no config.json: it is no preset."
+            ) from error
+        raise
 
 
 def _download_from_hugging_face(location):
