@@ -10,6 +10,8 @@ since Keras 3.0), here and nowhere else.
 import math
 
 import keras
+import ml_dtypes
+import numpy as np
 from keras.src.backend.common import global_state
 
 _PENDING = "uninitialized_variables"
@@ -52,4 +54,16 @@ class _Reader:
         self.read = read
 
     def __call__(self, shape, dtype=None):
-        return keras.ops.convert_to_tensor(self.read(), dtype=dtype)
+        return keras.ops.convert_to_tensor(without_copy(self.read()), dtype=dtype)
+
+
+def without_copy(array):
+    """The array as the backend takes it over, where Keras would copy it."""
+    if keras.config.backend() != "torch":
+        return array
+    import torch
+
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:  # torch knows it by another name.
+        return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
