@@ -287,6 +287,8 @@ def test_saved_and_loaded_models_give_the_same_logits(fresh, tmp_path):
         (SOURCES, None, "`y` must be the list of targets"),
         (SOURCES, TARGETS[:3], "as many rows.*24.*3"),
         (PAIRS, TARGETS, "`y` must be None"),
+        ("a", "b", "`x` must be a list of strings; got the string 'a'"),
+        (["a"], "b", "'decoder_text' must be a list of strings; got 'b'"),
         ([], [], "`x` is empty"),
         (3, None, "iterable of batches of them; got int"),
         ([{"encoder_text": "a", "decoder_text": 3}], None, "must be a string; got int"),

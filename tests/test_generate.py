@@ -220,6 +220,11 @@ def test_bad_input(shared_model, inputs, kwargs, message):
         shared_model.generate(inputs, **{"max_length": 8, **kwargs})
 
 
+def test_unknown_sampler_is_refused(model):
+    with pytest.raises(ValueError, match="`sampler`.*'greedy'.*got 'greedyy'"):
+        model.compile(sampler="greedyy")
+
+
 def test_signature_keeps_keras_hubs_arguments():
     import keras_hub
 

@@ -96,8 +96,14 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
             **kwargs: further arguments of `keras.Model.compile`.
 
         Raises:
-            ValueError: for an optimizer that cannot move weights of this dtype.
+            ValueError: for an optimizer that cannot move weights of this dtype, or
+                an unknown sampler.
         """
+        if not callable(keras_hub.samplers.get(sampler)):
+            raise ValueError(
+                "`sampler` must be a keras_hub.samplers.Sampler or the name of one, "
+                f"such as 'greedy', 'beam', 'top_k', 'top_p'; got {sampler!r}."
+            )
         if optimizer == "auto":
             optimizer = keras.optimizers.Adafactor(1e-4)
         optimizer = keras.optimizers.get(optimizer)

@@ -28,6 +28,8 @@ def as_columns(x, y=None):
     Raises:
         ValueError: when `y` is missing, or given beside targets in `x`.
     """
+    if isinstance(x, str | bytes):
+        raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
     if isinstance(x, dict) and any("text" in str(key) for key in x):
         columns = x
     elif isinstance(x, list | tuple | np.ndarray) and len(x):
@@ -39,7 +41,7 @@ def as_columns(x, y=None):
                     "strings; got None. A dict with keys "
                     f"{TEXT_KEYS} holds both in `x`."
                 )
-            return {"encoder_text": x, "decoder_text": y}
+            return _no_single_strings({"encoder_text": x, "decoder_text": y})
         if isinstance(first, dict) and any("text" in str(k) for k in first):
             columns = {key: [row.get(key) for row in x] for key in first}
         elif (
@@ -58,6 +60,13 @@ def as_columns(x, y=None):
         )
     if y is not None:
         raise ValueError("`y` must be None when `x` holds the targets too.")
+    return _no_single_strings(columns)
+
+
+def _no_single_strings(columns):
+    for key, column in columns.items():
+        if isinstance(column, str | bytes):
+            raise ValueError(f"{key!r} must be a list of strings; got {column!r}.")
     return columns
 
 

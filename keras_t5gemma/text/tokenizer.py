@@ -201,7 +201,8 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
             path = os.path.join(location, HUGGING_FACE_FILE)
             if not os.path.exists(path):
                 raise ValueError(
-                    f"{location} has no {HUGGING_FACE_FILE}, the SentencePiece model."
+                    f"{location} has no {HUGGING_FACE_FILE}, the SentencePiece model; "
+                    "copy it there, or pass preprocessor=None to work on ids."
                 )
             return cls(path, **kwargs)
         return super().from_preset(location, **kwargs)
