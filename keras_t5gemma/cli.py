@@ -46,6 +46,9 @@ def make_parser():
     generate.add_argument("--preset", default=DEFAULT_PRESET, help="name or folder")
     generate.add_argument("--max-length", type=int, help="most tokens of an answer")
     generate.add_argument("--batch-size", type=int, default=32)
+    generate.add_argument(
+        "--sampler", default="greedy", help="greedy (default), beam, top_k, top_p, ..."
+    )
     generate.add_argument("--dtype", help="e.g. bfloat16; default: Keras's own")
     generate.set_defaults(run=run_generate)
 
@@ -100,6 +103,7 @@ def run_generate(args):
     import keras_t5gemma
 
     model = keras_t5gemma.Seq2SeqLM.from_preset(args.preset, dtype=args.dtype)
+    model.compile(sampler=args.sampler)
     starts = range(0, len(texts), args.batch_size)
     if len(starts) > 1 and sys.stderr.isatty():
         console = rich.console.Console(stderr=True)

@@ -117,7 +117,9 @@ EMBEDDED = "t5gemma_mini_synopsis"
 
 @pytest.fixture(scope="module")
 def embedded():
-    return kt.Seq2SeqLM.from_preset(EMBEDDED)
+    model = kt.Seq2SeqLM.from_preset(EMBEDDED)
+    model.compile(sampler="beam")
+    return model
 
 
 def test_embedded_preset_summarises_a_real_paragraph(embedded):

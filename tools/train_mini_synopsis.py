@@ -61,17 +61,17 @@ and are not part of this project.
 
 ## Rebuild
 
-`python tools/train_mini_synopsis.py --data DATA --minutes 52`, where DATA holds
+`python tools/train_mini_synopsis.py --data DATA --minutes {minutes}`, where DATA holds
 `synopsis/{{train,valid,test}}.jsonl.gz` and `text/{{descriptions,docs}}.txt.gz`. This
-one took {steps} steps in {minutes} minutes on 2 CPU cores that also did other work.
+one took {steps} steps in that time, on 2 CPU cores that also did other work.
 
 ## Scores
 
-Synopsis test, greedy, ROUGE F1 x 100 with stemmer (rouge-score), chrF and BLEU
+Synopsis test (1,780 rows), ROUGE F1 x 100 with stemmer (rouge-score), chrF and BLEU
 (sacrebleu):
 
-| measure | score |
-|---|---|
+| measure | greedy | beam search, 5 beams |
+|---|---|---|
 {rows}
 
 The first ten words of the description score ROUGE-L 28.2 and BLEU 7.5; a
@@ -79,9 +79,10 @@ hand-written rule that strips "X is a" scores ROUGE-L 32.1 and BLEU 9.7.
 
 ## Limits
 
-One task, one kind of English text, 160 tokens of input; it invents names and
-misspells rare ones. It is here to show the package with real weights, not to be
-relied on.
+One task, one kind of English text, 160 tokens of input. Greedy decoding falls into
+loops, beam search seldom does; both invent names and misspell rare ones. What holds
+it back is the length of its training: the loss was still falling. It is here to show
+the package with real weights, not to be relied on.
 """
 
 
@@ -330,31 +331,39 @@ def main():
     clock = Clock(args.run / "clock.json", args.minutes, args.peak)
     log = args.run / "log.csv"
     rng = np.random.default_rng([0, int(clock.used)])
-    model.fit(
-        stream(pairs, texts, starts_word, rng, clock, args.warm_up),
-        steps_per_epoch=STEPS_A_ROUND,
-        epochs=100_000,
-        validation_data={
-            "encoder_text": [row["text"] for row in valid[:256]],
-            "decoder_text": [row["summary"] for row in valid[:256]],
-        },
-        validation_freq=5,
-        callbacks=[
-            keras.callbacks.BackupAndRestore(
-                str(args.run / "backup"), delete_checkpoint=False
-            ),
-            clock,
-            keras.callbacks.CSVLogger(str(log), append=log.exists()),
-        ],
-        verbose=1 if os.isatty(1) else 2,
-    )
+    finished = args.run / "trained.weights.h5"
+    if finished.exists():
+        model.load_weights(finished)
+    else:
+        model.fit(
+            stream(pairs, texts, starts_word, rng, clock, args.warm_up),
+            steps_per_epoch=STEPS_A_ROUND,
+            epochs=100_000,
+            validation_data={
+                "encoder_text": [row["text"] for row in valid[:256]],
+                "decoder_text": [row["summary"] for row in valid[:256]],
+            },
+            validation_freq=5,
+            callbacks=[
+                keras.callbacks.BackupAndRestore(
+                    str(args.run / "backup"), delete_checkpoint=False
+                ),
+                clock,
+                keras.callbacks.CSVLogger(str(log), append=log.exists()),
+            ],
+            verbose=1 if os.isatty(1) else 2,
+        )
+        model.save_weights(finished)
     export(model, args.output)
     shipped = kt.Seq2SeqLM.from_preset(args.output)
-    scores, answers = evaluate(shipped, read_rows(args.data / "synopsis/test.jsonl.gz"))
-    (args.run / "answers.txt").write_text("\n".join(answers))
-    scores = {name: round(value, 1) for name, value in scores.items()}
-    print(json.dumps(scores))
-    write_card(args.output, scores, clock.used / 60, int(model.optimizer.iterations))
+    scores, test = {}, read_rows(args.data / "synopsis/test.jsonl.gz")
+    for sampler in ("greedy", "beam"):
+        shipped.compile(sampler=sampler)
+        scores[sampler], answers = evaluate(shipped, test)
+        (args.run / f"answers.{sampler}.txt").write_text("\n".join(answers))
+        print(sampler, json.dumps(scores[sampler]))
+    steps = int(log.read_text().splitlines()[-1].split(",")[0]) * STEPS_A_ROUND
+    write_card(args.output, scores, clock.used / 60, steps)
 
 
 def export(model, folder):
@@ -367,7 +376,10 @@ def export(model, folder):
 
 def write_card(folder, scores, minutes, steps):
     """The model card, with what was measured."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in scores.items())
+    rows = "\n".join(
+        f"| {name} | {scores['greedy'][name]:.1f} | {scores['beam'][name]:.1f} |"
+        for name in ("rouge1", "rouge2", "rougeL", "chrf", "bleu")
+    )
     (folder / "README.md").write_text(
         CARD.format(
             parameters=f"{CONFIG.count_params():,}",
