@@ -1,5 +1,13 @@
 """Encoder-decoder Gemma for Keras 3: load, fine-tune, generate."""
 
+import importlib.util as _util
+import os as _os
+
+if "KERAS_BACKEND" not in _os.environ:  # Keras's default may not be installed.
+    _found = [b for b in ("jax", "torch", "tensorflow") if _util.find_spec(b)]
+    if _found and not _util.find_spec("tensorflow"):
+        _os.environ["KERAS_BACKEND"] = _found[0]
+
 try:
     import keras_hub as _keras_hub  # noqa: F401
 except ModuleNotFoundError as error:

@@ -15,6 +15,9 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     choose_backend(args.backend)
+    if argv is None and _loaded_backend() != os.environ["KERAS_BACKEND"]:
+        # Importing the package has imported Keras: start again with the right one.
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
     try:
         args.run(args)
     except BrokenPipeError:  # The reader, `head` say, has seen enough.
@@ -23,6 +26,12 @@ def main(argv=None):
         print(f"keras-t5gemma: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _loaded_backend():
+    import keras
+
+    return keras.config.backend()
 
 
 def make_parser():
