@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
         name="keras_hub",
     ) from error
 
+from keras_t5gemma.checkpoints.adapt import adapt_gemma2 as adapt_gemma2
 from keras_t5gemma.checkpoints.presets import presets as presets
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig

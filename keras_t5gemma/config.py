@@ -126,7 +126,8 @@ class T5GemmaConfig:
 
     Args:
         encoder: a `StackConfig`, or its dict.
-        decoder: a `StackConfig`, or its dict. It may differ in every size.
+        decoder: a `StackConfig`, or its dict. It may differ in every size. `None`
+            is an encoder alone.
         vocabulary_size: V, rows of each of the two embedding tables.
         final_soft_cap: `c * tanh(logits / c)` on the vocabulary logits, or
             `None`.
@@ -140,7 +141,7 @@ class T5GemmaConfig:
     """
 
     encoder: StackConfig
-    decoder: StackConfig
+    decoder: StackConfig | None
     vocabulary_size: int = 256_000
     final_soft_cap: float | None = 30.0
     dropout: float = 0.0
@@ -151,6 +152,8 @@ class T5GemmaConfig:
             stack = getattr(self, side)
             if isinstance(stack, dict):
                 object.__setattr__(self, side, _from_dict(StackConfig, stack, side))
+            elif side == "decoder" and stack is None:
+                continue
             elif not isinstance(stack, StackConfig):
                 raise ValueError(f"`{side}` must be a StackConfig; got {stack!r}.")
         _require_positive_int("vocabulary_size", self.vocabulary_size)
@@ -164,33 +167,51 @@ class T5GemmaConfig:
         """A pair of released sizes: `T5GemmaConfig.pair("9b", "2b")`.
 
         Args:
-            encoder: a key of `STACKS`: s, b, l, ml, xl, 2b, 9b.
-            decoder: likewise.
+            encoder: a key of `STACKS`: s, b, l, ml, xl, 2b, 9b; or a `StackConfig`.
+            decoder: likewise. Any two go together: `pair("xl", "s")`.
             **kwargs: other fields of the config.
 
         Raises:
             ValueError: for a size that was not released.
         """
+        stacks = []
         for name, size in (("encoder", encoder), ("decoder", decoder)):
-            if str(size).lower() not in STACKS:
+            if isinstance(size, StackConfig):
+                stacks.append(size)
+            elif str(size).lower() in STACKS:
+                stacks.append(STACKS[size.lower()])
+            else:
                 raise ValueError(
-                    f"`{name}` must be one of {', '.join(STACKS)}; got {size!r}."
+                    f"`{name}` must be one of {', '.join(STACKS)}, or a StackConfig; "
+                    f"got {size!r}."
                 )
-        return cls(STACKS[encoder.lower()], STACKS[decoder.lower()], **kwargs)
+        return cls(*stacks, **kwargs)
 
     def count_params(self):
         """Exact number of parameters of the pair, embeddings included."""
+        return sum(self.count_params_by_part().values())
+
+    def count_params_by_part(self):
+        """Exact number of parameters: embeddings, blocks, cross-attention.
+
+        Returns:
+            dict of part to count, in forward order. The blocks include the final
+            norm, cross-attention its two norms a layer.
+        """
         e, d = self.encoder, self.decoder
-        cross = d.head_dim * (
-            2 * d.hidden_dim * d.num_query_heads
-            + 2 * e.hidden_dim * d.num_key_value_heads
-        )
-        return (
-            e.count_params()
-            + d.count_params()
-            + d.num_layers * (cross + 2 * d.hidden_dim)
-            + self.vocabulary_size * (e.hidden_dim + d.hidden_dim)
-        )
+        parts = {
+            "encoder embedding": self.vocabulary_size * e.hidden_dim,
+            "encoder blocks": e.count_params(),
+        }
+        if d is not None:
+            cross = d.head_dim * (
+                2 * d.hidden_dim * d.num_query_heads
+                + 2 * e.hidden_dim * d.num_key_value_heads
+            )
+            parts["decoder embedding"] = self.vocabulary_size * d.hidden_dim
+            parts["decoder blocks"] = d.count_params()
+            parts["cross-attention"] = d.num_layers * (cross + 2 * d.hidden_dim)
+        return parts
 
     def to_dict(self):
         """A JSON-ready dict; `from_dict` gives the same config back."""

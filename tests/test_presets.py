@@ -14,11 +14,52 @@ from keras_t5gemma.checkpoints import presets
 
 def test_the_32_published_names_and_their_counts():
     rows = {row.name: row for row in kt.presets()}
-    published = [r for r in rows.values() if r.source.startswith("hf://")]
+    published = [r for r in rows.values() if r.sources[0].startswith("hf://")]
     assert len(published) == 32
-    row = rows["t5gemma_9b_2b_ul2_it"]
-    assert row.source == "hf://google/t5gemma-9b-2b-ul2-it"
-    assert row.parameters == 12_292_375_296
+    assert rows["t5gemma_9b_2b_ul2_it"] == presets.Preset(
+        name="t5gemma_9b_2b_ul2_it",
+        description="9B encoder, 2B decoder, instruction-tuned, UL2.",
+        objective="UL2",
+        tuned=True,
+        parameters=12_292_375_296,
+        sources=(
+            "hf://google/t5gemma-9b-2b-ul2-it",
+            "kaggle://keras/t5-gemma/keras/t5gemma_9b_2b_ul2_it/1",
+        ),
+    )
+
+
+def test_published_names_and_handles_are_kerashubs():
+    import keras_hub
+
+    theirs = keras_hub.models.T5GemmaBackbone.presets
+    ours = {row.name: row for row in kt.presets()}
+    published = {n: r for n, r in ours.items() if len(r.sources) == 2}
+    assert set(theirs) == set(published)
+    for name, row in published.items():
+        assert row.sources[1] == theirs[name]["kaggle_handle"]
+        assert row.parameters == theirs[name]["metadata"]["params"]
+
+
+def test_a_published_name_without_weights_needs_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(presets, "get_file", refuse)
+    small = kt.StackConfig(1, 8, 8, 2, 1, 4)
+    config = kt.T5GemmaConfig.pair(small, small, vocabulary_size=32)
+    monkeypatch.setattr(presets, "published_config", lambda name: config)
+    model = kt.Seq2SeqLM.from_preset("t5gemma_s_s_ul2", load_weights=False)
+    assert model.preprocessor is None
+    assert model.backbone.config == config
+    tower = kt.Backbone.from_preset("t5gemma_s_s_ul2", False, encoder_only=True)
+    assert tower.decoder is None
+
+
+def test_published_configurations_are_in_the_package():
+    config = presets.published_config("t5gemma_xl_xl_ul2")
+    assert config == kt.T5GemmaConfig.pair("xl", "xl")
+    assert presets.published_config("t5gemma_mini_synopsis") is None
 
 
 def test_unknown_names_suggest_the_nearest():
@@ -157,5 +198,5 @@ def test_damaged_preset_is_refused(tmp_path, model):
     model.save_to_preset(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "model.weights.h5").unlink()
-    with pytest.raises(FileNotFoundError, match="model.weights"):
+    with pytest.raises(ValueError, match="has no weights: neither model.weights.h5"):
         kt.Seq2SeqLM.from_preset(tmp_path / "b")

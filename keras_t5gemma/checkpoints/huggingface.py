@@ -1,14 +1,13 @@
-"""Hugging Face T5Gemma folders: config.json, safetensors, tokenizer.model."""
+"""transformers' T5Gemma folders: their configuration, both ways, and export."""
 
 import json
 from pathlib import Path
 
 from keras_t5gemma.checkpoints import safetensors_file, weight_maps
-from keras_t5gemma.checkpoints.deferred import build_and_fill
+from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.checkpoints.presets import HUGGING_FACE_TOKENIZER
+from keras_t5gemma.checkpoints.tensors import CastTensor
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.modeling.backbone import Backbone, track_parameters
-
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def read_config(config, source="config.json"):
@@ -26,11 +25,16 @@ def read_config(config, source="config.json"):
         raise ValueError(
             f"{source} has model_type {config.get('model_type')!r}; needed: 't5gemma'."
         )
+    if not config.get("tie_word_embeddings", True):
+        raise ValueError(
+            f"{source} has a logit table of its own (tie_word_embeddings is false); "
+            "T5Gemma's is the decoder's embedding table."
+        )
     try:
         encoder, decoder = (config[side] for side in ("encoder", "decoder"))
         return T5GemmaConfig(
-            encoder=_read_stack(encoder, source),
-            decoder=_read_stack(decoder, source),
+            encoder=read_stack(encoder, source),
+            decoder=read_stack(decoder, source),
             vocabulary_size=decoder["vocab_size"],
             final_soft_cap=decoder.get("final_logit_softcapping", 30.0),
             dropout=decoder.get("dropout_rate", config.get("dropout_rate", 0.0)),
@@ -40,7 +44,13 @@ def read_config(config, source="config.json"):
         raise ValueError(f"{source} lacks the field {error}.") from error
 
 
-def _read_stack(stack, source):
+def read_stack(stack, source):
+    """A `StackConfig` from the dict of one tower, or of a Gemma 2.
+
+    Raises:
+        ValueError: for a variant of the network that Gemma 2 does not have.
+        KeyError: for a missing field.
+    """
     for field, needed in (
         ("hidden_activation", "gelu_pytorch_tanh"),
         ("attention_bias", False),
@@ -67,41 +77,140 @@ def _read_stack(stack, source):
     )
 
 
-def load_backbone(folder, load_weights=True, dtype=None, **kwargs):
-    """A `Backbone` from a folder, each tensor read once into its variable.
+def write_config(config, dtype):
+    """The config.json of transformers, as a dict, of a `T5GemmaConfig`.
 
     Args:
-        folder: path with config.json and safetensors, whole or sharded, in
-            float32, bfloat16 or float16.
-        load_weights: `False` leaves the weights random.
-        dtype: dtype policy of the backbone.
-        **kwargs: further arguments of `Backbone`.
+        config: the model's, with a decoder.
+        dtype: name of the dtype of the weights.
 
     Raises:
-        ValueError: naming the file and the tensors that do not fit; then nothing
-            is returned.
+        ValueError: for what transformers' T5Gemma cannot express.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
-    config = read_config(json.loads(path.read_text(encoding="utf-8")), str(path))
-    if not load_weights:
-        return Backbone(config, dtype=dtype, **kwargs)
-    entries = safetensors_file.read_folder(folder)
-    rows = weight_maps.expand(weight_maps.HUGGING_FACE, config)
+    if config.decoder is None:
+        raise ValueError(
+            "An encoder without a decoder has no class in transformers that "
+            "generates; export the whole model."
+        )
+    shared = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    return {
+        "architectures": ["T5GemmaForConditionalGeneration"],
+        "model_type": "t5gemma",
+        **shared,
+        "is_encoder_decoder": True,
+        "dropout_rate": config.dropout,
+        "attention_dropout": config.dropout,
+        "classifier_dropout_rate": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "dtype": dtype,
+        "vocab_size": config.vocabulary_size,
+        "encoder": {**_write_stack(config, "encoder"), **shared},
+        "decoder": {
+            **_write_stack(config, "decoder"),
+            **shared,
+            "cross_attention_hidden_size": config.encoder.hidden_dim,
+        },
+    }
 
-    def read(backbone):
-        variables = {v.path: v for v in backbone.weights}
-        dropped = weight_maps.HUGGING_FACE_DROPPED
-        weight_maps.check_coverage(rows, dropped, variables, entries, str(folder))
-        return {
-            ours: _tensor_reader(entries[theirs], weight_maps.RULES[rule])
-            for ours, (theirs, rule) in rows.items()
-        }
 
-    backbone = build_and_fill(lambda: Backbone(config, dtype=dtype, **kwargs), read)
-    track_parameters(backbone)
-    return backbone
+def _write_stack(config, side):
+    stack = getattr(config, side)
+    scalar = round(stack.query_scale**-2)
+    if abs(scalar**-0.5 - stack.query_scale) > 1e-9:
+        raise ValueError(
+            f"`{side}.query_scale` must be 1 / sqrt(n) for a whole n: transformers "
+            f"stores n; got {stack.query_scale}."
+        )
+    if stack.hidden_dim % stack.num_query_heads:
+        raise ValueError(
+            f"`{side}.hidden_dim` must be a multiple of `num_query_heads` for "
+            f"transformers; got {stack.hidden_dim} and {stack.num_query_heads}."
+        )
+    return {
+        "model_type": "t5_gemma_module",
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": stack.hidden_dim,
+        "intermediate_size": stack.intermediate_dim,
+        "num_hidden_layers": stack.num_layers,
+        "num_attention_heads": stack.num_query_heads,
+        "num_key_value_heads": stack.num_key_value_heads,
+        "head_dim": stack.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": 0.02,
+        "rms_norm_eps": stack.rms_norm_epsilon,
+        "use_cache": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_base},
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "dropout_rate": config.dropout,
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": stack.sliding_window,
+        "layer_types": list(stack.layer_types),
+        "final_logit_softcapping": config.final_soft_cap,
+        "attn_logit_softcapping": stack.attention_soft_cap,
+        "is_decoder": side == "decoder",
+    }
 
 
-def _tensor_reader(entry, rule):
-    return lambda: rule(entry.read())
+def save(
+    folder, config, tensors, dtype, tokenizer=None, stop_ids=(1,), max_shard_size=5e9
+):
+    """Write a folder that transformers loads, one tensor at a time, atomically.
+
+    Args:
+        folder: path.
+        config: `T5GemmaConfig`.
+        tensors: `{our variable path: unread tensor}`.
+        dtype: numpy dtype that the weights are written in.
+        tokenizer: a `Tokenizer`, or `None` to leave its files out.
+        stop_ids: ids that end an answer, for generation_config.json.
+        max_shard_size: bytes of the largest file.
+
+    Raises:
+        ValueError: for a config that transformers cannot express.
+        OSError: when the disk is full; then nothing is left behind.
+    """
+    parsed = write_config(config, dtype.name)
+    theirs = weight_maps.to_theirs(weight_maps.HUGGING_FACE, config, tensors)
+    theirs = {name: CastTensor(tensor, dtype) for name, tensor in theirs.items()}
+    generation = {
+        "bos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "eos_token_id": list(stop_ids),
+        "pad_token_id": 0,
+    }
+    with atomic_folder(folder) as staging:
+        safetensors_file.write_folder(
+            staging, theirs, max_shard_size, written=lambda name, data: None
+        )
+        if tokenizer is not None:
+            _save_tokenizer(staging, tokenizer)
+        _write_json(staging / "generation_config.json", generation)
+        _write_json(staging / "config.json", parsed)
+
+
+def _save_tokenizer(folder, tokenizer):
+    (folder / HUGGING_FACE_TOKENIZER).write_bytes(tokenizer.proto)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "GemmaTokenizer",
+            # The encoder reads a text without bos and eos.
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
+            "padding_side": "right",
+        },
+    )
+
+
+def _write_json(path, value):
+    path = Path(path)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

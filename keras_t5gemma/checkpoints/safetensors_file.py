@@ -1,60 +1,42 @@
-"""Tensors of a safetensors file or folder, one at a time.
+"""Safetensors files and folders: headers read, tensors streamed.
 
 The safetensors library maps the whole file and copies what it hands out, which
-holds every tensor twice in resident memory. Here the header is checked against
-the file and each tensor is read straight into the array that is returned.
+holds every tensor twice in resident memory, and writes from tensors that are all in
+memory at once. Here the header is checked against the file, each tensor is read
+straight into the array that is returned, and written as it comes.
 """
 
-import dataclasses
 import json
 import math
 import os
 import struct
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
+
+from keras_t5gemma.checkpoints.tensors import DTYPES, FileTensor, nbytes, to_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-DTYPES = {
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+_CODES = {
+    "F32": DTYPES["float32"],
+    "F16": DTYPES["float16"],
+    "BF16": DTYPES["bfloat16"],
 }
+_HEADER_LIMIT = 100_000_000  # The format's own.
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: file, dtype, shape, first byte."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple
-    offset: int
-
-    def read(self):
-        """The tensor, as an array of its own."""
-        size = math.prod(self.shape) * self.dtype.itemsize
-        # JAX takes over a buffer that is aligned to 64 bytes, and copies others.
-        buffer = np.empty(size + 64, "uint8")
-        start = -buffer.ctypes.data % 64
-        buffer = buffer[start : start + size]
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            if file.readinto(memoryview(buffer)) != size:
-                raise ValueError(f"{self.file} ended while a tensor was read.")
-        return buffer.view(self.dtype).reshape(self.shape)
-
-
-def read_folder(folder):
+def read_folder(folder, wanted=None):
     """Entries of a checkpoint folder, one file or sharded with an index.
 
     Args:
         folder: path of the folder.
+        wanted: names of the tensors that are needed; shards that hold none of them
+            are not opened. `None` opens all.
 
     Returns:
-        dict of tensor name to `TensorEntry`.
+        dict of tensor name to `FileTensor`.
 
     Raises:
         ValueError: naming the file, and the tensor, that is missing or broken.
@@ -62,24 +44,43 @@ def read_folder(folder):
     folder = Path(folder)
     index = folder / INDEX_FILE
     if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is not a safetensors index: {error}") from error
-        entries = {}
-        for name in sorted(set(weight_map.values())):
-            if not (folder / name).exists():
-                raise ValueError(f"{index} names the shard {name}, which is missing.")
-            entries.update(read_header(folder / name))
-        lost = sorted(set(weight_map) - set(entries))
-        if lost:
-            raise ValueError(f"{index} lists tensors that no shard holds: {lost}.")
-        return entries
+        return _read_sharded(folder, index, wanted)
     if not (folder / SINGLE_FILE).exists():
+        pickles = sorted(p.name for kind in _PICKLES for p in folder.glob(kind))
+        hint = ""
+        if pickles:
+            hint = (
+                f" It holds {', '.join(pickles)}: a pickle can run code and is never "
+                "opened; save the model as safetensors."
+            )
         raise ValueError(
-            f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}."
+            f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}.{hint}"
         )
     return read_header(folder / SINGLE_FILE)
+
+
+def _read_sharded(folder, index, wanted):
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {name: Path(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {error}") from error
+    needed = {file for name, file in shards.items() if wanted is None or name in wanted}
+    entries = {}
+    for file in sorted(needed):
+        if file.name != str(file):
+            raise ValueError(f"{index} names the shard {file}, outside its folder.")
+        if not (folder / file).exists():
+            raise ValueError(f"{index} names the shard {file}, which is missing.")
+        held = read_header(folder / file)
+        unlisted = sorted(set(held) - set(shards))
+        if unlisted:
+            raise ValueError(f"{index} does not list {unlisted} of shard {file}.")
+        entries.update(held)
+    lost = sorted(n for n, f in shards.items() if f in needed and n not in entries)
+    if lost:
+        raise ValueError(f"{index} lists tensors that no shard holds: {lost}.")
+    return entries
 
 
 def read_header(path):
@@ -88,34 +89,119 @@ def read_header(path):
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
+        if 8 + length > size or length > _HEADER_LIMIT:
+            kind = (
+                " It starts like a pickle or a zip archive of PyTorch's, which is "
+                "never opened."
+                if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")
+                else ""
+            )
             raise ValueError(
                 f"{path} is truncated or no safetensors file: its header does not "
-                f"fit in {size} bytes."
+                f"fit in {size} bytes.{kind}"
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            return {
+                name: _entry(Path(path), name, field, 8 + length, size)
+                for name, field in header.items()
+            }
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}: tensor {name!r} has dtype {entry['dtype']}; accepted: "
-                f"{sorted(DTYPES)}."
-            )
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        first, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise ValueError(
-                f"{path} is truncated: tensor {name!r} ends at byte "
-                f"{8 + length + end}, the file at {size}. Download it again."
-            )
-        if end - first != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
-                f"{path}: tensor {name!r} is {end - first} bytes, its shape {shape} "
-                f"and dtype {dtype} need {math.prod(shape) * dtype.itemsize}."
-            )
-        entries[name] = TensorEntry(Path(path), dtype, shape, 8 + length + first)
-    return entries
+                f"{path} has a header that is not safetensors': "
+                f"{type(error).__name__} {error}"
+            ) from error
+
+
+def _entry(path, name, field, base, size):
+    if field["dtype"] not in _CODES:
+        raise ValueError(
+            f"{path}: tensor {name!r} has dtype {field['dtype']}; accepted: "
+            f"{sorted(_CODES)}."
+        )
+    dtype, shape = _CODES[field["dtype"]], tuple(field["shape"])
+    first, end = field["data_offsets"]
+    if base + end > size:
+        raise ValueError(
+            f"{path} is truncated: tensor {name!r} ends at byte {base + end}, the "
+            f"file at {size}. Download it again."
+        )
+    if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"{path}: tensor {name!r} is {end - first} bytes, its shape {shape} "
+            f"and dtype {dtype} need {math.prod(shape) * dtype.itemsize}."
+        )
+    return FileTensor(path, name, dtype, shape, base + first)
+
+
+def plan_shards(tensors, max_shard_size):
+    """Lists of names, in order, each of at most `max_shard_size` bytes.
+
+    A tensor that is larger than that has a shard of its own.
+    """
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = nbytes(tensor)
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def write_folder(folder, tensors, max_shard_size, written):
+    """Write `model.safetensors`, or shards with their index.
+
+    Args:
+        folder: an existing folder.
+        tensors: dict of name to unread tensor; one is in memory at a time.
+        max_shard_size: bytes.
+        written: called as `written(name, bytes)` with the flat uint8 array of each
+            tensor.
+    """
+    shards = plan_shards(tensors, max_shard_size)
+    files = [SINGLE_FILE]
+    if len(shards) > 1:
+        files = [
+            f"model-{i:05}-of-{len(shards):05}.safetensors"
+            for i in range(1, len(shards) + 1)
+        ]
+        index = {
+            "metadata": {"total_size": sum(map(nbytes, tensors.values()))},
+            "weight_map": {
+                name: file
+                for file, names in zip(files, shards, strict=True)
+                for name in names
+            },
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (Path(folder) / INDEX_FILE).write_text(text, encoding="utf-8")
+    for file, names in zip(files, shards, strict=True):
+        part = {name: tensors[name] for name in names}
+        _write_file(Path(folder) / file, part, written)
+
+
+def _write_file(path, tensors, written):
+    codes = {dtype: code for code, dtype in _CODES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = offset + nbytes(tensor)
+        header[name] = {
+            "dtype": codes[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name, tensor in tensors.items():
+            data = to_bytes(tensor.read())
+            file.write(memoryview(data))
+            written(name, data)

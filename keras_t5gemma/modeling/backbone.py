@@ -1,9 +1,13 @@
 """The network without a task: four arrays in, two hidden sequences out."""
 
+import dataclasses
+import os
+
 import keras
 import keras_hub
 
 from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 
@@ -19,8 +23,13 @@ class Backbone(keras_hub.models.Backbone):
     encoder length, encoder width)` and `decoder_sequence_output` `(batch,
     decoder length, decoder width)` in the compute dtype.
 
+    With a config whose `decoder` is `None` it is the encoder alone: the two encoder
+    arrays in, `encoder_sequence_output` out.
+
     Args:
         config: a `T5GemmaConfig`, or its dict.
+        lineage: dict of what the weights were adapted from, saved with the model;
+            `adapt_gemma2` writes it.
         dtype: dtype policy or its name, e.g. `"bfloat16"`; `None` takes
             Keras's global policy.
 
@@ -28,7 +37,7 @@ class Backbone(keras_hub.models.Backbone):
         ValueError: for an inconsistent config; the message names the field.
     """
 
-    def __init__(self, config, dtype=None, **kwargs):
+    def __init__(self, config, lineage=None, dtype=None, **kwargs):
         if isinstance(config, dict):
             config = T5GemmaConfig.from_dict(config)
         if not isinstance(config, T5GemmaConfig):
@@ -37,34 +46,27 @@ class Backbone(keras_hub.models.Backbone):
                 f"T5GemmaConfig.pair('s', 's'); got {config!r}."
             )
         dtype = keras.dtype_policies.get(dtype)
-        encoder = Encoder(config, dtype=dtype)
-        decoder = Decoder(config, dtype=dtype)
+        sides = ("encoder",) if config.decoder is None else ("encoder", "decoder")
         inputs = {
             name: keras.Input((None,), dtype="int32", name=name)
-            for name in (
-                "encoder_token_ids",
-                "encoder_padding_mask",
-                "decoder_token_ids",
-                "decoder_padding_mask",
-            )
+            for side in sides
+            for name in (f"{side}_token_ids", f"{side}_padding_mask")
         }
+        encoder = Encoder(config, dtype=dtype)
         memory = encoder(inputs["encoder_token_ids"], inputs["encoder_padding_mask"])
-        hidden = decoder(
-            inputs["decoder_token_ids"],
-            inputs["decoder_padding_mask"],
-            memory,
-            inputs["encoder_padding_mask"],
-        )
-        super().__init__(
-            inputs=inputs,
-            outputs={
-                "encoder_sequence_output": memory,
-                "decoder_sequence_output": hidden,
-            },
-            dtype=dtype,
-            **kwargs,
-        )
+        outputs = {"encoder_sequence_output": memory}
+        decoder = None
+        if config.decoder is not None:
+            decoder = Decoder(config, dtype=dtype)
+            outputs["decoder_sequence_output"] = decoder(
+                inputs["decoder_token_ids"],
+                inputs["decoder_padding_mask"],
+                memory,
+                inputs["encoder_padding_mask"],
+            )
+        super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
         self.config = config
+        self.lineage = lineage
         self.encoder = encoder
         self.decoder = decoder
         track_parameters(self)
@@ -98,6 +100,11 @@ class Backbone(keras_hub.models.Backbone):
             States `(batch, length, width)` without a cache; `(states, cache)`
             with one.
         """
+        if self.decoder is None:
+            raise ValueError(
+                "This Backbone is an encoder alone (`config.decoder` is None): it "
+                "can `encode`, not `decode`."
+            )
         if cache is not None:
             return self.decoder.step(token_ids, cache, index)
         return self.decoder(
@@ -128,29 +135,87 @@ class Backbone(keras_hub.models.Backbone):
         return ["query", "value"]
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
+    def from_preset(cls, preset, load_weights=True, encoder_only=False, **kwargs):
         """The backbone of a preset.
 
         Args:
             preset: a name of `keras_t5gemma.presets()`, a local folder, or an
-                `hf://` or `kaggle://` handle; our format or transformers'.
-            load_weights: `False` leaves the weights random.
-            **kwargs: `dtype`, `name`, `trainable`.
+                `hf://` or `kaggle://` handle; our format, KerasHub's T5Gemma, or
+                transformers'.
+            load_weights: `False` leaves the weights random; a published name then
+                needs no network.
+            encoder_only: build the encoder alone and read only its tensors.
+            **kwargs: `dtype` (a policy or its name; float checkpoints are read into
+                Keras's default policy when it is left out), `name`, `trainable`.
 
         Raises:
             ValueError: for an unknown preset or keyword, or files that do not
                 fit, named.
+            OSError: when a download fails, with what to do.
         """
-        presets.check_keywords(kwargs, ("dtype", "name", "trainable"), cls.__name__)
-        location, kind = presets.resolve(preset)
-        if kind == presets.HUGGING_FACE:
-            from keras_t5gemma.checkpoints import huggingface
+        from keras_t5gemma.checkpoints import checkpoint
 
-            return huggingface.load_backbone(location, load_weights, **kwargs)
-        return super().from_preset(location, load_weights, **kwargs)
+        presets.check_keywords(kwargs, ("dtype", "name", "trainable"), cls.__name__)
+        config = None if load_weights else presets.published_config(preset)
+        if config is None:
+            opened = checkpoint.open_checkpoint(preset)
+            if opened.is_quantized and not encoder_only:
+                if kwargs.get("dtype") is None:
+                    kwargs["dtype"] = opened.saved_policy()
+                return super().from_preset(opened.location, load_weights, **kwargs)
+            if load_weights:
+                return checkpoint.load_backbone(opened, encoder_only, **kwargs)
+            config, kwargs["lineage"] = opened.config, opened.lineage
+        if encoder_only:
+            config = dataclasses.replace(config, decoder=None)
+        return cls(config, **kwargs)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Write config and weights into a folder, all of them or none.
+
+        Args:
+            preset_dir: path; an earlier checkpoint in it is replaced.
+            max_shard_size: GB of the largest weight file.
+        """
+        with atomic_folder(preset_dir) as staging:
+            super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
+
+    def save_to_huggingface(self, folder, dtype=None, max_shard_size=5, **kwargs):
+        """Write a folder that transformers' T5GemmaForConditionalGeneration loads.
+
+        Inside the attention window the logits are the same. Past it transformers
+        5.23 lets the encoder see one token more on each side than the official code
+        (and this package) does.
+
+        Args:
+            folder: path; an earlier checkpoint in it is replaced, all or nothing.
+            dtype: `"float32"`, `"bfloat16"` or `"float16"` to round the weights to;
+                `None` keeps theirs.
+            max_shard_size: GB of the largest weight file.
+            **kwargs: `tokenizer` and `stop_ids`, which a task passes.
+
+        Raises:
+            ValueError: for a quantised model, an encoder alone, or a config that
+                transformers cannot express.
+        """
+        from keras_t5gemma.checkpoints import checkpoint, huggingface
+        from keras_t5gemma.checkpoints.tensors import parse_dtype
+
+        huggingface.save(
+            folder,
+            self.config,
+            checkpoint.model_tensors(self),
+            parse_dtype(dtype or self.variable_dtype),
+            max_shard_size=max_shard_size * 1e9,
+            **kwargs,
+        )
 
     def get_config(self):
-        return {**super().get_config(), "config": self.config.to_dict()}
+        return {
+            **super().get_config(),
+            "config": self.config.to_dict(),
+            "lineage": self.lineage,
+        }
 
 
 def _is_projection_or_embedding(layer):

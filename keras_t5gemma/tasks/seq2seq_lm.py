@@ -1,12 +1,14 @@
 """Text in, text out: training, generation, scoring."""
 
 import contextlib
+import os
 
 import keras
 import keras_hub
 import numpy as np
 
 from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.generation.loop import decode_batch
 from keras_t5gemma.generation.prompts import answer_mask, decode_all, id_prompts
 from keras_t5gemma.generation.scoring import make_scorer
@@ -33,6 +35,11 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
     preprocessor_cls = Seq2SeqLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
+        if backbone.decoder is None:
+            raise ValueError(
+                "`backbone` is an encoder alone (`config.decoder` is None); a "
+                "Seq2SeqLM needs a decoder too."
+            )
         if preprocessor is not None and preprocessor.tokenizer.proto is not None:
             check_vocabulary(preprocessor.tokenizer, backbone.config)
         self.backbone = backbone
@@ -49,11 +56,11 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
 
         Args:
             preset: a name of `keras_t5gemma.presets()`, a local folder, or an
-                `hf://` or `kaggle://` handle; our format or transformers'.
-            load_weights: `False` leaves the weights random.
-            **kwargs: `dtype` (a policy or its name; float checkpoints are read
-                into Keras's default policy when it is left out), `preprocessor`
-                (a `Seq2SeqLMPreprocessor`, or `None`), `name`, `compile`.
+                `hf://` or `kaggle://` handle; see `Backbone.from_preset`.
+            load_weights: `False` leaves the weights random; a published name then
+                needs no network, and has no tokenizer unless one is passed.
+            **kwargs: `dtype` (see `Backbone.from_preset`), `preprocessor` (a
+                `Seq2SeqLMPreprocessor`, or `None`), `name`, `compile`.
 
         Raises:
             ValueError: for an unknown preset or keyword, or files that do not
@@ -63,16 +70,31 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         presets.check_keywords(
             kwargs, ("dtype", "preprocessor", "name", "compile"), cls.__name__
         )
-        location, kind = presets.resolve(preset)
-        if kind == presets.KERAS:
-            return super().from_preset(location, load_weights, **kwargs)
-        if "preprocessor" not in kwargs:
-            # By the name that was given: `-it` at its end chooses the template.
-            kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(preset)
         backbone = Backbone.from_preset(
-            location, load_weights, dtype=kwargs.pop("dtype", None)
+            preset, load_weights, dtype=kwargs.pop("dtype", None)
         )
+        if "preprocessor" not in kwargs:
+            if load_weights or presets.published_config(preset) is None:
+                kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(preset)
         return cls(backbone, **kwargs)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Write model and tokenizer into a folder, all of it or none.
+
+        Args:
+            preset_dir: path; an earlier checkpoint in it is replaced.
+            max_shard_size: GB of the largest weight file.
+        """
+        with atomic_folder(preset_dir) as staging:
+            super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
+
+    def save_to_huggingface(self, folder, dtype=None, max_shard_size=5):
+        """Write a folder for transformers; see `Backbone.save_to_huggingface`."""
+        kwargs = {}
+        if self.preprocessor is not None:
+            kwargs["tokenizer"] = self.preprocessor.tokenizer
+            kwargs["stop_ids"] = self.preprocessor.stop_ids
+        self.backbone.save_to_huggingface(folder, dtype, max_shard_size, **kwargs)
 
     def compile(
         self,

@@ -160,19 +160,27 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
     def from_preset(cls, preset, **kwargs):
         """The preprocessor of a preset, with any of its arguments replaced.
 
-        A transformers folder has none: the defaults are taken, and the
-        instruction template when the folder's name ends in `-it`.
+        KerasHub's gives the lengths. A transformers folder has none: the defaults
+        are taken. For both, the instruction template when the name ends in `-it`.
         """
         known = inspect.signature(cls.__init__).parameters
         presets.check_keywords(kwargs, set(known) - {"self", "kwargs"}, cls.__name__)
         location, kind = presets.resolve(preset)
-        if kind == presets.HUGGING_FACE:
-            if str(preset).rstrip("/").endswith(("-it", "_it")):
-                kwargs.setdefault("template", "instruction")
-            if "tokenizer" not in kwargs:
-                kwargs["tokenizer"] = Tokenizer.from_preset(location)
-            return cls(**kwargs)
-        return super().from_preset(location, **kwargs)
+        if kind == presets.KERAS:
+            saved = presets.read_json(location, "preprocessor.json", default={})
+            if saved:
+                return super().from_preset(location, **kwargs)
+        if kind != presets.KERAS and presets.is_instruction_tuned(preset):
+            kwargs.setdefault("template", "instruction")
+        if kind == presets.KERAS_HUB:
+            saved = presets.read_json(location, "preprocessor.json", default={})
+            for side in ("encoder", "decoder"):
+                length = saved.get("config", {}).get(f"{side}_sequence_length")
+                if length:
+                    kwargs.setdefault(f"{side}_sequence_length", length)
+        if "tokenizer" not in kwargs:
+            kwargs["tokenizer"] = Tokenizer(presets.tokenizer_file(location, kind))
+        return cls(**kwargs)
 
     @property
     def end_id(self):

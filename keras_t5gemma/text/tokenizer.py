@@ -11,8 +11,7 @@ import sentencepiece
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
 
-VOCABULARY_FILE = "vocabulary.spm"
-HUGGING_FACE_FILE = "tokenizer.model"
+VOCABULARY_FILE = presets.VOCABULARY_FILE
 _REQUIRED = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
 # Never parsed from a user's text, whatever kind of piece the vocabulary makes
 # of them.
@@ -197,15 +196,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         """The tokenizer of a preset; see `Backbone.from_preset`."""
         presets.check_keywords(kwargs, ("name",), cls.__name__)
         location, kind = presets.resolve(preset)
-        if kind == presets.HUGGING_FACE:
-            path = os.path.join(location, HUGGING_FACE_FILE)
-            if not os.path.exists(path):
-                raise ValueError(
-                    f"{location} has no {HUGGING_FACE_FILE}, the SentencePiece model; "
-                    "copy it there, or pass preprocessor=None to work on ids."
-                )
-            return cls(path, **kwargs)
-        return super().from_preset(location, **kwargs)
+        return cls(presets.tokenizer_file(location, kind), **kwargs)
 
     def save_assets(self, dir_path):
         """Write the SentencePiece model into a folder."""

@@ -1,0 +1,93 @@
+"""Saves that happen as a whole or not at all.
+
+Files are written into `.saving` inside the target folder. When all are there, one
+rename to `.saved` decides: before it the folder holds what it held, after it the new
+files, which only have to be moved up. A process that dies while moving leaves that to
+the next one that opens the folder (`finish`).
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+SAVING, SAVED = ".saving", ".saved"
+_MANIFEST = ".manifest.json"
+_WEIGHTS = (
+    "model*.weights.h5",
+    "model.weights.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """A staging folder whose files appear in `folder` together, or never.
+
+    Files of other names in `folder` stay; weight files of an earlier checkpoint go
+    when the new one brings weights.
+
+    Args:
+        folder: path; made when it does not exist.
+
+    Raises:
+        OSError: when the disk is full, among others; then nothing is left behind.
+    """
+    folder = Path(folder)
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder)
+    staging = folder / SAVING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        files = [p for p in sorted(staging.rglob("*")) if p.is_file()]
+        for file in files:
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        names = [str(file.relative_to(staging)) for file in files]
+        (staging / _MANIFEST).write_text(json.dumps(names), encoding="utf-8")
+        os.rename(staging, folder / SAVED)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"{folder} could not be written: {error.strerror}. Nothing of it was "
+                "kept; make room and run it again",
+            ) from error
+        raise
+    finish(folder)
+
+
+def finish(folder):
+    """Move the files of a complete save into place, if one was interrupted there."""
+    folder = Path(folder)
+    saved = folder / SAVED
+    manifest = saved / _MANIFEST
+    if not manifest.exists():
+        return
+    names = json.loads(manifest.read_text(encoding="utf-8"))
+    for name in names:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # Moved before.
+            os.replace(saved / name, target)
+    new = set(names)
+    weights = {p.name for kind in _WEIGHTS for p in folder.glob(kind)}
+    if new & weights:
+        for name in weights - new:
+            (folder / name).unlink()
+    shutil.rmtree(saved)
+
+
+def is_unfinished(folder):
+    """Whether a save into the folder was interrupted before it was complete."""
+    return (Path(folder) / SAVING).is_dir()

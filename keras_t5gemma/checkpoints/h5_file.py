@@ -1,0 +1,138 @@
+"""Keras weight files, whole or sharded: tensors found, then streamed.
+
+Keras stores a variable as one contiguous HDF5 dataset, bfloat16 as two opaque bytes
+with an attribute. h5py finds where the bytes lie; they are then read like those of
+any other file.
+"""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from keras_t5gemma.checkpoints.safetensors_file import plan_shards
+from keras_t5gemma.checkpoints.tensors import DTYPES, FileTensor, nbytes, to_bytes
+
+INDEX_FILE = "model.weights.json"
+SINGLE_FILE = "model.weights.h5"
+
+
+def read_folder(folder, wanted=None):
+    """Entries of a preset folder, one file or sharded with an index.
+
+    Args:
+        folder: path of the folder.
+        wanted: as in `safetensors_file.read_folder`.
+
+    Returns:
+        dict of dataset path to `FileTensor`.
+
+    Raises:
+        ValueError: naming the file, and the tensor, that is missing or broken.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).exists():
+        return read_file(folder / SINGLE_FILE)
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise ValueError(
+            f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}."
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {  # A group may be spread over several shards.
+            group.strip("/"): [files] if isinstance(files, str) else list(files)
+            for group, files in weight_map.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a Keras weight index: {error}") from error
+    groups = None if wanted is None else {name.rpartition("/")[0] for name in wanted}
+    needed = {
+        file
+        for group, files in shards.items()
+        if groups is None or group in groups
+        for file in files
+    }
+    entries = {}
+    for file in sorted(needed):
+        if Path(file).name != file:
+            raise ValueError(f"{index} names the shard {file}, outside its folder.")
+        if not (folder / file).exists():
+            raise ValueError(f"{index} names the shard {file}, which is missing.")
+        entries.update(read_file(folder / file))
+    return entries
+
+
+def read_file(path):
+    """Entries of one file."""
+    entries = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            entries[name] = _entry(Path(path), name, item)
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is truncated or no HDF5 file: {error}. Download or save it again."
+        ) from error
+    return entries
+
+
+def _entry(path, name, dataset):
+    dtype = dataset.dtype
+    if dataset.attrs.get("dtype") == "bfloat16":
+        dtype = DTYPES["bfloat16"]
+    if dtype not in DTYPES.values() or dtype.byteorder == ">":
+        raise ValueError(
+            f"{path}: tensor {name!r} has dtype {dtype}; accepted: {sorted(DTYPES)}."
+        )
+    offset = dataset.id.get_offset()
+    if offset is None or dataset.external or dataset.is_virtual:
+        raise ValueError(
+            f"{path}: tensor {name!r} is not stored as plain contiguous values; load "
+            "the weights with Keras and save them again."
+        )
+    return FileTensor(path, name, dtype, dataset.shape, offset)
+
+
+def write_folder(folder, tensors, max_shard_size, written):
+    """Write `model.weights.h5`, or shards with their index, as Keras does.
+
+    Args:
+        folder: an existing folder.
+        tensors: dict of dataset path to unread tensor; one is in memory at a time.
+        max_shard_size: bytes.
+        written: as in `safetensors_file.write_folder`.
+    """
+    folder = Path(folder)
+    shards = plan_shards(tensors, max_shard_size)
+    files = [SINGLE_FILE]
+    if len(shards) > 1:
+        files = [f"model_{i:05}.weights.h5" for i in range(len(shards))]
+        index = {
+            "metadata": {"total_size": sum(map(nbytes, tensors.values()))},
+            "weight_map": {
+                "/" + name.rpartition("/")[0]: file
+                for file, names in zip(files, shards, strict=True)
+                for name in names
+            },
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=4), encoding="utf-8")
+    for file, names in zip(files, shards, strict=True):
+        with h5py.File(folder / file, "w") as store:
+            for name in names:
+                _write(store, name, tensors[name], written)
+
+
+def _write(store, name, tensor, written):
+    array = np.ascontiguousarray(tensor.read())
+    if array.dtype == DTYPES["bfloat16"]:
+        dataset = store.create_dataset(name, data=array.view("V2"))
+        dataset.attrs["dtype"] = "bfloat16"
+    else:
+        store.create_dataset(name, data=array)
+    written(name, to_bytes(array))
