@@ -1,27 +1,30 @@
 """The `keras-t5gemma` command."""
 
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
+from keras_t5gemma.environment import BACKENDS
+
 DEFAULT_PRESET = "t5gemma_mini_synopsis"
-BACKENDS = {"jax": "jax", "torch": "torch", "tensorflow": "tensorflow"}
 
 
 def main(argv=None):
     """Run the command; returns its exit status."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    choose_backend(args.backend)
-    if argv is None and _loaded_backend() != os.environ["KERAS_BACKEND"]:
+    args = make_parser().parse_args(argv)
+    if args.backend and args.backend != _loaded_backend():
         # Importing the package has imported Keras: start again with the right one.
-        os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
+        os.environ["KERAS_BACKEND"] = args.backend
+        argv = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *argv])
     try:
-        args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:  # The reader, `head` say, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("keras-t5gemma: stopped.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"keras-t5gemma: {error}", file=sys.stderr)
         return 1
@@ -42,7 +45,7 @@ def make_parser():
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
-        help="Keras backend; default: KERAS_BACKEND, or the first one installed",
+        help="default: KERAS_BACKEND, else Keras's own choice",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -67,22 +70,61 @@ def make_parser():
     info = commands.add_parser("info", help="describe a preset without its weights")
     info.add_argument("preset", nargs="?", default=DEFAULT_PRESET)
     info.set_defaults(run=run_info)
+
+    adapt = commands.add_parser(
+        "adapt", help="turn decoder-only Gemma 2 into a T5Gemma, file to file"
+    )
+    adapt.add_argument("encoder", help="Gemma 2: KerasHub's name, a folder, a handle")
+    adapt.add_argument(
+        "decoder", nargs="?", help="likewise; default: the encoder's, a balanced pair"
+    )
+    adapt.add_argument("--output", type=Path, required=True, help="folder to write")
+    adapt.add_argument("--dtype", help="default: as the decoder's weights are stored")
+    adapt.add_argument(
+        "--cross-attention",
+        default="auto",
+        help="copy (of self-attention) or random; default: copy when balanced",
+    )
+    adapt.add_argument(
+        "--cross-norms", default="auto", help="copy or zeros; default: as attention"
+    )
+    adapt.add_argument("--initializer-std", type=float, default=0.02)
+    adapt.add_argument("--seed", type=int, default=0)
+    adapt.add_argument("--dropout", type=float, default=0.0)
+    adapt.add_argument("--overwrite", action="store_true")
+    adapt.add_argument(
+        "--no-check", action="store_true", help="skip the check of the result"
+    )
+    adapt.set_defaults(run=run_adapt)
+
+    convert = commands.add_parser(
+        "convert", help="write a checkpoint in another format, file to file"
+    )
+    convert.add_argument("preset", help="name, folder or handle, of any format")
+    convert.add_argument("--output", type=Path, required=True, help="folder to write")
+    convert.add_argument(
+        "--to", default="keras_t5gemma", help="keras_t5gemma (default) or transformers"
+    )
+    convert.add_argument("--dtype", help="default: as the weights are stored")
+    convert.add_argument("--overwrite", action="store_true")
+    convert.set_defaults(run=run_convert)
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare two checkpoints, or one with its checksums; exit status 1 "
+        "when they differ",
+    )
+    verify.add_argument("preset", help="name, folder or handle, of any format")
+    verify.add_argument("other", nargs="?", help="likewise; default: the checksums")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest difference of any tensor and of the logits",
+    )
+    verify.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    verify.set_defaults(run=run_verify)
     return parser
-
-
-def choose_backend(wanted):
-    """Set KERAS_BACKEND before Keras is imported, unless the user has."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if wanted is None and "KERAS_BACKEND" not in os.environ:
-        installed = [b for b, m in BACKENDS.items() if importlib.util.find_spec(m)]
-        if not installed:
-            raise SystemExit(
-                "keras-t5gemma: no backend is installed; install one of "
-                "'keras-t5gemma[jax]', '[torch]', '[tensorflow]'."
-            )
-        wanted = installed[0]
-    if wanted is not None:
-        os.environ["KERAS_BACKEND"] = wanted
 
 
 def read_texts(args):
@@ -132,54 +174,133 @@ def run_presets(args):
     from keras_t5gemma.checkpoints.presets import presets
 
     rows = [
-        (row.name, f"{row.parameters:,}", row.description, row.source)
+        (
+            row.name,
+            f"{row.parameters:,}",
+            row.objective,
+            "yes" if row.tuned else "no",
+            row.description,
+            " ".join(row.sources),
+        )
         for row in presets()
     ]
-    header = ("name", "parameters", "description", "source")
+    header = ("name", "parameters", "objective", "tuned", "description", "sources")
     print_rows(rows, header)
 
 
 def run_info(args):
-    """What a preset is, from its configuration and file sizes."""
-    import json
+    """What a preset is, from its configuration and its files' headers."""
+    from keras_t5gemma.checkpoints import presets
+    from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 
-    from keras_t5gemma.checkpoints import huggingface, presets
-    from keras_t5gemma.config import T5GemmaConfig
-
-    location, kind = presets.resolve(args.preset)
-    config = json.loads(
-        Path(presets.get_file(location, "config.json")).read_text(encoding="utf-8")
-    )
-    if kind == presets.HUGGING_FACE:
-        dtype = config.get("dtype") or config.get("torch_dtype")
-        config = huggingface.read_config(config, location)
+    rows, lineage = [("preset", args.preset)], None
+    config = presets.published_config(args.preset)
+    if config is None:
+        opened = open_checkpoint(args.preset)
+        config, lineage = opened.config, opened.lineage
+        rows += [("format", opened.format), ("weights stored as", opened.stored_dtype)]
+        if os.path.isdir(opened.location):
+            files = [f for f in Path(opened.location).rglob("*") if f.is_file()]
+            size = sum(f.stat().st_size for f in files)
+            rows += [("folder", opened.location)]
+            rows += [("size on disk", f"{size / 1e6:,.1f} MB")]
     else:
-        dtype = config["config"]["dtype"]["config"].get("name", "several")
-        config = T5GemmaConfig.from_dict(config["config"]["config"])
-    embedding = config.vocabulary_size
-    rows = [("preset", args.preset), ("format", kind), ("weights stored as", dtype)]
-    if os.path.isdir(location):
-        size = sum(f.stat().st_size for f in Path(location).rglob("*") if f.is_file())
-        rows += [("folder", location), ("size on disk", f"{size / 1e6:,.1f} MB")]
+        row = next(r for r in presets.presets() if r.name == args.preset)
+        rows += [("description", row.description), ("sources", " ".join(row.sources))]
+    rows += [("parameters", f"{config.count_params():,}")]
+    rows += [(f"  {k}", f"{v:,}") for k, v in config.count_params_by_part().items()]
     rows += [
-        ("parameters", f"{config.count_params():,}"),
         ("vocabulary", f"{config.vocabulary_size:,}"),
         ("longest sequence", f"{config.max_positions:,} tokens"),
     ]
     for side in ("encoder", "decoder"):
         stack = getattr(config, side)
-        rows += [
-            (
-                side,
-                f"{stack.num_layers} layers, width {stack.hidden_dim}, feed-forward "
-                f"{stack.intermediate_dim}, {stack.num_query_heads} heads "
-                f"({stack.num_key_value_heads} key/value) of {stack.head_dim}, window "
-                f"{stack.sliding_window}",
-            ),
-            (f"{side} blocks", f"{stack.count_params():,} parameters"),
-            (f"{side} embedding", f"{embedding * stack.hidden_dim:,} parameters"),
-        ]
+        rows += [(side, "none" if stack is None else _describe(stack))]
+    rows += [(f"lineage: {k}", v) for k, v in (lineage or {}).items() if v is not None]
     print_rows(rows, None)
+
+
+def _describe(stack):
+    return (
+        f"{stack.num_layers} layers, width {stack.hidden_dim}, feed-forward "
+        f"{stack.intermediate_dim}, {stack.num_query_heads} heads "
+        f"({stack.num_key_value_heads} key/value) of {stack.head_dim}, window "
+        f"{stack.sliding_window}"
+    )
+
+
+def run_adapt(args):
+    """Adapt, and say what to do next."""
+    from keras_t5gemma.checkpoints.adapt import adapt_to_folder
+
+    lineage, report = adapt_to_folder(
+        args.encoder,
+        args.decoder,
+        args.output,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        check=not args.no_check,
+        cross_attention=args.cross_attention,
+        cross_norms=args.cross_norms,
+        initializer_std=args.initializer_std,
+        seed=args.seed,
+        dropout=args.dropout,
+    )
+    print(f"{args.output}: {lineage['encoder']} reads, {lineage['decoder']} writes.")
+    for line in report:
+        print(f"  {line}")
+    if lineage["needs_warm_up"]:
+        print(
+            "Its cross-attention is random: train that alone for the first steps (the "
+            "paper: 1,000), then everything."
+        )
+    else:
+        print("Its cross-attention is a copy: continue training, all of it.")
+
+
+def run_convert(args):
+    """Convert, tensor by tensor."""
+    from keras_t5gemma.checkpoints.convert import convert
+
+    convert(
+        args.preset,
+        args.output,
+        to=args.to,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.output}: {args.preset} for {args.to}.")
+
+
+def run_verify(args):
+    """Largest differences first; status 1 beyond the tolerance."""
+    from keras_t5gemma.checkpoints import verify
+
+    if args.other is None:
+        count = verify.check_checksums(args.preset)
+        if not count:
+            raise ValueError(
+                f"{args.preset} has no checksums.json; pass a second checkpoint to "
+                "compare it with."
+            )
+        print(f"{args.preset}: all {count} tensors are what was written.")
+        return 0
+    found = verify.compare(args.preset, args.other, args.seed)
+    rows = [("configuration differs", line) for line in found.configs]
+    rows += [(f"only in {args.preset}", path) for path in found.only_a]
+    rows += [(f"only in {args.other}", path) for path in found.only_b]
+    differences = sorted(found.tensors.items(), key=lambda row: -row[1])
+    unequal = [row for row in differences if row[1] != 0]  # NaN too.
+    rows += [
+        ("tensors compared", f"{len(differences):,}, {len(unequal):,} of them differ")
+    ]
+    rows += [(path, f"{difference:.3g}") for path, difference in unequal[:10]]
+    logits = f"not computed: {found.note}" if found.note else f"{found.logits:.3g}"
+    rows += [("logits, max|difference|", logits)]
+    same = found.within(args.tolerance)
+    rows += [("verdict", f"{'same' if same else 'differ'} at {args.tolerance:g}")]
+    print_rows(rows, None)
+    return 0 if same else 1
 
 
 def print_rows(rows, header):

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_proto, max_difference, numpy
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints import adapt, safetensors_file, verify
+from keras_t5gemma.checkpoints import adapt, output, safetensors_file, verify
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.verify import (
     causal_encoder_states,
@@ -330,7 +330,7 @@ def test_an_output_that_exists_is_kept(folders, tmp_path):
 
 def test_a_disk_without_room_is_noticed_before_writing(folders, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(adapt.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="out needs 0.0 GB, the disk has 0.0 GB free"):
         adapt.adapt_to_folder(folders / "small", folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()

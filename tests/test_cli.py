@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import tiny_config, tiny_model
 
-from keras_t5gemma import cli
+from keras_t5gemma import cli, environment
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_generate_lines_keeps_order(preset, capsys, tmp_path):
 def test_presets_are_plain_lines_in_a_pipe(capsys):
     _, out, _ = run(capsys, "presets")
     rows = [line.split("\t") for line in out.splitlines()]
-    assert {len(row) for row in rows} == {4}
+    assert {len(row) for row in rows} == {6}
     assert "t5gemma_2b_2b_prefixlm_it" in [row[0] for row in rows]
     assert "\x1b" not in out
 
@@ -77,19 +77,86 @@ def test_errors_are_one_line_and_status_1(capsys, argv, message):
     assert "Traceback" not in err
 
 
-def test_a_backend_is_chosen_when_none_is_named(monkeypatch):
-    monkeypatch.delenv("KERAS_BACKEND")
+def test_a_backend_is_chosen_when_keras_would_take_a_missing_one(monkeypatch, tmp_path):
+    installed = {"torch"}
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: name == "torch" or None
+        environment.importlib.util, "find_spec", lambda name: name in installed or None
     )
-    cli.choose_backend(None)
-    assert os.environ["KERAS_BACKEND"] == "torch"
-    cli.choose_backend("jax")
-    assert os.environ["KERAS_BACKEND"] == "jax"
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    environment.choose_backend()
+    assert os.environ["KERAS_BACKEND"] == "jax"  # The user's word.
     monkeypatch.delenv("KERAS_BACKEND")
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="no backend is installed"):
-        cli.choose_backend(None)
+    environment.choose_backend()
+    assert os.environ["KERAS_BACKEND"] == "torch"
+    monkeypatch.delenv("KERAS_BACKEND")
+    installed.update(("jax", "tensorflow"))
+    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
+    environment.choose_backend()
+    assert "KERAS_BACKEND" not in os.environ  # Keras's own choice is installed.
+    installed.clear()
+    with pytest.raises(ModuleNotFoundError, match="needs a backend: install"):
+        environment.choose_backend()
+
+
+def test_backend_option_starts_again_with_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli.os, "execv", lambda *args: calls.append(args))
+    monkeypatch.setattr(cli, "_loaded_backend", lambda: "jax")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    cli.main(["--backend", "jax", "presets"])
+    assert not calls
+    cli.main(["--backend", "torch", "presets"])
+    assert os.environ["KERAS_BACKEND"] == "torch"
+    assert calls[0][1][1:] == ["-m", "keras_t5gemma.cli", "--backend", "torch"] + [
+        "presets"
+    ]
+
+
+def test_info_of_a_published_name_needs_no_network(capsys):
+    _, out, _ = run(capsys, "info", "t5gemma_9b_2b_ul2")
+    rows = dict(line.split("\t") for line in out.splitlines())
+    assert rows["parameters"] == "12,292,375,296"
+    assert rows["  cross-attention"] == "436,327,424"
+    assert "kaggle://keras/t5-gemma/keras/t5gemma_9b_2b_ul2/1" in rows["sources"]
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory):
+    from test_adapt import SMALL, make_gemma2
+
+    path = tmp_path_factory.mktemp("gemma2")
+    make_gemma2(**SMALL).save_to_preset(str(path))
+    return str(path)
+
+
+def test_adapt_convert_verify_info(gemma2, capsys, tmp_path):
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    status, out, err = run(capsys, "adapt", gemma2, "--output", ours)
+    assert status == 0, err
+    assert "logits equal" in out and "continue training, all of it" in out
+    assert run(capsys, "verify", ours)[1].startswith(f"{ours}: all ")
+    status, out, err = run(
+        capsys, "convert", ours, "--output", theirs, "--to", "transformers"
+    )
+    assert status == 0, err
+    status, out, _ = run(capsys, "verify", ours, theirs)
+    assert status == 0
+    assert "0 of them differ" in out and "same at 1e-05" in out
+    rows = dict(line.split("\t") for line in run(capsys, "info", ours)[1].splitlines())
+    assert rows["lineage: cross_attention"] == "copy"
+    assert rows["format"] == "keras_t5gemma"
+
+    other = str(tmp_path / "other")
+    run(capsys, "adapt", gemma2, "--output", other, "--cross-attention", "random")
+    status, out, _ = run(capsys, "verify", ours, other)
+    assert status == 1 and "differ at 1e-05" in out
+    status, _, err = run(capsys, "adapt", gemma2, "--output", ours)
+    assert status == 1 and "--overwrite" in err
+    status, _, err = run(capsys, "verify", theirs)
+    assert status == 1 and "has no checksums.json" in err
+    status, _, err = run(capsys, "convert", ours, "--output", "x", "--to", "onnx")
+    assert status == 1 and "'onnx'" in err
 
 
 def test_closed_pipe_is_quiet():

@@ -287,3 +287,99 @@ def test_kerashub_agrees_inside_the_window(tmp_path):
     logits = theirs.decoder_token_embedding(hidden, reverse=True)
     logits = keras.ops.tanh(logits / 30.0) * 30.0
     assert max_difference(run_ours(ours, x)[1], logits) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shard", [None, "50KB"])
+def test_round_trip_is_bit_exact(tmp_path, dtype, shard):
+    """Theirs, ours in memory, ours on disk, theirs again."""
+    save = {"max_shard_size": shard} if shard else {}
+    source = make_folder(tmp_path / "a", dtype=getattr(torch, dtype), **save)
+    kt.Backbone.from_preset(source, dtype=dtype).save_to_preset(tmp_path / "b")
+    ours = kt.Backbone.from_preset(tmp_path / "b", dtype=dtype)
+    size = 5e-5 if shard else 5
+    ours.save_to_huggingface(tmp_path / "c", max_shard_size=size)
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) > 1 or not shard
+    assert read_all(source).keys() == read_all(tmp_path / "c").keys()
+    for name, tensor in read_all(source).items():
+        other = read_all(tmp_path / "c")[name]
+        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+    configs = [
+        transformers.T5GemmaConfig.from_pretrained(tmp_path / x).to_dict()
+        for x in ("a", "c")
+    ]
+    for config in configs:
+        config.pop("_name_or_path", None)
+    assert configs[0] == configs[1]
+
+
+def read_all(folder):
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in safetensors_torch.load_file(file).items()
+    }
+
+
+def test_transformers_loads_the_export_and_gives_our_logits(tmp_path, tokenizer):
+    from conftest import tiny_model
+
+    model = tiny_model(tokenizer, template="instruction")
+    model.save_to_huggingface(tmp_path)
+    theirs = load_reference(tmp_path)
+    x = random_inputs(2, 20, 14)
+    x["encoder_padding_mask"][1, 9:] = 0
+    difference = run_ours(model.backbone, x)[1] - run_reference(theirs, x)[1]
+    assert np.abs(difference).max() <= 1e-5
+    assert theirs.generation_config.eos_token_id == [1, 107] or (
+        theirs.generation_config.eos_token_id == list(model.preprocessor.stop_ids)
+    )
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "A tool for  two players.\nhéllo 你好 🙂"
+    assert their_tokenizer(text)["input_ids"] == tokenizer.tokenize(text)
+    turn = "<start_of_turn>user\nA board<end_of_turn>\n"
+    ids = their_tokenizer(turn)["input_ids"]
+    assert ids == tokenizer.tokenize(turn, parse_control_tokens=True)
+    with torch.no_grad():
+        out = theirs.generate(
+            torch.tensor([tokenizer.tokenize("A board")]), max_new_tokens=7
+        )
+    ours = model.generate(
+        {"encoder_token_ids": np.array([tokenizer.tokenize("A board")], "int32")},
+        max_length=8,
+        stop_token_ids=model.preprocessor.stop_ids,
+    )["decoder_token_ids"][0]
+    assert (out[0].numpy() == ours[: len(out[0])]).all()
+
+
+def test_lora_is_merged_and_quantised_models_are_refused(tmp_path, tokenizer):
+    from conftest import tiny_model
+
+    model = tiny_model(tokenizer)
+    model.enable_lora(2)
+    for variable in model.trainable_variables:
+        variable.assign(np.full(variable.shape, 0.1, "float32"))
+    model.save_to_huggingface(tmp_path / "lora")
+    x = random_inputs()
+    expected = run_ours(model.backbone, x)[1]
+    loaded = kt.Backbone.from_preset(tmp_path / "lora")
+    assert np.abs(run_ours(loaded, x)[1] - expected).max() < 1e-5
+    model = tiny_model(tokenizer)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="quantised model cannot be exported"):
+        model.save_to_huggingface(tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_export_refuses_what_transformers_cannot_say(tmp_path):
+    import dataclasses
+
+    from conftest import tiny_config
+
+    config = tiny_config()
+    stack = dataclasses.replace(config.encoder, query_scale=0.3)
+    odd = kt.Backbone(dataclasses.replace(config, encoder=stack))
+    with pytest.raises(ValueError, match="`encoder.query_scale` must be 1 / sqrt"):
+        odd.save_to_huggingface(tmp_path)
+    with pytest.raises(ValueError, match="`dtype` must be one of.*'int8'"):
+        kt.Backbone(config).save_to_huggingface(tmp_path, dtype="int8")

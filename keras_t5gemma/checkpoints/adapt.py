@@ -1,16 +1,18 @@
 """Decoder-only Gemma 2 to encoder-decoder T5Gemma (arXiv 2504.06225, section 3.2)."""
 
-import contextlib
 import importlib.metadata
-import shutil
 from pathlib import Path
 
 import numpy as np
-import rich.console
-import rich.progress
 
-from keras_t5gemma.checkpoints import checkpoint, keras_format, verify, weight_maps
-from keras_t5gemma.checkpoints.atomic import SAVING, atomic_folder, finish
+from keras_t5gemma.checkpoints import (
+    checkpoint,
+    keras_format,
+    output,
+    verify,
+    weight_maps,
+)
+from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.gemma2 import open_gemma2
 from keras_t5gemma.checkpoints.tensors import FreshTensor, nbytes, parse_dtype
 from keras_t5gemma.config import T5GemmaConfig
@@ -234,24 +236,15 @@ def adapt_to_folder(
         OSError: when there is not enough room on the disk.
     """
     folder = Path(folder)
-    if folder.is_dir():
-        finish(folder)
-    occupied = folder.exists() and (
-        not folder.is_dir() or any(p.name != SAVING for p in folder.iterdir())
-    )
-    if occupied and not overwrite:
-        raise ValueError(
-            f"`folder` {folder} exists already; pass `overwrite` (--overwrite) to "
-            "replace the checkpoint in it."
-        )
+    output.check_is_new(folder, overwrite)
     config, tensors, lineage, sources = plan_adaptation(encoder, decoder, **options)
     stored = sources["decoder"].tensors["final_norm/scale"].dtype
     dtype = stored if dtype is None else parse_dtype(dtype)
     count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-    _check_room(folder, count * dtype.itemsize)
+    output.check_room(folder, count * dtype.itemsize)
     report = []
     with atomic_folder(folder) as staging:
-        with _progress_bar(count * dtype.itemsize, verbose) as progress:
+        with output.progress_bar(count * dtype.itemsize, verbose) as progress:
             keras_format.write(
                 staging,
                 config,
@@ -266,33 +259,6 @@ def adapt_to_folder(
             largest = max(map(nbytes, tensors.values()))
             report = verify.check_identities(staging, sources, room=largest)
     return lineage, report
-
-
-@contextlib.contextmanager
-def _progress_bar(total, verbose):
-    """Gives a function to call with the bytes of each tensor that is done."""
-    columns = (
-        "[progress.description]{task.description}",
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    console = rich.console.Console(stderr=True)
-    shown = verbose and console.is_terminal
-    with rich.progress.Progress(*columns, console=console, disable=not shown) as bar:
-        task = bar.add_task("Writing", total=total)
-        yield lambda size: bar.advance(task, size)
-
-
-def _check_room(folder, needed):
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OSError(
-            f"{folder} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB "
-            "free. Nothing was written."
-        )
 
 
 def _preprocessor(sources):

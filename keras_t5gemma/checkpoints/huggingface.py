@@ -156,7 +156,14 @@ def _write_stack(config, side):
 
 
 def save(
-    folder, config, tensors, dtype, tokenizer=None, stop_ids=(1,), max_shard_size=5e9
+    folder,
+    config,
+    tensors,
+    dtype,
+    tokenizer=None,
+    stop_ids=(1,),
+    max_shard_size=5e9,
+    progress=None,
 ):
     """Write a folder that transformers loads, one tensor at a time, atomically.
 
@@ -168,6 +175,7 @@ def save(
         tokenizer: a `Tokenizer`, or `None` to leave its files out.
         stop_ids: ids that end an answer, for generation_config.json.
         max_shard_size: bytes of the largest file.
+        progress: called with the number of bytes of each tensor when it is written.
 
     Raises:
         ValueError: for a config that transformers cannot express.
@@ -182,10 +190,13 @@ def save(
         "eos_token_id": list(stop_ids),
         "pad_token_id": 0,
     }
+
+    def written(name, data):
+        if progress is not None:
+            progress(data.nbytes)
+
     with atomic_folder(folder) as staging:
-        safetensors_file.write_folder(
-            staging, theirs, max_shard_size, written=lambda name, data: None
-        )
+        safetensors_file.write_folder(staging, theirs, max_shard_size, written)
         if tokenizer is not None:
             _save_tokenizer(staging, tokenizer)
         _write_json(staging / "generation_config.json", generation)

@@ -11,7 +11,16 @@ from keras_t5gemma.checkpoints.tensors import CastTensor
 CHECKSUM_FILE = "checksums.json"
 
 
-def write(folder, config, tensors, dtype, lineage=None, preprocessor=None, **kwargs):
+def write(
+    folder,
+    config,
+    tensors,
+    dtype,
+    lineage=None,
+    preprocessor=None,
+    max_shard_size=5e9,
+    progress=None,
+):
     """Write weights, checksums, tokenizer and, last, config.json.
 
     Args:
@@ -21,10 +30,9 @@ def write(folder, config, tensors, dtype, lineage=None, preprocessor=None, **kwa
         dtype: numpy dtype that the weights are written in.
         lineage: dict, or `None`.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None`.
-        **kwargs: `max_shard_size` in bytes, and `progress`, called with the number of
-            bytes of each tensor when it is written.
+        max_shard_size: bytes of the largest weight file.
+        progress: called with the number of bytes of each tensor when it is written.
     """
-    progress = kwargs.pop("progress", None)
     names, paths = {}, {}
     for side, rows in weight_maps.KERAS.items():
         stack = getattr(config, side)
@@ -39,7 +47,7 @@ def write(folder, config, tensors, dtype, lineage=None, preprocessor=None, **kwa
             progress(data.nbytes)
 
     entries = {names[path]: CastTensor(t, dtype) for path, t in tensors.items()}
-    h5_file.write_folder(folder, entries, written=written, **kwargs)
+    h5_file.write_folder(folder, entries, max_shard_size, written)
     _write_json(
         folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": dict(digests)}
     )
