@@ -303,6 +303,7 @@ from keras_t5gemma.checkpoints import adapt
 def run():
     adapt.adapt_to_folder({source!r}, folder={out!r}, check=False, overwrite=True)
 
+run()
 start = time.perf_counter()
 run()
 print(time.perf_counter() - start, flush=True)
@@ -347,7 +348,7 @@ def test_killed_at_random_moments_it_is_complete_or_refuses(tmp_path):
             process.stdin.write("go\n")
             process.stdin.flush()
             child = int(process.stdout.readline())
-            time.sleep(rng.uniform(0, 1.1 * duration))
+            time.sleep(rng.uniform(0, duration))
             os.kill(child, signal.SIGKILL)
             assert process.stdout.readline() == "gone\n"
             try:
@@ -356,14 +357,14 @@ def test_killed_at_random_moments_it_is_complete_or_refuses(tmp_path):
                 assert fresh, "the old checkpoint was lost"
                 message = str(error)
                 assert "interrupted. Run it again" in message or (
-                    "has no config.json" in message
+                    "is no name and no folder" in message  # Nothing was begun.
                 )
                 outcomes["refused"] += 1
             else:
                 assert count == len(open_checkpoint(out).tensors())
                 outcomes["complete" if fresh else "old"] += 1
         process.stdin.close()
-    assert outcomes["refused"] >= 4 and outcomes["old"] == 12, outcomes
+    assert outcomes["refused"] >= 2 and outcomes["old"] == 12, outcomes
     from keras_t5gemma.checkpoints import adapt
 
     adapt.adapt_to_folder(source, folder=out, overwrite=True)

@@ -5,6 +5,7 @@ with an attribute. h5py finds where the bytes lie; they are then read like those
 any other file.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -102,6 +103,9 @@ def _entry(path, name, dataset):
 def write_folder(folder, tensors, max_shard_size, written):
     """Write `model.weights.h5`, or shards with their index, as Keras does.
 
+    A tensor that goes to several places (an adapted model has a source's twice) is
+    read once and written to all of them.
+
     Args:
         folder: an existing folder.
         tensors: dict of dataset path to unread tensor; one is in memory at a time.
@@ -113,26 +117,34 @@ def write_folder(folder, tensors, max_shard_size, written):
     files = [SINGLE_FILE]
     if len(shards) > 1:
         files = [f"model_{i:05}.weights.h5" for i in range(len(shards))]
+    file_of = {
+        name: file for file, names in zip(files, shards, strict=True) for name in names
+    }
+    if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(nbytes, tensors.values()))},
             "weight_map": {
-                "/" + name.rpartition("/")[0]: file
-                for file, names in zip(files, shards, strict=True)
-                for name in names
+                "/" + name.rpartition("/")[0]: file for name, file in file_of.items()
             },
         }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=4), encoding="utf-8")
-    for file, names in zip(files, shards, strict=True):
-        with h5py.File(folder / file, "w") as store:
+    places = {}  # Equal tensors are one key.
+    for name, tensor in tensors.items():
+        places.setdefault(tensor, []).append(name)
+    with contextlib.ExitStack() as stack:
+        stores = {
+            file: stack.enter_context(h5py.File(folder / file, "w")) for file in files
+        }
+        for tensor, names in places.items():
+            array = np.ascontiguousarray(tensor.read())
             for name in names:
-                _write(store, name, tensors[name], written)
+                _write(stores[file_of[name]], name, array)
+            written(names, to_bytes(array))
 
 
-def _write(store, name, tensor, written):
-    array = np.ascontiguousarray(tensor.read())
+def _write(store, name, array):
     if array.dtype == DTYPES["bfloat16"]:
         dataset = store.create_dataset(name, data=array.view("V2"))
         dataset.attrs["dtype"] = "bfloat16"
     else:
         store.create_dataset(name, data=array)
-    written(name, to_bytes(array))

@@ -191,7 +191,7 @@ def save(
         "pad_token_id": 0,
     }
 
-    def written(name, data):
+    def written(names, data):
         if progress is not None:
             progress(data.nbytes)
 

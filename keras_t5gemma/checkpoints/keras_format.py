@@ -41,16 +41,15 @@ def write(
                 names[ours], paths[name] = name, ours
     digests = {}
 
-    def written(name, data):
-        digests[paths[name]] = hashlib.sha256(data).hexdigest()
+    def written(places, data):
+        digest = hashlib.sha256(data).hexdigest()
+        digests.update((paths[name], digest) for name in places)
         if progress is not None:
-            progress(data.nbytes)
+            progress(data.nbytes * len(places))
 
     entries = {names[path]: CastTensor(t, dtype) for path, t in tensors.items()}
     h5_file.write_folder(folder, entries, max_shard_size, written)
-    _write_json(
-        folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": dict(digests)}
-    )
+    _write_json(folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": digests})
     if preprocessor is not None:
         preprocessor.save_to_preset(str(folder))
     _write_json(folder / "config.json", serialize(config, dtype.name, lineage))

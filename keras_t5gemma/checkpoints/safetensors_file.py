@@ -160,8 +160,8 @@ def write_folder(folder, tensors, max_shard_size, written):
         folder: an existing folder.
         tensors: dict of name to unread tensor; one is in memory at a time.
         max_shard_size: bytes.
-        written: called as `written(name, bytes)` with the flat uint8 array of each
-            tensor.
+        written: called as `written(names, bytes)` with the flat uint8 array of each
+            tensor and the names it was written under.
     """
     shards = plan_shards(tensors, max_shard_size)
     files = [SINGLE_FILE]
@@ -204,4 +204,4 @@ def _write_file(path, tensors, written):
         for name, tensor in tensors.items():
             data = to_bytes(tensor.read())
             file.write(memoryview(data))
-            written(name, data)
+            written([name], data)

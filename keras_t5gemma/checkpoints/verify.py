@@ -185,40 +185,31 @@ def check_identities(folder, sources, room, tolerance=1e-4):
     report = []
     if opened.lineage["cross_attention"] == "copy":
         report.append(_check_copies(folder, opened))
-    layers = {side: _sample(sources[side].stack, room) for side in sources}
-    model = _slice_of_model(opened, layers)
-    model_dtype = opened.tensors()["encoder/final_norm/scale"].dtype
     rng = np.random.default_rng(0)
     for side, source in sources.items():
-        stack = source.stack
+        stack, layers = source.stack, _sample(source.stack, room)
         size = min(source.vocabulary_size, _VOCABULARY)
-        # Within the window, which the slice of layers need not alternate.
+        # Within the window, which the sampled layers need not alternate.
         ids = rng.integers(0, size, (2, min(12, stack.sliding_window)), dtype="int32")
-        reference = _reference(source, layers[side], model_dtype)
-        if reference is None:
+        theirs = _source_output(opened, side, source, layers, ids)  # Then freed.
+        if theirs is None:
             report.append(
                 f"{side}: not compared, its query scale is not one KerasHub has"
             )
             continue
-        theirs = reference({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-        if side == "encoder":
-            ours, what = causal_encoder_states(model, ids), "hidden states"
-        else:
-            theirs = reference.token_embedding(theirs, reverse=True)
-            ours, what = decoder_logits_without_cross(model, ids), "logits"
-        ours, theirs = (ops.convert_to_numpy(x) for x in (ours, theirs))
+        ours = _adapted_output(opened, side, layers, ids)
+        what = "hidden states" if side == "encoder" else "logits"
         scale = max(1.0, float(np.abs(theirs).max()))
         difference = float(np.abs(ours - theirs).max()) / scale
-        line = (
-            f"{side}: {what} equal {source.name}'s within {difference:.1e}, on "
-            f"{len(layers[side])} of {stack.num_layers} layers"
-        )
         if not difference <= tolerance:
             raise ValueError(
                 f"The adapted model is wrong: its {side}'s {what} differ from "
                 f"{source.name}'s by {difference:.1e}, more than {tolerance:.0e}."
             )
-        report.append(line)
+        report.append(
+            f"{side}: {what} equal {source.name}'s within {difference:.1e}, on "
+            f"{len(layers)} of {stack.num_layers} layers"
+        )
     return report
 
 
@@ -271,22 +262,39 @@ def _slice_tensors(tensors, layers, prefix=""):
     return result
 
 
-def _slice_of_model(opened, layers):
-    config = opened.config
-    tensors = opened.tensors()
-    return checkpoint.fill(
-        dataclasses.replace(
-            config,
-            encoder=_slice_stack(config.encoder, layers["encoder"]),
-            decoder=_slice_stack(config.decoder, layers["decoder"]),
-            vocabulary_size=min(config.vocabulary_size, _VOCABULARY),
-        ),
-        {
-            **_slice_tensors(tensors, layers["encoder"], "encoder/"),
-            **_slice_tensors(tensors, layers["decoder"], "decoder/"),
-        },
-        dtype="float32",
+def _adapted_output(opened, side, layers, token_ids):
+    """What the adapted model gives for one side's identity, with a few layers."""
+    config, tensors = opened.config, opened.tensors()
+    changes = {"vocabulary_size": min(config.vocabulary_size, _VOCABULARY)}
+    taken = {"encoder": layers if side == "encoder" else [0]}
+    if side == "decoder":
+        taken["decoder"] = layers
+    sliced = {}
+    for tower in ("encoder", "decoder"):
+        stack = None
+        if tower in taken:
+            stack = _slice_stack(getattr(config, tower), taken[tower])
+            sliced |= _slice_tensors(tensors, taken[tower], f"{tower}/")
+        changes[tower] = stack
+    model = checkpoint.fill(
+        dataclasses.replace(config, **changes), sliced, dtype="float32"
     )
+    if side == "encoder":
+        return ops.convert_to_numpy(causal_encoder_states(model, token_ids))
+    return ops.convert_to_numpy(decoder_logits_without_cross(model, token_ids))
+
+
+def _source_output(opened, side, source, layers, token_ids):
+    """The same of the source, in KerasHub's model; `None` when it has none for it."""
+    dtype = opened.tensors()["encoder/final_norm/scale"].dtype
+    reference = _reference(source, layers, dtype)
+    if reference is None:
+        return None
+    ones = np.ones_like(token_ids)
+    output = reference({"token_ids": token_ids, "padding_mask": ones})
+    if side == "decoder":
+        output = reference.token_embedding(output, reverse=True)
+    return ops.convert_to_numpy(output)
 
 
 def _reference(source, layers, dtype):
