@@ -1,13 +1,15 @@
 """Time, memory and disk traffic of `adapt`, at two sizes a factor 8 apart.
 
     python benchmarks/adapt.py [--folder F] [--repeats 3]
+    python benchmarks/adapt.py --pair 9b 2b
 
-Makes two Gemma 2 checkpoints in transformers' format, bfloat16, random values, with
-the same largest tensor (the embedding table) and 4 and 32 times as many layers, so
-that the blocks are a factor 8 apart; adapts each of them file to file in a fresh
-process, with and without the check of the result, and prints medians. Bytes are what
-the process asked the kernel to read and write (/proc/self/io), imports excluded; `base`
-is its resident size when it starts, imports done, `peak` the highest from then on.
+Makes Gemma 2 checkpoints in transformers' format, bfloat16, random values, with the
+same largest tensor (the embedding table) and 4 and 32 layers, so that the blocks are
+a factor 8 apart; adapts each of them file to file in a fresh process, with and
+without the check of the result, and prints medians. With `--pair` it does so once, at
+the released sizes (9b 2b needs 50 GB of disk). Bytes are what the process asked the
+kernel to read and write (/proc/self/io), imports excluded; `base` is its resident
+size when it starts, imports done, `peak` the highest from then on.
 """
 
 import argparse
@@ -20,38 +22,38 @@ import tempfile
 import time
 from pathlib import Path
 
-WIDTH, VOCABULARY, LAYERS = 1024, 32_768, (4, 32)
+SMALL_VOCABULARY, LAYERS = 32_768, (4, 32)
 
 
-def make_folder(folder, layers):
-    """A Gemma 2 of random bfloat16 weights, written shard by shard."""
+def make_folder(folder, stack, vocabulary_size):
+    """A Gemma 2 of random bfloat16 weights, one tensor at a time."""
     import ml_dtypes
     import numpy as np
 
     from keras_t5gemma.checkpoints import safetensors_file, weight_maps
     from keras_t5gemma.checkpoints.tensors import FreshTensor, ToTheirs
-    from keras_t5gemma.config import StackConfig
 
-    stack = StackConfig(layers, WIDTH, 4 * WIDTH, 8, 4, 128)
-    shapes = weight_maps.tower_shapes(stack, VOCABULARY)
-    rows = weight_maps.expand(weight_maps.GEMMA2_HUGGING_FACE, layers)
+    shapes = weight_maps.tower_shapes(stack, vocabulary_size)
+    rows = weight_maps.expand(weight_maps.GEMMA2_HUGGING_FACE, stack.num_layers)
     dtype = np.dtype(ml_dtypes.bfloat16)
     tensors = {
-        theirs: ToTheirs(FreshTensor(ours, shapes[ours], dtype, 0.02, 0), rule, 128)
+        theirs: ToTheirs(
+            FreshTensor(ours, shapes[ours], dtype, 0.02, 0), rule, stack.head_dim
+        )
         for ours, (theirs, rule) in rows.items()
     }
     folder.mkdir(parents=True)
-    safetensors_file.write_folder(folder, tensors, 1e9, lambda names, data: None)
+    safetensors_file.write_folder(folder, tensors, 5e9, lambda names, data: None)
     config = {
         "model_type": "gemma2",
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "query_pre_attn_scalar": 128,
+        "vocab_size": vocabulary_size,
+        "hidden_size": stack.hidden_dim,
+        "intermediate_size": stack.intermediate_dim,
+        "num_hidden_layers": stack.num_layers,
+        "num_attention_heads": stack.num_query_heads,
+        "num_key_value_heads": stack.num_key_value_heads,
+        "head_dim": stack.head_dim,
+        "query_pre_attn_scalar": stack.head_dim,
     }
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -70,14 +72,14 @@ def resident(field):
     raise ValueError(field)
 
 
-def adapt(source, target, check):
+def adapt(sources, target, check):
     """Adapt in this process; print what it took as JSON."""
     from keras_t5gemma.checkpoints.adapt import adapt_to_folder
 
     Path("/proc/self/clear_refs").write_text("5")  # Forget the imports' peak.
     base = resident("VmRSS")
     before, start = traffic(), time.perf_counter()
-    adapt_to_folder(source, folder=target, check=check)
+    adapt_to_folder(*sources, folder=target, check=check)
     seconds = time.perf_counter() - start
     read, wrote = (b - a for a, b in zip(before, traffic(), strict=True))
     peak = resident("VmHWM")
@@ -85,45 +87,64 @@ def adapt(source, target, check):
     print(json.dumps(dict(zip(keys, (seconds, read, wrote, base, peak), strict=True))))
 
 
+def measure(name, sources, target, check, repeats):
+    """Adapt in fresh processes; print one row of medians."""
+    runs = []
+    for _ in range(repeats):
+        command = [sys.executable, __file__, "--sources", *map(str, sources)]
+        command += ["--folder", str(target), *(["--check"] * check)]
+        out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        runs.append(json.loads(out.stdout.splitlines()[-1]))
+        size = sum(f.stat().st_size for f in target.rglob("*.h5"))
+        shutil.rmtree(target)
+    median = {k: statistics.median(run[k] for run in runs) for k in runs[0]}
+    files = [f for source in set(sources) for f in source.rglob("*.safetensors")]
+    held = sum(f.stat().st_size for f in files)
+    row = (
+        held,
+        size,
+        median["read"],
+        median["wrote"],
+        median["base"],
+        median["peak"] - median["base"],
+    )
+    numbers = " | ".join(f"{value / 1e9:.2f}" for value in row)
+    checked = "yes" if check else "no"
+    print(f"| {name} | {checked} | {median['seconds']:.1f} | {numbers} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pair", nargs=2, metavar=("ENCODER", "DECODER"))
+    parser.add_argument("--sources", nargs="+", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.source:
-        adapt(args.source, args.folder, args.check)
+    if args.sources:
+        adapt(args.sources, args.folder, args.check)
         return
-    largest = 2 * VOCABULARY * WIDTH
-    print(f"largest tensor {largest / 1e6:.0f} MB; medians of {args.repeats}\n")
+    from keras_t5gemma.config import STACKS, StackConfig
+
     print(
-        "| layers | check | source GB | result GB | s | read GB | written GB ", end=""
+        "| model | check | s | sources GB | result GB | read GB | written GB ", end=""
     )
     print("| base GB | peak - base GB |\n|" + "---|" * 9)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        target = Path(scratch, "result")
+        if args.pair:
+            sources = [Path(scratch, size) for size in args.pair]
+            for size, source in dict(zip(args.pair, sources, strict=True)).items():
+                make_folder(source, STACKS[size], 256_000)
+            measure("-".join(args.pair), sources, target, True, 1)
+            return
         for layers in LAYERS:
-            source, target = Path(scratch, f"source{layers}"), Path(scratch, "result")
-            make_folder(source, layers)
+            source = Path(scratch, f"{layers}")
+            stack = StackConfig(layers, 1024, 4096, 8, 4, 128)
+            make_folder(source, stack, SMALL_VOCABULARY)
             for check in (False, True):
-                runs = []
-                for _ in range(args.repeats):
-                    command = [sys.executable, __file__, "--source", str(source)]
-                    command += ["--folder", str(target), *(["--check"] * check)]
-                    out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-                    runs.append(json.loads(out.stdout.splitlines()[-1]))
-                    size = sum(f.stat().st_size for f in target.rglob("*.h5"))
-                    shutil.rmtree(target)
-                median = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-                held = sum(f.stat().st_size for f in source.rglob("*.safetensors"))
-                print(
-                    f"| {layers} | {'yes' if check else 'no'} | {held / 1e9:.2f} | "
-                    f"{size / 1e9:.2f} | {median['seconds']:.2f} | "
-                    f"{median['read'] / 1e9:.2f} | {median['wrote'] / 1e9:.2f} | "
-                    f"{median['base'] / 1e9:.2f} | "
-                    f"{(median['peak'] - median['base']) / 1e9:.2f} |",
-                    flush=True,
-                )
+                name = f"{layers} layers"
+                measure(name, [source], target, check, args.repeats)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 
 import keras
 import pytest
-from conftest import numpy, tiny_model
+from conftest import max_difference, numpy, tiny_model
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints import presets
@@ -126,6 +126,51 @@ def test_keras_hub_base_classes_find_our_preset_and_only_ours(tokenizer, tmp_pat
     assert all(v.__module__.startswith("keras_hub") for v in shared)
 
 
+def test_handles_go_through_the_hubs_own_clients(model, tmp_path, monkeypatch):
+    """A published name from Hugging Face, ours from both hubs; only what is needed."""
+    import huggingface_hub
+    import kagglehub
+
+    model.save_to_huggingface(tmp_path / "theirs")
+    model.save_to_preset(tmp_path / "ours")
+    asked = []
+
+    def folder_of(handle):
+        return tmp_path / ("theirs" if handle.startswith("google/") else "ours")
+
+    def download_file(repo_id, filename):
+        asked.append(filename)
+        return str(folder_of(repo_id) / filename)
+
+    def snapshot(handle, allow_patterns):
+        asked.append("everything")
+        return str(folder_of(handle))
+
+    def kaggle(handle, path=None):
+        asked.append(path or "everything")
+        folder = folder_of(handle)
+        return str(folder / path if path else folder)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download_file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(kagglehub, "model_download", kaggle)
+    for preset in (
+        "t5gemma_s_s_prefixlm_it",
+        "hf://me/mine",
+        "kaggle://me/model/keras/mine",
+    ):
+        loaded = kt.Seq2SeqLM.from_preset(preset)
+        assert max_difference(loaded.weights[0], model.weights[0]) == 0
+        template = "instruction" if preset.endswith("_it") else None
+        assert loaded.preprocessor.template == template
+    asked.clear()
+    kt.Tokenizer.from_preset("kaggle://me/model/keras/mine")
+    kt.Backbone.from_preset("hf://me/mine", load_weights=False)
+    assert "everything" not in asked and len(asked) <= 4
+    with pytest.raises(ValueError, match="must start with hf:// or kaggle://"):
+        presets.download("gs://bucket/folder")
+
+
 @pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError])
 def test_failed_download_says_what_to_do(monkeypatch, error):
     """KerasHub reports a hub that was not reached as a file that is not there."""
@@ -134,8 +179,10 @@ def test_failed_download_says_what_to_do(monkeypatch, error):
         raise error("no route")
 
     monkeypatch.setattr(presets, "get_file", offline)
-    with pytest.raises(OSError, match="licence.*hf auth login.*passed as a path"):
+    with pytest.raises(OSError, match="licence.*hf auth login.*passed as a path") as e:
         kt.Seq2SeqLM.from_preset("t5gemma_b_b_prefixlm_it")
+    elsewhere = "kaggle://keras/t5-gemma/keras/t5gemma_b_b_prefixlm_it/1"
+    assert f"The same weights lie at {elsewhere}." in str(e.value)
 
 
 def test_missing_keras_hub_says_how_to_install_it(tmp_path):

@@ -1,6 +1,7 @@
 """Proof that a checkpoint is what it should be: against another, or its sources."""
 
 import dataclasses
+import gc
 import hashlib
 import math
 import os
@@ -191,13 +192,15 @@ def check_identities(folder, sources, room, tolerance=1e-4):
         size = min(source.vocabulary_size, _VOCABULARY)
         # Within the window, which the sampled layers need not alternate.
         ids = rng.integers(0, size, (2, min(12, stack.sliding_window)), dtype="int32")
-        theirs = _source_output(opened, side, source, layers, ids)  # Then freed.
+        theirs = _source_output(opened, side, source, layers, ids)
+        gc.collect()  # Keras models are cycles; hold one at a time.
         if theirs is None:
             report.append(
                 f"{side}: not compared, its query scale is not one KerasHub has"
             )
             continue
         ours = _adapted_output(opened, side, layers, ids)
+        gc.collect()
         what = "hidden states" if side == "encoder" else "logits"
         scale = max(1.0, float(np.abs(theirs).max()))
         difference = float(np.abs(ours - theirs).max()) / scale
