@@ -236,7 +236,7 @@ def run_adapt(args):
     lineage, report = adapt_to_folder(
         args.encoder,
         args.decoder,
-        args.output,
+        folder=args.output,
         dtype=args.dtype,
         overwrite=args.overwrite,
         check=not args.no_check,

@@ -192,7 +192,11 @@ def test_choices_are_arguments(big, small):
 def test_file_to_file_equals_in_memory(folders, tmp_path, dtype):
     out = tmp_path / "out"
     lineage, report = adapt.adapt_to_folder(
-        folders / "big", folders / "small", out, dtype=dtype, max_shard_size=60_000
+        folders / "big",
+        folders / "small",
+        folder=out,
+        dtype=dtype,
+        max_shard_size=60_000,
     )
     assert len(list(out.glob("model_*.weights.h5"))) > 2
     assert lineage["encoder"] == "big"

@@ -75,6 +75,9 @@ def test_folders_that_are_no_preset(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):
         kt.Seq2SeqLM.from_preset(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"must hold a JSON object; got \[1\]"):
+        kt.Seq2SeqLM.from_preset(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
     with pytest.raises(ValueError, match="not a checkpoint of T5Gemma.*'gemma2'"):
         kt.Seq2SeqLM.from_preset(tmp_path)

@@ -200,7 +200,8 @@ def _check_vocabularies(reads, writes):
 def adapt_to_folder(
     encoder,
     decoder=None,
-    folder=None,
+    *,
+    folder,
     dtype=None,
     max_shard_size=5e9,
     overwrite=False,

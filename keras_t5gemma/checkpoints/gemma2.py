@@ -93,6 +93,10 @@ def open_gemma2(source, argument="source"):
             size = config["vocab_size"]
         except KeyError as error:
             raise ValueError(f"{where} lacks the field {error}.") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{where} has a field of a wrong type: {error}.") from (
+                error
+            )
         cap = config.get("final_logit_softcapping", 30.0)
         positions = config.get("max_position_embeddings", 8192)
         dropped = weight_maps.GEMMA2_HUGGING_FACE_DROPPED

@@ -42,6 +42,8 @@ def read_config(config, source="config.json"):
         )
     except KeyError as error:
         raise ValueError(f"{source} lacks the field {error}.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{source} has a field of a wrong type: {error}.") from error
 
 
 def read_stack(stack, source):

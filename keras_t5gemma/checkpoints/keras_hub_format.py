@@ -32,6 +32,8 @@ def read_config(config, source):
         )
     except KeyError as error:
         raise ValueError(f"{source} lacks the field {error}.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{source} has a field of a wrong type: {error}.") from error
 
 
 def _read_stack(config, side):
@@ -98,6 +100,8 @@ def read_gemma2_config(config, source):
         )
     except KeyError as error:
         raise ValueError(f"{source} lacks the field {error}.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{source} has a field of a wrong type: {error}.") from error
 
 
 def _require(config, source, **needed):

@@ -196,9 +196,12 @@ def read_json(location, name="config.json", default=None):
             raise ValueError(_no_checkpoint(location, name)) from error
         raise
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        parsed = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {parsed!r}.")
+    return parsed
 
 
 def _no_checkpoint(location, name):
