@@ -6,6 +6,8 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "tests", "without_tensorflow"]
 
+# Two processes of one thread each: most of the time is compilation, in one thread.
+PYTEST = ("pytest", "-n", "2")
 BACKENDS = ("jax", "tensorflow", "torch")
 # The versions that are tested together. torch first and by number: the next one
 # that pip finds brings gigabytes of GPU libraries.
@@ -35,8 +37,8 @@ def tests(session):
     session.install("-e", ".[test]", "keras==3.15.1")
     for backend in BACKENDS:
         session.log(f"backend: {backend}")
-        env = {"KERAS_BACKEND": backend}
-        session.run("pytest", *session.posargs, env=env)
+        env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+        session.run(*PYTEST, *session.posargs, env=env)
 
 
 @nox.session
@@ -45,24 +47,22 @@ def without_tensorflow(session, backend):
     """Text in, text out, with one backend and nothing of TensorFlow installed."""
     session.install(PINNED[backend])
     session.install(*KERAS_HUB)
-    session.install(".", "keras==3.15.1", "pytest>=8")
+    session.install(".", "keras==3.15.1", "pytest>=8", "pytest-xdist>=3.6")
     session.run(
         "python",
         "-c",
         "import importlib.util as u; assert not u.find_spec('tensorflow')",
     )
     session.run(
-        "pytest",
+        *PYTEST,
         "tests/test_tokenizer.py",
         "tests/test_preprocessor.py",
         "tests/test_generate.py",
         "tests/test_fit.py",
         "tests/test_presets.py",
-        "tests/test_adapt.py",
-        "tests/test_checkpoints.py",
         "tests/test_cli.py",
         *session.posargs,
-        env={"KERAS_BACKEND": backend},
+        env={"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},
     )
 
 

@@ -9,6 +9,10 @@ from keras_t5gemma.checkpoints.adapt import adapt_gemma2 as adapt_gemma2
 from keras_t5gemma.checkpoints.presets import presets as presets
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
+from keras_t5gemma.generation.engine import (
+    cache_compiled_programs as cache_compiled_programs,
+)
+from keras_t5gemma.generation.options import GenerationOptions as GenerationOptions
 from keras_t5gemma.modeling.backbone import Backbone as Backbone
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
 from keras_t5gemma.text.preprocessor import (

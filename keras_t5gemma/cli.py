@@ -8,6 +8,20 @@ from pathlib import Path
 from keras_t5gemma.environment import BACKENDS
 
 DEFAULT_PRESET = "t5gemma_mini_synopsis"
+# Options of `Seq2SeqLM.generate` with the same names and meanings.
+GENERATION_OPTIONS = (
+    ("num_beams", int, "beams of a beam search"),
+    ("length_penalty", float, "power of the length that beams are ranked by"),
+    ("temperature", float, "sample; logits are divided by this"),
+    ("top_k", int, "sample among so many tokens"),
+    ("top_p", float, "sample among the tokens of this probability"),
+    ("repetition_penalty", float, "above 1: fewer repetitions"),
+    ("no_repeat_ngram_size", int, "no so many tokens in a row twice"),
+    ("min_new_tokens", int, "least tokens of an answer"),
+    ("num_return_sequences", int, "answers a text, a line each"),
+    ("seed", int, "of sampling"),
+    ("max_time", float, "seconds after which what there is, is returned"),
+)
 
 
 def main(argv=None):
@@ -61,7 +75,17 @@ def make_parser():
     generate.add_argument(
         "--sampler", default="greedy", help="greedy (default), beam, top_k, top_p, ..."
     )
+    for name, kind, meaning in GENERATION_OPTIONS:
+        flag = "--" + name.replace("_", "-")
+        generate.add_argument(flag, dest=name, type=kind, help=meaning)
+    generate.add_argument(
+        "--stream", action="store_true", help="show the answer as it is written"
+    )
     generate.add_argument("--dtype", help="e.g. bfloat16; default: Keras's own")
+    generate.add_argument("--quantize", help="int8 or int4 weights")
+    generate.add_argument(
+        "--compilation-cache", metavar="FOLDER", help="keep compiled programs there"
+    )
     generate.set_defaults(run=run_generate)
 
     listing = commands.add_parser("presets", help="list the named presets")
@@ -147,26 +171,36 @@ def read_texts(args):
 
 
 def run_generate(args):
-    """One answer a line; progress on a terminal when there are many."""
+    """One answer a line, or several lines a text with --num-return-sequences."""
     texts = read_texts(args)
-    import rich.progress
-
+    if args.stream and len(texts) > 1:
+        raise ValueError(f"--stream takes one text; got {len(texts)}.")
     import keras_t5gemma
 
+    if args.compilation_cache:
+        keras_t5gemma.cache_compiled_programs(args.compilation_cache)
     model = keras_t5gemma.Seq2SeqLM.from_preset(args.preset, dtype=args.dtype)
+    if args.quantize:
+        model.quantize(args.quantize)
     model.compile(sampler=args.sampler)
-    starts = range(0, len(texts), args.batch_size)
-    if len(starts) > 1 and sys.stderr.isatty():
-        console = rich.console.Console(stderr=True)
-        starts = rich.progress.track(starts, "Generating", console=console)
-    for start in starts:
+    options = {name: getattr(args, name) for name, _, _ in GENERATION_OPTIONS}
+    options = {name: value for name, value in options.items() if value is not None}
+    if args.stream:
+        for piece in model.stream(texts[0], args.max_length, **options):
+            print(piece, end="", flush=True)
+        print()
+        return
+    chunk = 32 * args.batch_size  # Answers appear, and are kept, as they come.
+    for start in range(0, len(texts), chunk):
         answers = model.generate(
-            texts[start : start + args.batch_size],
+            texts[start : start + chunk],
             max_length=args.max_length,
             batch_size=args.batch_size,
+            **options,
         )
         for answer in answers:
-            print(" ".join(answer.split()) if args.lines else answer, flush=True)
+            for text in answer if isinstance(answer, list) else [answer]:
+                print(" ".join(text.split()) if args.lines else text, flush=True)
 
 
 def run_presets(args):

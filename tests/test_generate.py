@@ -11,25 +11,42 @@ SOURCES = ["The quick brown fox", "A board", "Fonts of the old kind, in text"]
 STOPS = (1, 107)
 
 
+def plain_logits(model, source, rows, length, count=None):
+    """Logits of the next token of each row, by the whole forward pass.
+
+    Args:
+        model: a `Seq2SeqLM`.
+        source: a string.
+        rows: lists of decoder ids.
+        length: what they are padded to, and
+        count: their number likewise, so that a compiling backend compiles once.
+    """
+    encoder = model.preprocessor.generate_preprocess(source)
+    padded = np.zeros((count or len(rows), length), "int32")
+    for i, ids in enumerate(rows):
+        padded[i, : len(ids)] = ids
+    inputs = {
+        "encoder_token_ids": encoder["encoder_token_ids"].repeat(len(padded), 0),
+        "encoder_padding_mask": encoder["encoder_padding_mask"].repeat(len(padded), 0),
+        "decoder_token_ids": padded,
+        "decoder_padding_mask": np.ones_like(padded),
+    }
+    logits = np.asarray(keras.Model.predict_on_batch(model, inputs))
+    ends = [len(ids) - 1 for ids in rows]
+    return logits[np.arange(len(rows)), ends].astype("float64")
+
+
+def plain_log_probs(*args):
+    """`plain_logits`, normalised."""
+    logits = plain_logits(*args)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
 def greedy_oracle(model, source, length, prompt=(), stops=STOPS):
     """The plain loop: the whole forward pass for every token."""
-    preprocessor, backbone = model.preprocessor, model.backbone
-    encoder = preprocessor.generate_preprocess(source)
     ids = [2, *prompt]
     while len(ids) < length:
-        # One padded length, so that a compiling backend compiles once.
-        row = np.array([ids + [0] * (length - len(ids))], "int32")
-        mask = (np.arange(length) < len(ids)).astype("int32")[None]
-        out = backbone(
-            {
-                "encoder_token_ids": encoder["encoder_token_ids"],
-                "encoder_padding_mask": encoder["encoder_padding_mask"],
-                "decoder_token_ids": row,
-                "decoder_padding_mask": mask,
-            }
-        )
-        logits = numpy(backbone.logits(out["decoder_sequence_output"]))
-        ids.append(int(logits[0, len(ids) - 1].argmax()))
+        ids.append(int(plain_logits(model, source, [ids], length)[0].argmax()))
         if ids[-1] in stops:
             break
     return ids
@@ -101,56 +118,68 @@ def test_empty_source_is_generated_from_nothing(shared_model):
     assert len(rows[0]) > 1
 
 
-def beam_oracle(model, source, length, beams, stops):
-    """Beam search by the plain forward pass; a finished beam keeps its score."""
-    preprocessor, backbone = model.preprocessor, model.backbone
-    encoder = preprocessor.generate_preprocess(source)
-    live = [([2], 0.0)]
-    for step in range(1, length):
-        rows = [ids + [0] * (length - len(ids)) for ids, _ in live]
-        rows += [rows[0]] * (beams - len(rows))
-        count = len(rows)
-        out = backbone(
-            {
-                "encoder_token_ids": encoder["encoder_token_ids"].repeat(count, 0),
-                "encoder_padding_mask": encoder["encoder_padding_mask"].repeat(
-                    count, 0
-                ),
-                "decoder_token_ids": np.array(rows, "int32"),
-                "decoder_padding_mask": np.ones((count, length), "int32"),
-            }
-        )
-        logits = numpy(backbone.logits(out["decoder_sequence_output"]))
-        candidates = []
-        for (ids, score), row in zip(live, logits, strict=False):
-            if set(ids[1:]) & set(stops):
-                candidates.append((ids + [0], score))
-                continue
-            row = row[step - 1].astype("float64")
-            row = row - np.log(np.exp(row - row.max()).sum()) - row.max()
-            for token in np.argsort(-row)[:beams]:
-                candidates.append((ids + [int(token)], score + row[token]))
-        live = sorted(candidates, key=lambda c: -c[1])[:beams]
-    ids = live[0][0]
-    ends = [i + 1 for i, token in enumerate(ids) if i and token in stops]
-    return ids[: ends[0]] if ends else ids
+def beam_oracle(model, source, length, beams, stops, power=1.0):
+    """Beam search by the plain forward pass, best answer first."""
+    running, finished = [([2], 0.0)], []
+    while True:
+        rows = [ids for ids, _ in running]
+        log_probs = plain_log_probs(model, source, rows, length, beams)
+        candidates = [
+            (ids + [token], score + row[token])
+            for (ids, score), row in zip(running, log_probs, strict=False)
+            for token in range(len(row))
+        ]
+        candidates.sort(key=lambda c: -c[1])
+        size = len(candidates[0][0])
+        ends = [ids[-1] in stops or size == length for ids, _ in candidates]
+        for (ids, score), end in zip(candidates[:beams], ends, strict=False):
+            if end:
+                finished.append((ids, score / (size - 1) ** power))
+        finished = sorted(finished, key=lambda c: -c[1])[:beams]
+        running = [c for c, end in zip(candidates, ends, strict=True) if not end]
+        running = running[:beams]
+        if size == length:
+            return finished
+        best = running[0][1] / (size - 1) ** power
+        if len(finished) == beams and best <= finished[-1][1]:
+            return finished
 
 
-def test_batched_beam_search_equals_single_ones(tokenizer):
-    """Trap: KerasHub's own fails for this model with more than one row."""
-    model = tiny_model(tokenizer)
+@pytest.mark.parametrize("power", [1.0, 0.0])
+def test_beam_search_equals_the_plain_loop_past_the_window(shared_model, power):
     stops = tuple(range(3, 60))  # Many, so that rows end at different times.
+    out = shared_model.generate(
+        SOURCES,
+        16,
+        stops,
+        num_beams=3,
+        length_penalty=power,
+        num_return_sequences=3,
+        return_scores=True,
+    )
+    sizes = set()
+    for i, source in enumerate(SOURCES):
+        expected = beam_oracle(shared_model, source, 16, 3, stops, power)
+        got = [ids.tolist() for ids in out["token_ids"][i]]
+        assert got == [ids[1:] for ids, _ in expected]
+        for score, ids, (_, wanted) in zip(
+            out["log_prob"][i], got, expected, strict=True
+        ):
+            assert abs(score / len(ids) ** power - wanted) < 1e-4
+        sizes |= {len(ids) for ids in got}
+    assert len(sizes) > 1
+    single = shared_model.generate(SOURCES[1], 16, stops, num_beams=3, batch_size=1)
+    assert power != 1.0 or single == out["text"][1][0]
+
+
+def test_beam_search_by_the_compiled_sampler(model):
+    expected = model.generate(SOURCES, 10, num_beams=5)
+    assert expected != model.generate(SOURCES, 10)
     model.compile(sampler="beam")
-    singles = [
-        generated_ids(model, s, 10, stop_token_ids=stops, batch_size=1)[0]
-        for s in SOURCES
-    ]
-    assert generated_ids(model, SOURCES, 10, stop_token_ids=stops) == singles
-    expected = [beam_oracle(model, s, 10, 5, stops) for s in SOURCES]
-    assert singles == expected
-    assert len({len(row) for row in expected}) > 1
-    greedy = [greedy_oracle(model, s, 10, stops=stops) for s in SOURCES]
-    assert greedy != expected
+    assert model.generate(SOURCES, 10) == expected
+    greedy = model.generate(SOURCES, 10, num_beams=1)
+    model.compile()
+    assert model.generate(SOURCES, 10) == greedy
 
 
 def test_keras_hub_samplers_and_seeds(model):

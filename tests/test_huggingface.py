@@ -141,6 +141,47 @@ def test_greedy_equals_transformers_token_for_token(ours, reference):
     assert (mask.sum(axis=1) > 5).any()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 1.0},
+        {"num_beams": 3, "length_penalty": 0.0},
+        {"num_beams": 2, "length_penalty": 2.5, "num_return_sequences": 2},
+        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 6},
+        {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    ],
+    ids=str,
+)
+def test_beams_and_penalties_equal_transformers(ours, reference, options):
+    x = random_inputs(3, 20, 1, vocabulary=200, seed=3)
+    x["encoder_padding_mask"][1, 9:] = 0
+    stops = (1, 30, 63, 114, 117, 150)  # So that beams end at different times.
+    with torch.no_grad():
+        theirs = reference.generate(
+            input_ids=torch.tensor(x["encoder_token_ids"]).long(),
+            attention_mask=torch.tensor(x["encoder_padding_mask"]),
+            max_new_tokens=19,
+            do_sample=False,
+            decoder_start_token_id=2,
+            eos_token_id=list(stops),
+            pad_token_id=0,
+            early_stopping=False,
+            **options,
+        ).numpy()
+    out = kt.Seq2SeqLM(ours).generate(
+        {k: v for k, v in x.items() if k.startswith("encoder")},
+        max_length=20,
+        stop_token_ids=stops,
+        **options,
+    )
+    got = out["decoder_token_ids"].reshape(-1, 20)
+    mask = out["decoder_padding_mask"].reshape(-1, 20)
+    theirs = np.pad(theirs, ((0, 0), (0, 20 - theirs.shape[1])))
+    assert (got == theirs * mask).all()
+    if options.get("length_penalty", 0.0) == 0.0 or "no_repeat_ngram_size" in options:
+        assert mask.min() == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_reads_every_float_type_sharded_or_not(tmp_path, dtype):
     whole = make_folder(tmp_path / "a", dtype=getattr(torch, dtype))

@@ -16,6 +16,7 @@ from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.gemma2 import open_gemma2
 from keras_t5gemma.checkpoints.tensors import FreshTensor, nbytes, parse_dtype
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import Tokenizer
 
@@ -245,7 +246,7 @@ def adapt_to_folder(
     output.check_room(folder, count * dtype.itemsize)
     report = []
     with atomic_folder(folder) as staging:
-        with output.progress_bar(count * dtype.itemsize, verbose) as progress:
+        with progress_bar("Writing", count * dtype.itemsize, True, verbose) as progress:
             keras_format.write(
                 staging,
                 config,

@@ -7,6 +7,7 @@ from keras_t5gemma.checkpoints import huggingface, keras_format, output, presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.tensors import parse_dtype
+from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
 
 
@@ -45,7 +46,7 @@ def convert(
     except ValueError:  # It has no tokenizer: then neither has the result.
         preprocessor = None
     kwargs = {"max_shard_size": max_shard_size}
-    with output.progress_bar(total) as progress:
+    with progress_bar("Writing", total, is_bytes=True) as progress:
         kwargs["progress"] = progress
         if to == presets.KERAS:
             with atomic_folder(folder) as staging:

@@ -1,10 +1,6 @@
-"""What comes before and beside writing a large folder: room, and a progress bar."""
+"""What comes before writing a large folder: is it new, is there room."""
 
-import contextlib
 import shutil
-
-import rich.console
-import rich.progress
 
 from keras_t5gemma.checkpoints.atomic import SAVING, finish
 
@@ -33,28 +29,3 @@ def check_room(folder, needed):
             f"{folder} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB "
             "free. Nothing was written."
         )
-
-
-@contextlib.contextmanager
-def progress_bar(total, verbose=True):
-    """A bar on a terminal's standard error.
-
-    Args:
-        total: bytes.
-        verbose: `False` shows nothing.
-
-    Yields:
-        A function to call with the bytes of each tensor that is done.
-    """
-    columns = (
-        "[progress.description]{task.description}",
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    console = rich.console.Console(stderr=True)
-    shown = verbose and console.is_terminal
-    with rich.progress.Progress(*columns, console=console, disable=not shown) as bar:
-        task = bar.add_task("Writing", total=total)
-        yield lambda size: bar.advance(task, size)

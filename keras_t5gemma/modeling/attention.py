@@ -83,6 +83,7 @@ class Attention(keras.layers.Layer):
         angles=None,
         cache=None,
         index=None,
+        count=None,
         training=None,
     ):
         """Attend.
@@ -94,20 +95,27 @@ class Attention(keras.layers.Layer):
                 seen. A row that is False everywhere gets attention output 0.
             angles: rotary angles of the new positions, or `None`.
             cache: `(key, value)`, each `(B, K, S, H)`, or `None`.
-            index: where the keys of `memory` go in the cache.
+            index: position of the first token of `memory`, with a cache.
+            count: how many tokens of `memory` go into the cache; `None` is all.
             training: turns dropout on.
 
         Returns:
-            `(output, cache)`: `(B, T, D)`, and the cache that was read.
+            `(output, cache)`: `(B, T, D)`, and the keys and values of `memory` and
+            of the cache that was given.
         """
         query = self._heads(self.query(x), self.num_query_heads)  # B T N H
         if angles is not None:
             query = apply_rotary(query, angles)
         if memory is not None:
             new = self.project_memory(memory, angles)
-            cache = new if cache is None else kv_cache.write(cache, *new, index)
+            if cache is None:
+                cache = seen = new
+            else:
+                seen, cache = kv_cache.extend(cache, *new, index, count)
+        else:
+            seen = cache
         query = query * self.query_scale
-        output = self._attend(query, *cache, attention_mask, training)
+        output = self._attend(query, *seen, attention_mask, training)
         return self.output_projection(output), cache
 
     def _attend(self, query, key, value, mask, training):

@@ -1,6 +1,7 @@
 """The network without a task: four arrays in, two hidden sequences out."""
 
 import dataclasses
+import gc
 import os
 
 import keras
@@ -83,6 +84,7 @@ class Backbone(keras_hub.models.Backbone):
         memory_padding_mask=None,
         cache=None,
         index=None,
+        count=None,
         training=False,
     ):
         """Decoder states, of a whole sequence or of the next tokens of a cache.
@@ -94,6 +96,8 @@ class Backbone(keras_hub.models.Backbone):
             memory_padding_mask: the encoder's padding mask; likewise.
             cache: of `make_cache`, or of the call before.
             index: position of the first of `token_ids`; with a cache only.
+            count: how many of `token_ids` the cache keeps, the first ones; `None` is
+                all. With a cache only.
             training: turns dropout on; without a cache only.
 
         Returns:
@@ -106,18 +110,22 @@ class Backbone(keras_hub.models.Backbone):
                 "can `encode`, not `decode`."
             )
         if cache is not None:
-            return self.decoder.step(token_ids, cache, index)
+            return self.decoder.step(token_ids, cache, index, count)
         return self.decoder(
             token_ids, padding_mask, memory, memory_padding_mask, training=training
         )
 
-    def make_cache(self, memory, memory_padding_mask, length):
+    def make_cache(self, memory, memory_padding_mask, length, rows=None):
         """An empty decoding cache for up to `length` tokens; see `kv_cache`."""
-        return self.decoder.make_cache(memory, memory_padding_mask, length)
+        return self.decoder.make_cache(memory, memory_padding_mask, length, rows)
 
     def logits(self, hidden_states):
         """Soft-capped logits `(batch, length, vocabulary)` of decoder states."""
         return self.decoder.logits(hidden_states)
+
+    def next_logits(self, hidden_states, capped=True):
+        """Logits `(batch, vocabulary)` of one position's states, for generation."""
+        return self.decoder.next_logits(hidden_states, capped)
 
     @property
     def token_embedding(self):
@@ -128,7 +136,11 @@ class Backbone(keras_hub.models.Backbone):
         """Quantise projections and embeddings; see `keras.Model.quantize`."""
         if filters is None:
             filters = _is_projection_or_embedding
-        super().quantize(mode, filters=filters, **kwargs)
+        gc.freeze()  # Keras collects garbage after every layer, 0.4 s each time.
+        try:
+            super().quantize(mode, filters=filters, **kwargs)
+        finally:
+            gc.unfreeze()
 
     def default_lora_layer_names(self):
         """Query and value projections, of self- and cross-attention."""

@@ -1,6 +1,7 @@
 """One layer of each tower: pre- and post-normalised residual sub-layers."""
 
 import keras
+from keras import ops
 
 from keras_t5gemma.modeling.attention import Attention
 from keras_t5gemma.modeling.layers import GatedMLP, RMSNorm
@@ -114,6 +115,7 @@ class DecoderBlock(_Block):
         cache=None,
         cross_cache=None,
         index=None,
+        count=None,
         training=None,
     ):
         """One decoder layer.
@@ -122,12 +124,14 @@ class DecoderBlock(_Block):
             x: `(B, T, D)`.
             memory: encoder output `(B, S, D of the encoder)`, or `None` when
                 `cross_cache` holds its keys and values.
-            attention_mask: boolean self-attention mask, `(B, T, T or cache length)`.
+            attention_mask: boolean self-attention mask, `(B, T, S)`.
             cross_mask: boolean `(B, 1, S)`.
             angles: rotary angles of the T new positions.
             cache: this layer's self-attention `(key, value)`, or `None`.
-            cross_cache: this layer's cross-attention `(key, value)`, or `None`.
-            index: position of the first new token in `cache`.
+            cross_cache: this layer's cross-attention `(key, value)`, or `None`; B
+                may be a multiple of its rows.
+            index: position of the first new token, with a cache.
+            count: how many of the new tokens go into `cache`; `None` is all.
             training: turns dropout on.
 
         Returns:
@@ -141,15 +145,21 @@ class DecoderBlock(_Block):
             angles=angles,
             cache=cache,
             index=index,
+            count=count,
             training=training,
         )
         x = x + self.dropout_layer(self.post_self_norm(y), training=training)
+        y = self.pre_cross_norm(x)
+        if cross_cache is not None:  # The queries of one source side by side.
+            sources = ops.shape(cross_cache[0])[0]
+            y = ops.reshape(y, (sources, -1, self.stack.hidden_dim))
         y, _ = self.cross_attention(
-            self.pre_cross_norm(x),
+            y,
             memory=memory,
             attention_mask=cross_mask,
             cache=cross_cache,
             training=training,
         )
+        y = ops.reshape(y, ops.shape(x))
         x = x + self.dropout_layer(self.post_cross_norm(y), training=training)
         return self._feed_forward(x, training), cache

@@ -22,14 +22,14 @@ def causal_mask(query_positions, key_positions, window=None):
 
     Args:
         query_positions: int `(T,)`.
-        key_positions: int `(S,)`.
+        key_positions: int `(S,)`; a negative one is nobody's.
         window: `None`, or W to keep only `query - key < W`.
 
     Returns:
         Boolean `(T, S)`.
     """
     distance = query_positions[:, None] - key_positions[None, :]  # T S
-    mask = distance >= 0
+    mask = ops.logical_and(distance >= 0, key_positions[None, :] >= 0)
     if window is not None:
         mask = ops.logical_and(mask, distance < window)
     return mask

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
-from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding
+from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding, soft_cap
 from keras_t5gemma.modeling.masks import causal_mask, padding_mask, two_sided_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
 
@@ -154,17 +154,19 @@ class Decoder(_Tower):
             )
         return self.dropout_layer(self.final_norm(x), training=training)
 
-    def make_cache(self, memory, memory_padding, length):
+    def make_cache(self, memory, memory_padding, length, rows=None):
         """The cache of `kv_cache`, cross-attention filled, the rest zeros.
 
         Args:
             memory: encoder output `(B, S, D of the encoder)`.
             memory_padding: `(B, S)`.
             length: the longest sequence that will be decoded.
+            rows: a multiple of B, for several answers a source; `None` is B.
         """
+        rows = ops.shape(memory)[0] if rows is None else rows
         return {
             "self": kv_cache.make_self_cache(
-                self.stack, ops.shape(memory)[0], length, self.compute_dtype
+                self.stack, rows, length, self.compute_dtype
             ),
             "cross": tuple(
                 block.cross_attention.project_memory(memory) for block in self.blocks
@@ -172,7 +174,7 @@ class Decoder(_Tower):
             "cross_mask": ops.cast(memory_padding, "bool"),
         }
 
-    def step(self, token_ids, cache, index):
+    def step(self, token_ids, cache, index, count=None):
         """Decode a few more tokens after those in the cache.
 
         Args:
@@ -180,15 +182,20 @@ class Decoder(_Tower):
                 `index ... index + T - 1`.
             cache: of `make_cache`, or of the step before.
             index: scalar int.
+            count: how many of the T go into the cache, the first ones; `None` is all.
 
         Returns:
             `(hidden states (B, T, D), cache)`.
         """
-        query_positions = index + ops.arange(ops.shape(token_ids)[1])
-        key_positions = ops.arange(ops.shape(cache["self"][0][0])[2])
-        masks = self._masks(query_positions, key_positions)
-        angles = self._angles(query_positions)
+        length = token_ids.shape[1]
+        positions = index + ops.arange(length)
+        angles = self._angles(positions)
         cross_mask = padding_mask(cache["cross_mask"])
+        masks = {}
+        for (key, _), kind in zip(cache["self"], self.stack.layer_types, strict=True):
+            if kind not in masks:
+                keys = kv_cache.key_positions(index, length, key.shape[2])
+                masks[kind] = self._masks(positions, keys)[kind]
         x = self._embed(token_ids, False)
         updated = []
         for i, kind in enumerate(self.stack.layer_types):
@@ -200,6 +207,7 @@ class Decoder(_Tower):
                 cache=cache["self"][i],
                 cross_cache=cache["cross"][i],
                 index=index,
+                count=count,
                 training=False,
             )
             updated.append(layer_cache)
@@ -208,3 +216,21 @@ class Decoder(_Tower):
     def logits(self, hidden_states):
         """Soft-capped vocabulary logits `(B, T, V)` of hidden states."""
         return self.token_embedding(hidden_states, reverse=True)
+
+    def next_logits(self, hidden_states, capped=True):
+        """Logits `(B, V)` of one position's states `(B, D)`, for generation.
+
+        The table times the states, not the other way round: with few rows that reads
+        the table once at nearly the speed of the memory. The soft cap does not change
+        which logit is the largest; `capped=False` leaves it out.
+        """
+        table = self.token_embedding
+        if table.quantization_mode or table.lora_enabled:
+            return self.logits(hidden_states[:, None])[:, 0]
+        size, width = self.config.vocabulary_size, self.stack.hidden_dim
+        chunks = 4 if size % 4 == 0 else 1
+        weights = ops.cast(table.embeddings, self.compute_dtype)
+        weights = ops.reshape(weights, (chunks, size // chunks, width))
+        out = ops.matmul(weights, ops.transpose(hidden_states))  # chunks V/chunks B
+        logits = ops.transpose(ops.reshape(out, (size, -1)))
+        return soft_cap(logits, self.config.final_soft_cap if capped else None)

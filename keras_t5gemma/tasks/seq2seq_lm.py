@@ -1,7 +1,10 @@
 """Text in, text out: training, generation, scoring."""
 
 import contextlib
+import dataclasses
+import math
 import os
+import time
 
 import keras
 import keras_hub
@@ -9,10 +12,18 @@ import numpy as np
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
-from keras_t5gemma.generation.loop import decode_batch
-from keras_t5gemma.generation.prompts import answer_mask, decode_all, id_prompts
+from keras_t5gemma.generation.engine import Engine, results
+from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine, decode_batch
+from keras_t5gemma.generation.options import GenerationOptions, options_of_sampler
+from keras_t5gemma.generation.prompts import (
+    answer_mask,
+    batches,
+    bucket,
+    read_request,
+)
 from keras_t5gemma.generation.scoring import make_scorer
 from keras_t5gemma.modeling.backbone import Backbone, track_parameters
+from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text.batches import fit_arguments
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.optimizers import check_optimizer
@@ -115,7 +126,9 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
                 target tokens of the batch (padding weighs nothing).
             weighted_metrics: `"auto"` is the accuracy of the next token.
             sampler: a `keras_hub.samplers.Sampler` or its name, for `generate`.
-            **kwargs: further arguments of `keras.Model.compile`.
+            **kwargs: further arguments of `keras.Model.compile`. On PyTorch
+                `jit_compile=True` compiles the decoding step too: half a minute at
+                the first token of a new size of batch, then faster.
 
         Raises:
             ValueError: for an optimizer that cannot move weights of this dtype, or
@@ -268,85 +281,231 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         stop_token_ids="auto",
         strip_prompt=False,
         batch_size=32,
+        **options,
     ):
         """Write an answer to each source.
 
         Args:
             inputs: a source string, a list of them, a dict of `"encoder_text"`
-                and (optional) `"decoder_text"` to continue, strings or lists; or
-                a dict of int arrays: `encoder_token_ids` `(batch, length)` and,
-                as an option, `encoder_padding_mask`, `decoder_token_ids` (start
-                token and prompt) and `decoder_padding_mask`.
+                and (optional) `"decoder_text"` to continue, strings or lists, where
+                one source with a list of prompts is read only once; or a dict of int
+                arrays: `encoder_token_ids` `(batch, length)` and, as an option,
+                `encoder_padding_mask`, `decoder_token_ids` (start token and prompt)
+                and `decoder_padding_mask`.
             max_length: most decoder tokens, start token and prompt included;
                 `None` means the preprocessor's `decoder_sequence_length`.
             stop_token_ids: ids that end an answer; `"auto"` is eos and
                 `<end_of_turn>`, `None` writes until `max_length`.
             strip_prompt: leave `decoder_text` out of what is returned.
-            batch_size: sources decoded together.
+            batch_size: most sources decoded together; sources of similar length
+                are, and what comes back is in order.
+            **options: those of `GenerationOptions`: `temperature`, `top_k`, `top_p`,
+                `num_beams`, `repetition_penalty`, `num_return_sequences`, `seed` and
+                others. They come on top of the sampler of `compile`.
 
         Returns:
             A string for a string, a list for a list (`[]` for `[]`); for arrays
             a dict of int32 `decoder_token_ids` and `decoder_padding_mask`,
             `(batch, max_length)`. An empty source `""` is allowed: the decoder
-            then writes without having read anything.
+            then writes without having read anything. With `num_return_sequences`
+            above 1 there is a list of answers in place of an answer, and arrays are
+            `(batch, answers, max_length)`. With `return_scores` a dict of `"text"`
+            (none for arrays), `"log_prob"`, `"token_log_probs"` and `"token_ids"` of
+            what was written, as `score` returns them.
 
         Raises:
             ValueError: for what is no text or no such dict, ids outside the
-                vocabulary, a prompt longer than `max_length`, or a `max_length`
-                beyond the positions the model was built for.
+                vocabulary, a prompt longer than `max_length`, a `max_length`
+                beyond the positions the model was built for, or options that do not
+                fit.
         """
-        positions = self.backbone.config.max_positions
-        if max_length is None and self.preprocessor is not None:
-            max_length = self.preprocessor.decoder_sequence_length
-        whole = isinstance(max_length, int | np.integer)
-        if not whole or not 2 <= max_length <= positions:
-            raise ValueError(
-                f"`max_length` must be a whole number from 2 to {positions}, the "
-                f"model's positions; got {max_length!r}."
-            )
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1; got {batch_size!r}.")
-        if stop_token_ids == "auto":
-            if self.preprocessor is None:
-                raise ValueError(
-                    "`stop_token_ids='auto'` needs a preprocessor; pass a tuple of "
-                    "ids, or None to write until `max_length`."
-                )
-            stop_token_ids = self.preprocessor.stop_ids
-        if stop_token_ids is not None:
-            stop_token_ids = tuple(int(i) for i in stop_token_ids) or None
-
         is_arrays = isinstance(inputs, dict) and "encoder_token_ids" in inputs
-        single = False
-        if is_arrays:
-            size = self.backbone.config.vocabulary_size
-            arrays = id_prompts(inputs, max_length, size)
-        elif self.preprocessor is None:
-            raise ValueError(
-                "Without a preprocessor, `inputs` must be a dict of int arrays "
-                "with `encoder_token_ids`."
-            )
-        else:
-            first = inputs.get("encoder_text") if isinstance(inputs, dict) else inputs
-            single = isinstance(first, str)
-            if isinstance(first, list | tuple) and not first:
-                return []
-            arrays = self.preprocessor.generate_preprocess(inputs, max_length)
-        lengths = arrays["decoder_padding_mask"].sum(axis=1)
-        function = self.make_generate_function()
-        ids = decode_all(function, arrays, stop_token_ids, batch_size)
-        mask = answer_mask(ids, lengths, stop_token_ids)
-        if is_arrays:
-            return {
-                "decoder_token_ids": ids * mask,
-                "decoder_padding_mask": mask,
-            }
-        if strip_prompt:
-            mask[np.arange(mask.shape[1]) < lengths[:, None]] = 0
-        texts = self.preprocessor.generate_postprocess(
-            {"decoder_token_ids": ids, "decoder_padding_mask": mask}
+        first = inputs
+        if isinstance(inputs, dict):
+            texts = [inputs.get("encoder_text"), inputs.get("decoder_text")]
+            first = next((t for t in texts if not isinstance(t, str | None)), texts[0])
+        nothing = isinstance(first, list | tuple) and not first
+        request = read_request(
+            [""] if nothing else inputs,
+            self.preprocessor,
+            self.backbone.config,
+            max_length,
+            stop_token_ids,
+            batch_size,
         )
-        return texts[0] if single else texts
+        options = self._options(options, request)
+        if nothing:
+            return []
+        ids, log_probs, ends = self._decode(request, options, batch_size)
+        answers = 1 if options is None else options.num_return_sequences
+        lengths = np.repeat(request.prompt_lengths, answers)
+        mask = answer_mask(ids, lengths, ends, request.stop_ids)
+        written = (mask * (np.arange(ids.shape[1]) >= lengths[:, None])).astype(bool)
+
+        def nest(rows):
+            if answers > 1:
+                rows = [rows[i : i + answers] for i in range(0, len(rows), answers)]
+            return rows[0] if isinstance(first, str) else rows
+
+        result = {}
+        if options is not None and options.return_scores:
+            chosen = [p[w] for p, w in zip(log_probs, written, strict=True)]
+            result["log_prob"] = nest([float(p.sum(dtype="float64")) for p in chosen])
+            result["token_log_probs"] = nest(chosen)
+            result["token_ids"] = nest(
+                [i[w] for i, w in zip(ids, written, strict=True)]
+            )
+        if is_arrays:
+            shape = ids.shape if answers == 1 else (-1, answers, ids.shape[1])
+            result["decoder_token_ids"] = (ids * mask).reshape(shape)
+            result["decoder_padding_mask"] = mask.reshape(shape)
+            return result
+        texts = self.preprocessor.generate_postprocess(
+            {
+                "decoder_token_ids": ids,
+                "decoder_padding_mask": written.astype("int32")
+                if strip_prompt
+                else mask,
+            }
+        )
+        return {"text": nest(texts), **result} if result else nest(texts)
+
+    def stream(self, text, max_length=None, stop_token_ids="auto", **options):
+        """Write an answer piece by piece, as it comes.
+
+        Args:
+            text: a source string, or a dict of `"encoder_text"` and (optional)
+                `"decoder_text"` to continue, strings.
+            max_length: see `generate`.
+            stop_token_ids: see `generate`.
+            **options: see `generate`; no beams, one answer.
+
+        Yields:
+            Strings; joined they are what `generate(..., strip_prompt=True)` returns.
+            A character whose bytes are several tokens comes when it is whole.
+
+        Raises:
+            ValueError: see `generate`; or for beam search.
+        """
+        first = text.get("encoder_text") if isinstance(text, dict) else text
+        if not isinstance(first, str):
+            raise ValueError(f"`text` must be one string, or a dict of; got {text!r}.")
+        request = read_request(
+            text, self.preprocessor, self.backbone.config, max_length, stop_token_ids, 1
+        )
+        options = self._options(options, request)
+        if options is None or options.rows_per_source > 1 or options.return_scores:
+            raise ValueError(
+                "`stream` writes one answer, greedily or by sampling; got "
+                f"{options or type(self.sampler).__name__}."
+            )
+        return self._stream(request, options)
+
+    def _stream(self, request, options):
+        engine = self._engine(options, request.stop_ids)
+        width = self._width(request.max_length)
+        (_, inputs) = next(batches(request, options, 1, width, self._is_compiled()))
+        state = engine.start(inputs)
+        begin, tokenizer = int(state["index"]), self.preprocessor.tokenizer
+        shown = tokenizer.detokenize(inputs["decoder_token_ids"][0, :begin].tolist())
+        for limit in range(begin + 1, request.max_length + 1):
+            state = engine.advance(state, limit)
+            ids = keras.ops.convert_to_numpy(state["token_ids"])[0, :limit].tolist()
+            is_last = limit == request.max_length
+            is_last |= bool(keras.ops.convert_to_numpy(state["done"])[0])
+            written = tokenizer.detokenize(ids)
+            whole = is_last or not written.endswith("\ufffd")
+            if whole and len(written) > len(shown):
+                yield written[len(shown) :]
+                shown = written
+            if is_last:
+                return
+
+    def _options(self, options, request):
+        """`GenerationOptions` of the sampler and the user's, checked.
+
+        `None` where a sampler of another kind decides.
+        """
+        base = options_of_sampler(self.sampler)
+        if base is None:
+            if options:
+                raise ValueError(
+                    f"The sampler {type(self.sampler).__name__} chooses the tokens "
+                    f"itself; it takes none of {sorted(options)}."
+                )
+            return None
+        if options.get("num_beams", 1) != 1:
+            base = {}
+        if {"temperature", "top_k", "top_p"} & set(options):
+            base.pop("num_beams", None)
+        options = GenerationOptions(**{**base, **options})
+        size = self.backbone.config.vocabulary_size
+        options.check(size, request.max_length, request.stop_ids)
+        if options.is_sampling and options.seed is None:
+            generator = getattr(self.sampler, "seed_generator", None)
+            seed = keras.random.randint((), 0, 2**31 - 1, "int32", generator)
+            options = dataclasses.replace(options, seed=int(seed))
+        return options
+
+    def _decode(self, request, options, batch_size):
+        """Ids and log-probabilities `(rows, max length)`, and how many are written."""
+        if options is None:
+            options, width = GenerationOptions(), request.max_length
+            engine = SamplerEngine(self, request.stop_ids)
+        else:
+            width = self._width(request.max_length)
+            engine = self._engine(options, request.stop_ids)
+        answers = options.num_return_sequences
+        ids = np.repeat(request.arrays["decoder_token_ids"], answers, axis=0)
+        log_probs = np.zeros(ids.shape, "float32")
+        ends = np.repeat(request.prompt_lengths, answers)
+        rounded = self._is_compiled()
+        planned = list(batches(request, options, batch_size, width, rounded))
+        deadline = math.inf
+        if options.max_time is not None:
+            deadline = time.monotonic() + options.max_time
+        with progress_bar("Generating", len(request.prompt_lengths)) as advance:
+            for rows, inputs in planned:
+                state = engine.start(inputs)
+                if deadline == math.inf:
+                    state = engine.advance(state, request.max_length)
+                    end = request.max_length
+                else:
+                    state, end = _advance_until(deadline, engine, state, request)
+                places = (rows[:, None] * answers + np.arange(answers)).reshape(-1)
+                written, scores = results(state, options)
+                ids[places] = written[: len(places), : ids.shape[1]]
+                log_probs[places] = scores[: len(places), : ids.shape[1]]
+                ends[places] = np.maximum(ends[places], end)
+                advance(len(rows))
+                if time.monotonic() > deadline:
+                    break
+        return ids, log_probs, ends
+
+    def _width(self, max_length):
+        """Length of the decoder's arrays: rounded, so that few programs are needed."""
+        if not self._is_compiled():
+            return max_length
+        return min(bucket(max_length), self.backbone.config.max_positions)
+
+    def _is_compiled(self):
+        """Whether a new size of a batch is a new program."""
+        return keras.config.backend() != "torch" or bool(self.jit_compile)
+
+    def _engine(self, options, stop_ids):
+        engines = self.__dict__.get("_engines")
+        if engines is None:  # No layers of this model: not tracked, not saved.
+            engines = {}
+            object.__setattr__(self, "_engines", engines)
+        key = (options.program(), stop_ids, bool(self.jit_compile))
+        if key not in engines:
+            engines[key] = Engine(self.backbone, *key)
+        return engines[key]
+
+    def compiled_programs(self):
+        """How many programs `generate` and `stream` have compiled so far."""
+        engines = self.__dict__.get("_engines") or {}
+        return sum(engine.compiled_programs() for engine in engines.values())
 
     def generate_step(self, inputs, stop_token_ids=None):
         """One compiled batch; KerasHub's `make_generate_function` wraps it."""
@@ -435,6 +594,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
     def _forget_compiled(self):
         """The set of trainable variables changed: build the functions anew."""
         self.generate_function = None
+        object.__setattr__(self, "_engines", None)
         self.train_function = self.test_function = self.predict_function = None
         track_parameters(self.backbone)
         track_parameters(self)
@@ -462,3 +622,14 @@ def check_vocabulary(tokenizer, config):
             f"The tokenizer has {size} ids, the model only "
             f"{config.vocabulary_size}: they do not belong together."
         )
+
+
+def _advance_until(deadline, engine, state, request, tokens=8):
+    """Advance a few tokens at a time, until a moment of `time.monotonic`."""
+    end = int(keras.ops.convert_to_numpy(state["index"]))
+    while end < request.max_length and time.monotonic() < deadline:
+        end = min(end + tokens, request.max_length)
+        state = engine.advance(state, end)
+        if keras.ops.convert_to_numpy(state["done"]).all():
+            break
+    return state, end

@@ -1,0 +1,556 @@
+"""Greedy generation of exactly N new tokens, against the peers and the memory bus.
+
+    python benchmarks/generate.py [--folder F] [--plot FILE] [--json FILE]
+    python benchmarks/generate.py --requests 200 [--peers P ...]
+    python benchmarks/generate.py --device gpu
+
+Makes an S-S folder of random float32 weights (1.25 GB) where there is none. For every
+batch and encoder length each peer loads it in a process of its own and is asked, in
+turn with the others, for 1 and for N + 1 tokens after random sources without padding;
+no stop id. Peers that do not fit into `--memory` together form groups, in their order.
+
+ms a token   median of (time of N + 1 tokens - time of 1) / N. Wall time; with
+             `--threads 1`, which pins a core, CPU time: steadier beside other work.
+x floor      over what reading the decoder weights and the logit table (in the peer's
+             precision) and the cached keys and values takes, at the best bandwidth
+             measured between the runs.
+first token  median time of 1 token, no buffer longer than that needs.
+first call   wall time of N + 1 tokens right after loading, compilation included.
+peak         highest resident size of the process, and over the parameters in the peer's
+             precision; `imports`: before loading (KerasHub imports TensorFlow where it
+             is installed); `generating`: the highest after loading.
+
+With `--requests`, sources of 4 to 400 tokens are one piece of work in a fresh process:
+ours gets all of them at once, the others batch by batch as they come. With `--device
+gpu` the model is 2B-2B, random bfloat16 weights made in place, and the bandwidth that
+of copies.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from adapt import resident
+from load import make_folder
+
+OURS = "keras_t5gemma"
+PEERS = (  # What is to be compared comes first, to be in one group.
+    "keras_hub jax",
+    "keras_hub torch",
+    "keras_t5gemma tensorflow",
+    "keras_t5gemma torch",
+    "keras_t5gemma torch compiled",
+    "keras_t5gemma jax",
+    "transformers eager",
+    "transformers compiled",
+    "ctranslate2 float32",
+    "keras_hub tensorflow",
+    "keras_t5gemma torch int8",
+    "keras_t5gemma jax int8",
+    "keras_t5gemma torch bfloat16",
+    "ctranslate2 int8",
+)
+REQUEST_PEERS = tuple(p for p in PEERS if p.startswith("keras") and p.count(" ") == 1)
+GPU_PEERS = (
+    "keras_t5gemma jax bfloat16",
+    "keras_t5gemma torch bfloat16",
+    "keras_t5gemma tensorflow bfloat16",
+    "transformers eager bfloat16",
+)
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+LOADING = {"keras_hub": 4.0}  # Memory that loading takes / weights; others 2.5.
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def parse(peer):
+    """Library, backend or mode, and precision of a peer's name."""
+    library, *rest = peer.split()
+    precision = rest.pop() if rest[-1] in BYTES else "float32"
+    return library, " ".join(rest), precision
+
+
+def load_ours(backend, precision, batch, args):
+    import keras_t5gemma as kt
+
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    if args.folder:
+        backbone = kt.Backbone.from_preset(args.folder, dtype=dtype)
+    else:
+        backbone = kt.Backbone(kt.T5GemmaConfig.pair("2b", "2b"), dtype=dtype)
+    model = kt.Seq2SeqLM(backbone)
+    if backend == "torch compiled":
+        model.compile(jit_compile=True)
+    if precision == "int8":
+        model.quantize("int8")
+
+    def generate(ids, mask, new_tokens):
+        inputs = {"encoder_token_ids": ids, "encoder_padding_mask": mask}
+        options = {"stop_token_ids": None, "batch_size": batch}
+        out = model.generate(inputs, max_length=1 + new_tokens, **options)
+        return out["decoder_token_ids"][:, 1:]
+
+    return model, generate
+
+
+def load_keras_hub(backend, precision, batch, args):
+    from keras_hub.models import T5GemmaBackbone, T5GemmaSeq2SeqLM
+
+    backbone = T5GemmaBackbone.from_preset(str(args.folder), dtype=precision)
+    model = T5GemmaSeq2SeqLM(backbone, preprocessor=None)
+    model.compile(sampler="greedy")
+
+    def generate(ids, mask, new_tokens):
+        prompt = np.zeros((len(ids), 1 + new_tokens), "int32")
+        prompt[:, 0] = 2
+        inputs = {
+            "encoder_token_ids": ids,
+            "encoder_padding_mask": mask,
+            "decoder_token_ids": prompt,
+            "decoder_padding_mask": prompt != 0,
+        }
+        out = model.generate(inputs, stop_token_ids=None)
+        return out["decoder_token_ids"][:, 1:]
+
+    return model, generate
+
+
+def load_transformers(mode, precision, batch, args):
+    import torch
+    import transformers
+
+    kind = transformers.T5GemmaForConditionalGeneration
+    device = "cuda" if args.device == "gpu" else "cpu"
+    dtype = getattr(torch, precision)
+    if args.folder:
+        model = kind.from_pretrained(args.folder, dtype=dtype)
+    else:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            model = kind(transformers.T5GemmaConfig()).eval()  # 2B-2B by default.
+    model.generation_config.eos_token_id = None  # Never stops, with no work for it.
+    options = {"do_sample": False, "decoder_start_token_id": 2, "pad_token_id": 0}
+    if mode == "compiled":
+        options["cache_implementation"] = "static"
+        options["compile_config"] = transformers.CompileConfig()
+        options["compile_config"]._compile_all_devices = True  # Or it skips CPUs.
+
+    def generate(ids, mask, new_tokens):
+        ids, mask = (torch.from_numpy(array).to(device) for array in (ids, mask))
+        options["max_new_tokens"] = new_tokens
+        out = model.generate(ids, attention_mask=mask, **options)
+        return out[:, 1:].cpu().numpy()
+
+    return model, generate
+
+
+def load_ctranslate2(mode, precision, batch, args):
+    import ctranslate2
+
+    model = ctranslate2.Translator(
+        str(converted_folder(args.folder, precision)),
+        compute_type=precision,
+        inter_threads=1,
+        intra_threads=args.threads,
+    )
+
+    def generate(ids, mask, new_tokens):
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask != 0, strict=True)]
+        results = model.translate_batch(
+            [[f"<{i}>" for i in row] for row in rows],
+            beam_size=1,
+            max_input_length=0,
+            min_decoding_length=new_tokens,
+            max_decoding_length=new_tokens,
+        )
+        return np.array([[int(t[1:-1]) for t in r.hypotheses[0]] for r in results])
+
+    return model, generate
+
+
+LOADERS = {
+    OURS: load_ours,
+    "keras_hub": load_keras_hub,
+    "transformers": load_transformers,
+    "ctranslate2": load_ctranslate2,
+}
+
+
+def converted_folder(folder, precision):
+    return Path(f"{folder}-ctranslate2-{precision}")
+
+
+def convert(folder, precision):
+    """Make the folder that CTranslate2 loads; its vocabulary is the ids, as `<17>`."""
+    from ctranslate2.converters import TransformersConverter
+
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, *args, **kwargs):
+            vocabulary = {f"<{i}>": i for i in range(256_000)}
+            special = {"bos_token": "<2>", "eos_token": "<1>", "unk_token": "<3>"}
+            return SimpleNamespace(get_vocab=lambda: vocabulary, **special)
+
+    target = str(converted_folder(folder, precision))
+    Converter(str(folder)).convert(target, quantization=precision)
+
+
+def serve(connection, log, peer, batch, length, args):
+    """A worker's life: load, then a measurement for every message."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    library, mode, precision = parse(peer)
+    os.environ.update(
+        KERAS_BACKEND=mode.split()[0] if library.startswith("keras") else "torch",
+        OMP_NUM_THREADS=str(args.threads),
+        HF_HUB_OFFLINE="1",
+        TORCHINDUCTOR_CACHE_DIR=tempfile.mkdtemp(dir=args.scratch),  # An empty one.
+        XLA_PYTHON_CLIENT_PREALLOCATE="false",
+        TF_FORCE_GPU_ALLOW_GROWTH="true",
+    )
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    lazy = {"transformers": "transformers.models.t5gemma.modeling_t5gemma"}
+    importlib.import_module(lazy.get(library, library))
+    result = {"imports": resident("VmHWM")}
+    model, generate = LOADERS[library](mode, precision, batch, args)
+    result["loading"] = resident("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")  # Forget that peak.
+
+    def measure(ids, mask, new_tokens):
+        start = clock(args)
+        tokens = np.asarray(generate(ids, mask, new_tokens))
+        seconds = clock(args) - start
+        assert tokens.shape == (len(ids), new_tokens), tokens.shape
+        return seconds
+
+    start = time.perf_counter()
+    if args.requests:
+        answer_requests(library == OURS, measure, batch, args)
+        result["seconds"] = time.perf_counter() - start
+        programs = getattr(model, "compiled_programs", None)
+        result["programs"] = programs() if callable(programs) else programs
+        connection.send({**result, "generating": resident("VmHWM")})
+        return
+    ids = np.random.default_rng(0).integers(4, 256_000, (batch, length), "int32")
+    source = (ids, np.ones_like(ids))
+    measure(*source, args.new_tokens + 1)
+    result["first_call"] = time.perf_counter() - start
+    measure(*source, 1)
+    connection.send(result)
+    while connection.recv():
+        run = {"long": measure(*source, args.new_tokens + 1)}
+        run["short"] = measure(*source, 1)
+        connection.send({**run, "generating": resident("VmHWM")})
+
+
+def clock(args):
+    return time.process_time() if args.threads == 1 else time.perf_counter()
+
+
+def answer_requests(at_once, measure, batch, args):
+    """Generate for sources of random lengths."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 401, args.requests)
+    mask = (np.arange(lengths.max()) < lengths[:, None]).astype("int32")
+    ids = rng.integers(4, 256_000, mask.shape, "int32") * mask
+    step = len(ids) if at_once else batch
+    for start in range(0, len(ids), step):
+        rows = slice(start, start + step)
+        width = lengths[rows].max()
+        measure(ids[rows, :width], mask[rows, :width], args.new_tokens)
+
+
+class Worker:
+    """A process that has loaded one peer and waits to be asked."""
+
+    def __init__(self, peer, batch, length, args):
+        print(f"{peer}: batch {batch}, encoder {length or '4-400'}", file=sys.stderr)
+        self.peer, self.log = peer, Path(args.scratch, f"{peer} {batch} {length}.log")
+        self.connection, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(
+            target=serve, args=(theirs, self.log, peer, batch, length, args)
+        )
+        self.process.start()
+        theirs.close()
+
+    def receive(self):
+        """What it sends next; `None`, and why on stderr, when it ended instead."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            words = self.log.read_text(errors="replace").strip().splitlines()
+            why = words[-1] if words else f"exit code {self.process.exitcode}"
+            print(f"{self.peer}: failed: {why}", file=sys.stderr)
+
+    def ask(self):
+        self.connection.send(True)
+        return self.receive()
+
+    def stop(self):
+        self.connection.send(False)
+        self.process.join()
+
+    def resident(self):
+        """Bytes that it holds now, files mapped by several shared among them."""
+        rollup = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
+        return int(rollup.split("Pss:")[1].split()[0]) * 1024
+
+
+def run_setting(peers, batch, length, parameters, args):
+    """Every peer's results, and the highest bandwidth seen, bytes a second."""
+    results, waiting, bandwidths = {}, list(peers), []
+    while waiting:
+        workers = {}
+        while waiting:
+            need = LOADING.get(parse(waiting[0])[0], 2.5) * parameters * 4
+            held = sum(worker.resident() for worker in workers.values())
+            if workers and held + need > args.memory * 1e9:
+                break
+            worker = Worker(waiting.pop(0), batch, length, args)
+            if result := worker.receive():
+                results[worker.peer] = {**result, "runs": []}
+                workers[worker.peer] = worker
+        for _ in range(args.repeats):
+            if args.device == "cpu":
+                bandwidths.append(read_bandwidth(args))
+            for peer, worker in list(workers.items()):
+                if run := worker.ask():
+                    results[peer]["runs"].append(run)
+                else:
+                    del workers[peer], results[peer]
+        for worker in workers.values():
+            worker.stop()
+    if args.device == "gpu":
+        bandwidths.append(alone(copy_bandwidth))
+    common = {"batch": batch, "length": length, "bandwidth": max(bandwidths)}
+    return {**common, "peers": results}
+
+
+@functools.cache
+def large_array():
+    return np.ones(2**27, "int32")  # 512 MB
+
+
+def read_bandwidth(args):
+    """Bytes a second that maxima of 512 MB read, the best of several."""
+    parts, best = np.array_split(large_array(), args.threads), math.inf
+    with ThreadPoolExecutor(args.threads) as pool:
+        for _ in range(5):
+            start = clock(args)
+            list(pool.map(np.max, parts))
+            best = min(best, clock(args) - start)
+    return large_array().nbytes / best
+
+
+def copy_bandwidth():
+    """Bytes a second that copies of 4 GB on the GPU read and write together."""
+    import torch
+
+    source, best = torch.ones(2**30, device="cuda"), math.inf
+    target = torch.empty_like(source)
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def alone(function, *args):
+    """A function's result, from a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+        return pool.submit(function, *args).result()
+
+
+def count_numbers(folder):
+    """Parameters, those of them that a token reads, numbers that it caches."""
+    import keras_t5gemma as kt
+    from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
+
+    pair = kt.T5GemmaConfig.pair("2b", "2b")
+    config = open_checkpoint(folder).config if folder else pair
+    decoder, parts = config.decoder, config.count_params_by_part()
+    cached = 2 * decoder.num_layers * decoder.num_key_value_heads * decoder.head_dim
+    read = parts["decoder embedding"] + parts["decoder blocks"]
+    read += parts["cross-attention"] - cached * config.encoder.hidden_dim
+    return config.count_params(), read, cached
+
+
+def report(setting, numbers, args):
+    """Add medians and ratios to the results of a setting, and print them."""
+    parameters, read, cached = numbers
+    base = "bfloat16" if args.device == "gpu" else "float32"
+    positions = setting["batch"] * (setting["length"] + args.new_tokens / 2)
+    others = []
+    for peer, result in setting["peers"].items():
+        library, _, precision = parse(peer)
+        size, runs = BYTES[precision], result["runs"]
+        steps = [(run["long"] - run["short"]) / args.new_tokens for run in runs]
+        needed = read * size + cached * positions * (4 if precision == "int8" else size)
+        result["ms"] = 1000 * statistics.median(steps)
+        result["floor"] = 1000 * needed / setting["bandwidth"]
+        result["first_token"] = 1000 * statistics.median(run["short"] for run in runs)
+        result["generating"] = max(run["generating"] for run in runs)
+        result["peak"] = max(result["loading"], result["generating"])
+        result["weights"] = parameters * size
+        if library != OURS and precision == base:
+            others.append(result["ms"])
+    fastest = min(others, default=math.nan)
+    print(
+        f"\nBatch {setting['batch']}, encoder {setting['length']}, {args.new_tokens} "
+        f"new tokens, {args.repeats} runs, {setting['bandwidth'] / 1e9:.1f} GB/s\n\n"
+        f"| peer | ms a token | x floor | x fastest {base} peer | first token ms "
+        "| first call s | peak GB | peak / weights | imports GB | generating GB |\n"
+        + "|---" * 10
+        + "|"
+    )
+    for peer, r in sorted(setting["peers"].items(), key=lambda item: item[1]["ms"]):
+        print(
+            f"| {peer} | {r['ms']:.1f} | {r['ms'] / r['floor']:.2f} "
+            f"| {r['ms'] / fastest:.2f} | {r['first_token']:.0f} "
+            f"| {r['first_call']:.1f} | {r['peak'] / 1e9:.2f} "
+            f"| {r['peak'] / r['weights']:.2f} | {r['imports'] / 1e9:.2f} "
+            f"| {r['generating'] / 1e9:.2f} |",
+            flush=True,
+        )
+
+
+def plot(settings, file):
+    """Bars of ms a token by peer, a color a setting, with a line at the floor."""
+    from matplotlib.figure import Figure
+
+    peers = list(dict.fromkeys(peer for s in settings for peer in s["peers"]))
+    axes = Figure(figsize=(8, 1 + 0.5 * len(peers))).subplots()
+    height = 0.8 / len(settings)
+    for i, setting in enumerate(settings):
+        label = f"batch {setting['batch']}, encoder {setting['length']}"
+        results = setting["peers"].values()
+        places = np.array([peers.index(peer) for peer in setting["peers"]])
+        places = places + (i + 0.5) * height - 0.4
+        axes.barh(places, [r["ms"] for r in results], height, label=label)
+        ends = (places - height / 2, places + height / 2)
+        floor = "bandwidth floor" if setting is settings[-1] else None
+        axes.vlines([r["floor"] for r in results], *ends, color="black", label=floor)
+    axes.set_yticks(range(len(peers)), peers)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a token")
+    axes.legend()
+    axes.figure.savefig(file, bbox_inches="tight", dpi=100)
+
+
+def run_requests(peers, args):
+    """Print the seconds that each peer takes for the same requests."""
+    results = {peer: [] for peer in peers}
+    for _ in range(args.repeats):
+        for peer in peers:
+            worker = Worker(peer, args.batches[0], 0, args)
+            if result := worker.receive():
+                results[peer].append(result)
+            worker.process.join()
+    print(
+        f"\n{args.requests} requests of 4 to 400 tokens, {args.new_tokens} new tokens, "
+        f"batches of {args.batches[0]}, {args.repeats} runs\n\n"
+        "| peer | s, compilation included | compiled programs | generating GB |\n"
+        "|---|---|---|---|"
+    )
+    for peer, runs in results.items():
+        if runs:
+            seconds = statistics.median(run["seconds"] for run in runs)
+            programs, top = runs[-1]["programs"], runs[-1]["generating"] / 1e9
+            print(f"| {peer} | {seconds:.1f} | {programs or '-'} | {top:.2f} |")
+    return results
+
+
+def installed(peers):
+    """The peers whose packages are there; a line on stderr about each other one."""
+    for peer in peers:
+        library, mode, _ = parse(peer)
+        backend = {"eager": "torch", "compiled": "torch"}.get(mode, mode.split(" ")[0])
+        needed = [library, backend] if backend else [library]
+        missing = [name for name in needed if not importlib.util.find_spec(name)]
+        if missing:
+            print(f"{peer}: {missing[0]} is not installed", file=sys.stderr)
+        else:
+            yield peer
+
+
+def prepare(peers, folder):
+    """Make what the peers load where it is not there yet."""
+    if not (folder / "config.json").exists():
+        alone(make_folder, folder)
+    for library, _, precision in map(parse, peers):
+        if library == "ctranslate2":
+            if not (converted_folder(folder, precision) / "model.bin").exists():
+                alone(convert, folder, precision)
+
+
+def versions():
+    packages = ("keras", "keras-hub", "jax", "tensorflow", "torch", "transformers")
+    for package in (*packages, "ctranslate2"):
+        if importlib.util.find_spec(package.replace("-", "_")):
+            yield f"{package} {importlib.metadata.version(package)}"
+
+
+def main():
+    cores = sorted(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, help="S-S, in transformers' format")
+    parser.add_argument("--batches", type=int, nargs="+", help="1 8; 1 8 64 on a GPU")
+    parser.add_argument("--lengths", type=int, nargs="+", help="128 512; 512 on a GPU")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, help="5, or 1 with --requests")
+    parser.add_argument("--peers", nargs="+", help=", ".join(PEERS))
+    parser.add_argument("--threads", type=int, default=len(cores))
+    parser.add_argument("--memory", type=float, default=18, help="GB, all peers'")
+    parser.add_argument("--requests", type=int, default=0, help="number of sources")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG file")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    args = parser.parse_args()
+    os.sched_setaffinity(0, cores[: args.threads])  # The workers inherit it.
+    gpu, requests = args.device == "gpu", args.requests
+    args.batches = args.batches or ([8] if requests else [1, 8, 64] if gpu else [1, 8])
+    args.lengths = args.lengths or ([512] if gpu else [128, 512])
+    args.repeats = args.repeats or (1 if requests else 5)
+    default = GPU_PEERS if gpu else REQUEST_PEERS if requests else PEERS
+    peers = list(installed(args.peers or default))
+    header = ", ".join([f"{args.threads} threads", *versions()])
+    print(header, flush=True)
+    results = []
+    with tempfile.TemporaryDirectory() as args.scratch:
+        args.folder = None if gpu else args.folder or Path(args.scratch, "s-s")
+        if not gpu:
+            prepare(peers, args.folder)
+        if requests:
+            results = run_requests(peers, args)
+        else:
+            numbers = alone(count_numbers, args.folder)
+            for batch in args.batches:
+                for length in args.lengths:
+                    setting = run_setting(peers, batch, length, numbers[0], args)
+                    report(setting, numbers, args)
+                    results.append(setting)
+    if args.json:
+        args.json.write_text(json.dumps({"header": header, "results": results}))
+    if args.plot and not requests:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The decoding loop, compiled where the backend compiles.
+
+JAX and TensorFlow compile `start` and `advance` with XLA, once for the shapes of
+their arrays. PyTorch runs the step of `torch_step`, compiled on request.
+"""
+
+import os
+
+import keras
+from keras import ops
+
+from keras_t5gemma.generation import beam, decoding
+
+
+class Engine:
+    """Starts and continues batches for one model, one set of options.
+
+    Args:
+        backbone: a `Backbone`. Make a new engine when its set of variables changes
+            (LoRA, quantisation).
+        options: a `GenerationOptions`; of those, what `program` leaves.
+        stop_ids: tuple of ids that end a row, or `None`.
+        compiled: on PyTorch, whether to compile the step.
+    """
+
+    def __init__(self, backbone, options, stop_ids=None, compiled=False):
+        def start(inputs):
+            return decoding.start(backbone, inputs, options)
+
+        def advance(state, limit):
+            step = decoding.plain_step(backbone)
+            return decoding.advance(step, state, limit, options, stop_ids)
+
+        compile = {"jax": _Jax, "tensorflow": _TensorFlow, "torch": _Torch}
+        compile = compile[keras.config.backend()]
+        if compile is _Torch:
+            advance = _torch_advance(backbone, options, stop_ids, compiled)
+        self._start = compile(backbone, start)
+        self._advance = compile(backbone, advance, donate=True)
+
+    def start(self, inputs):
+        """See `decoding.start`; the arrays may be NumPy's."""
+        return self._start(keras.tree.map_structure(ops.convert_to_tensor, inputs))
+
+    def advance(self, state, limit):
+        """See `decoding.advance`; the state that is passed must not be used again."""
+        return self._advance(state, ops.convert_to_tensor(limit, "int32"))
+
+    def compiled_programs(self):
+        """How many programs have been compiled so far."""
+        return self._start.count() + self._advance.count()
+
+
+def results(state, options):
+    """What has been written, `(token_ids, token_log_probs)`, NumPy `(rows, L)`."""
+    names = set(state) - {"cache", "knobs"}
+    arrays = {name: ops.convert_to_numpy(state[name]) for name in names}
+    if options.num_beams > 1:
+        return beam.results(arrays, options)
+    return arrays["token_ids"], arrays["token_log_probs"]
+
+
+def cache_compiled_programs(folder):
+    """Keep compiled programs in a folder, so that the next process need not compile.
+
+    Args:
+        folder: path; made when needed. Programs of other versions are not used.
+
+    Raises:
+        ValueError: on another backend than JAX: PyTorch compiles nothing here, and
+            TensorFlow keeps no programs of the CPU.
+    """
+    if keras.config.backend() != "jax":
+        raise ValueError(
+            "Compiled programs are kept on the JAX backend only; this is "
+            f"{keras.config.backend()}."
+        )
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class _Jax:
+    def __init__(self, backbone, function, donate=False):
+        import jax
+
+        variables = self.variables = backbone.variables
+
+        def run(values, *args):
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping):
+                return function(*args)
+
+        self._compiled = jax.jit(run, donate_argnums=(1,) if donate else ())
+
+    def __call__(self, *args):
+        return self._compiled([v.value for v in self.variables], *args)
+
+    def count(self):
+        return self._compiled._cache_size()
+
+
+class _TensorFlow:
+    def __init__(self, backbone, function, donate=False):
+        import tensorflow as tf
+
+        self._compiled = tf.function(function, jit_compile=True)
+
+    def __call__(self, *args):
+        return self._compiled(*args)
+
+    def count(self):
+        return self._compiled.experimental_get_tracing_count()
+
+
+class _Torch:
+    def __init__(self, backbone, function, donate=False):
+        self._function = function
+
+    def __call__(self, *args):
+        import torch
+
+        with torch.inference_mode():
+            return self._function(*args)
+
+    def count(self):
+        return 0
+
+
+def _torch_advance(backbone, options, stop_ids, compiled):
+    from keras_t5gemma.generation import torch_step
+
+    made = {}  # Steps of the present weights.
+
+    def make_step(one_row):
+        if not torch_step.is_supported(backbone):
+            return decoding.plain_step(backbone)
+        key = (torch_step.fingerprint(backbone), compiled and one_row)
+        if key not in made:
+            if any(other[0] != key[0] for other in made):
+                made.clear()
+            made[key] = torch_step.TorchStep(backbone, compiled, one_row)
+            if compiled:
+                made[key] = torch_step.CompiledStep(made[key])
+        return made[key]
+
+    def advance(state, limit):
+        step = make_step(one_row=len(state["token_ids"]) == 1)
+        return decoding.advance(step, state, limit, options, stop_ids)
+
+    return advance

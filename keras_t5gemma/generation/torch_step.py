@@ -1,0 +1,324 @@
+"""The decoding step on PyTorch, without Keras's layers in between.
+
+In eager PyTorch a token through the layers costs several times what its arithmetic
+does: thousands of small calls. This is the same arithmetic on the model's own
+tensors, checked against `Decoder.step` by a test. With few rows the time is that of
+reading the weights, and the products are written so that both halves of the work read
+at the memory's speed:
+
+- eager: as batches of column blocks, of which MKL gives each thread some;
+- compiled, one row: as multiply and sum, which Inductor fuses with what is around;
+- int8: by FBGEMM, with activations of 7 bits, scaled row by row.
+"""
+
+import warnings
+
+import keras
+import torch
+
+from keras_t5gemma.modeling.rotary import rotary_angles
+
+_LOGIT_CHUNKS = 4
+
+
+def is_supported(backbone):
+    """Whether every projection is a plain float or int8 matrix, without LoRA."""
+    layers = _projections(backbone.decoder)
+    modes = {layer.quantization_mode for layer in layers}
+    lora = any(getattr(layer, "lora_enabled", False) for layer in layers)
+    if modes == {"int8"}:
+        on_cpu = backbone.variables[0].value.device.type == "cpu"
+        has_kernels = "fbgemm" in torch.backends.quantized.supported_engines
+        has_kernels &= hasattr(torch, "_make_per_channel_quantized_tensor")
+        return not lora and on_cpu and has_kernels
+    return not lora and modes == {None}
+
+
+def _projections(decoder):
+    layers = decoder._flatten_layers(include_self=False, recursive=True)
+    kinds = keras.layers.Dense | keras.layers.Embedding
+    return [layer for layer in layers if isinstance(layer, kinds)]
+
+
+def fingerprint(backbone):
+    """What changes when a weight of the decoder does."""
+    return tuple(
+        (id(variable.value), variable.value._version)
+        for variable in backbone.decoder.variables
+    )
+
+
+class TorchStep:
+    """One decoder, ready to write token by token; see `decoding.plain_step`.
+
+    Args:
+        backbone: a `Backbone` that `is_supported`. When its weights change, make a new
+            step; see `fingerprint`.
+        compiled: whether `torch.compile` will see this, which needs one code path for
+            all positions.
+        one_row: whether it will be used for one row only.
+    """
+
+    def __init__(self, backbone, compiled=False, one_row=False):
+        decoder = backbone.decoder
+        self.stack = decoder.stack
+        self.compiled = compiled
+        self.groups = self.stack.num_query_heads // self.stack.num_key_value_heads
+        self.dtype = getattr(torch, decoder.compute_dtype)
+        self.final_cap = backbone.config.final_soft_cap
+        self.scale = torch.tensor(self.stack.hidden_dim**0.5, dtype=self.dtype)
+        self.make_product = _Columns
+        if decoder.token_embedding.quantization_mode:
+            self.make_product = _Int8
+        elif compiled and one_row:
+            self.make_product = _MultiplySum
+        self.embed, self.table = self._table(decoder.token_embedding)
+        self.final_norm = self._norm(decoder.final_norm)
+        self.blocks = [self._block(block) for block in decoder.blocks]
+        positions = keras.ops.arange(backbone.config.max_positions)
+        sin, cos = rotary_angles(positions, self.stack.head_dim, self.stack.rope_base)
+        self.sin, self.cos = (
+            torch.as_tensor(a)[:, None] for a in (sin, cos)
+        )  # L 1 H/2
+
+    def _table(self, layer):
+        """How to look up a token, and how to multiply by the logit table."""
+        values = layer._embeddings.value.detach()
+        if layer.quantization_mode:
+            scale = layer.embeddings_scale.value.detach()
+
+            def embed(token):
+                rows = values[token].to(self.dtype)
+                return rows / scale[token][:, None].to(self.dtype)
+
+            return embed, _Int8(values, scale)
+        values = values.to(self.dtype)
+        return lambda token: values[token], _Table(values)
+
+    def _norm(self, layer):
+        return 1.0 + layer.scale.value.detach().float()
+
+    def _product(self, layer):
+        kernel = layer._kernel.value.detach()
+        if layer.quantization_mode:
+            return _Int8(kernel.t().contiguous(), layer.kernel_scale.value.detach())
+        return self.make_product(kernel.to(self.dtype))
+
+    def _block(self, block):
+        def products(layer, names):
+            return {name: self._product(getattr(layer, name)) for name in names}
+
+        own = ("query", "key", "value", "output_projection")
+        return {
+            "self": products(block.self_attention, own),
+            "cross": products(block.cross_attention, (own[0], own[3])),
+            "mlp": products(block.mlp, ("gate", "up", "down")),
+            "norms": {
+                f"{place}_{name}": self._norm(getattr(block, f"{place}_{name}_norm"))
+                for name in ("self", "cross", "mlp")
+                for place in ("pre", "post")
+            },
+        }
+
+    def __call__(self, token, cache, index, capped=True):
+        """Logits `(R, V)` after one more token; the cache is written in place.
+
+        Args:
+            token: int `(R,)`, the token at position `index`.
+            cache: of `Decoder.make_cache`.
+            index: int, or a scalar tensor.
+            capped: apply the final soft cap.
+
+        Returns:
+            `(logits, cache)`.
+        """
+        return self.logits(self.hidden(token, cache, index), capped), cache
+
+    def logits(self, hidden, capped):
+        """Logits `(R, V)` of states `(R, D)`."""
+        logits = self.table(hidden)
+        cap = self.final_cap if capped else None
+        return logits if cap is None else (logits / cap).tanh_().mul_(cap)
+
+    def hidden(self, token, cache, index):
+        """States `(R, D)` of one more token; the cache is written in place."""
+        index = index.long().reshape(1) if self.compiled else int(index)
+        mask = cache["cross_mask"]
+        mask = ~mask[:, None, None]  # B 1 1 S, True may not be seen.
+        if not self.compiled and not bool(mask.any()):
+            mask = None
+        x = self.embed(token) * self.scale  # R D
+        for i, block in enumerate(self.blocks):
+            norms = block["norms"]
+            y = self._rms(x, norms["pre_self"])
+            x = x + self._rms(
+                self._self_attention(y, block["self"], cache["self"][i], index),
+                norms["post_self"],
+            )
+            y = self._rms(x, norms["pre_cross"])
+            x = x + self._rms(
+                self._cross_attention(y, block["cross"], cache["cross"][i], mask),
+                norms["post_cross"],
+            )
+            y = self._rms(x, norms["pre_mlp"])
+            mlp = block["mlp"]
+            gate = torch.nn.functional.gelu(mlp["gate"](y), approximate="tanh")
+            x = x + self._rms(mlp["down"](gate * mlp["up"](y)), norms["post_mlp"])
+        return self._rms(x, self.final_norm)
+
+    def _rms(self, x, weight):
+        y = torch.nn.functional.rms_norm(
+            x.float(), weight.shape, weight, self.stack.rms_norm_epsilon
+        )
+        return y.to(self.dtype)
+
+    def _self_attention(self, y, weights, cache, index):
+        heads, kv_heads = self.stack.num_query_heads, self.stack.num_key_value_heads
+        query = self._turn(weights["query"](y), heads, index)
+        key = self._turn(weights["key"](y), kv_heads, index)
+        value = weights["value"](y).view(len(y), kv_heads, self.stack.head_dim)
+        keys, values = cache
+        slots = keys.shape[2]
+        slot = index % slots
+        if self.compiled:
+            keys.index_copy_(2, slot, key[:, :, None])
+            values.index_copy_(2, slot, value[:, :, None])
+            mask = torch.arange(slots, device=keys.device) > index
+            mixed = self._attend(query, keys, values, mask)
+        else:
+            keys[:, :, slot] = key
+            values[:, :, slot] = value
+            seen = slice(0, min(index + 1, slots))
+            mixed = self._attend(query, keys[:, :, seen], values[:, :, seen], None)
+        return weights["output_projection"](mixed)
+
+    def _cross_attention(self, y, weights, cache, mask):
+        query = weights["query"](y)
+        return weights["output_projection"](self._attend(query, *cache, mask))
+
+    def _turn(self, x, heads, index):
+        """Rotary embedding in float32: `(R, heads H)` to `(R, heads, H)`."""
+        x = x.view(len(x), heads, self.stack.head_dim)
+        first, second = x.float().chunk(2, dim=-1)
+        sin, cos = self.sin[index], self.cos[index]
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat(turned, dim=-1).to(self.dtype)
+
+    def _attend(self, query, key, value, mask):
+        """Queries of `(R, N H)`, keys `(B, K, S, H)`; R a multiple of B."""
+        sources, kv_heads, _, size = key.shape
+        query = query.view(sources, -1, kv_heads, self.groups, size)
+        rows = query.shape[1]
+        query = query.transpose(1, 2).reshape(sources, kv_heads, -1, size)
+        query = query * self.stack.query_scale
+        logits = (query @ key.transpose(-1, -2)).float()  # B K (rows G) S
+        cap = self.stack.attention_soft_cap
+        if cap is not None:
+            logits = (logits / cap).tanh_().mul_(cap)
+        if mask is None:
+            weights = logits.softmax(-1)
+        else:
+            weights = logits.masked_fill(mask, -1e30).softmax(-1)
+            weights = weights.masked_fill(mask, 0.0)
+        mixed = weights.to(value.dtype) @ value
+        mixed = mixed.view(sources, kv_heads, rows, self.groups, size).transpose(1, 2)
+        return mixed.reshape(sources * rows, -1)
+
+
+class CompiledStep:
+    """A `TorchStep` through `torch.compile`, or as it is where there is no compiler.
+
+    The logits stay outside: one large product, which compiling makes no faster.
+
+    Args:
+        step: a `TorchStep` with `compiled=True`.
+    """
+
+    def __init__(self, step):
+        self.step = step
+        self.hidden = torch.compile(step.hidden, fullgraph=True, dynamic=False)
+
+    def __call__(self, token, cache, index, capped=True):
+        """See `TorchStep`."""
+        try:
+            # Every size of a batch is a program; the limit is meant for accidents.
+            with torch._dynamo.config.patch(recompile_limit=1000):
+                hidden = self.hidden(token, cache, index)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            if self.hidden == self.step.hidden:
+                raise
+            warnings.warn(
+                "`jit_compile=True`, but torch.compile failed; decoding goes on "
+                f"uncompiled. The start of its error: {str(error).strip()[:300]}",
+                stacklevel=2,
+            )
+            self.hidden = self.step.hidden
+            hidden = self.hidden(token, cache, index)
+        return self.step.logits(hidden, capped), cache
+
+
+class _Columns:
+    """`x @ weight` of `(R, in)` and `(in, out)`, as two halves of the columns."""
+
+    def __init__(self, weight):
+        rows, columns = weight.shape
+        halves = 1 if columns % 2 else 2
+        self.halves = weight.view(rows, halves, columns // halves).permute(1, 0, 2)
+
+    def __call__(self, x):
+        out = torch.bmm(x.expand(len(self.halves), *x.shape), self.halves)
+        return out.transpose(0, 1).reshape(len(x), -1)
+
+
+class _Table:
+    """`x @ table.T` of `(R, D)` and `(V, D)`, in chunks of the vocabulary."""
+
+    def __init__(self, table):
+        size, width = table.shape
+        chunks = _LOGIT_CHUNKS if size % _LOGIT_CHUNKS == 0 else 1
+        self.parts = table.view(chunks, size // chunks, width)
+
+    def __call__(self, x):
+        columns = x.t().expand(len(self.parts), *x.t().shape)
+        out = torch.bmm(self.parts, columns)  # chunks V/chunks R
+        return out.reshape(-1, len(x)).t()
+
+
+class _MultiplySum:
+    """`x @ weight` of one row, `weight` `(in, out)`; holds a transposed copy."""
+
+    def __init__(self, weight):
+        self.rows = weight.t().contiguous()
+
+    def __call__(self, x):
+        return (self.rows * x).sum(-1)[None]
+
+
+class _Int8:
+    """`x @ (rows / scale).T` by FBGEMM, of int8 `rows` `(out, in)`, `scale` `(out,)`.
+
+    Activations have 7 bits: without VNNI instructions two products of 8 bits overflow
+    the 16 that FBGEMM sums them in. Each row has its own scale, so that it does not
+    depend on the rows beside it.
+    """
+
+    def __init__(self, rows, scale):
+        ops = torch.ops.quantized
+        self.function = ops.linear_with_input_q_dq_qweight_dq_output_fp32
+        zeros = torch.zeros(len(rows), dtype=torch.long)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            with warnings.catch_warnings():  # This way of making one is deprecated.
+                warnings.simplefilter("ignore", UserWarning)
+                quantised = torch._make_per_channel_quantized_tensor(
+                    rows.contiguous(), 1.0 / scale.double(), zeros, 0
+                )
+            self.packed = ops.linear_prepack(quantised, None)
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def __call__(self, x):
+        largest = x.float().abs().amax(1, keepdim=True).clamp_min_(1e-30)
+        out = self.function(x.float() / largest, 1 / 63, 64, self.packed)
+        return out.mul_(largest).to(x.dtype)
