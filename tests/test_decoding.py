@@ -451,3 +451,49 @@ def test_bisection_is_used_on_large_rows():
     order = np.argsort(-probabilities)
     kept = order[: int((np.cumsum(probabilities[order]) < 0.5).sum()) + 1]
     assert set(draw(logits, {"top_p": 0.5}, rows=300)) <= set(kept)
+
+
+def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
+    """`jit_compile=True` gives the same tokens; without a compiler it says so."""
+    if keras.backend.backend() != "torch":
+        pytest.skip("PyTorch's step")
+    import torch
+
+    model = tiny_model(tokenizer)
+    expected = generated_ids(model, SOURCES, LENGTH, stop_token_ids=None)
+    model.compile(jit_compile=True)
+    compiled = []
+    compile = torch.compile
+
+    def spy(function, **kwargs):
+        def run(*args):
+            compiled.append(args[0].shape[0])
+            return compiled_function(*args)
+
+        compiled_function = compile(function, **kwargs)
+        return run
+
+    monkeypatch.setattr(torch, "compile", spy)
+    for sources in (SOURCES, SOURCES[:1]):
+        rows = generated_ids(model, sources, LENGTH, stop_token_ids=None)
+        assert rows == expected[: len(sources)]
+    assert set(compiled) == {4, 1}
+    # Weights change: the compiled step must not go on with the old ones.
+    enlarge(model.backbone, 11.0)
+    rows = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
+    model.compile()
+    assert rows == generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
+    assert rows != expected[:1]
+
+    def broken(function, **kwargs):
+        def run(*args):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model.compile(jit_compile=True)
+    model._forget_compiled()
+    with pytest.warns(UserWarning, match="decoding goes on uncompiled.*no compiler"):
+        got = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
+    assert got == rows

@@ -1,6 +1,14 @@
 import keras
 import numpy as np
-from conftest import enlarge, max_difference, numpy, random_inputs, tiny_config
+from conftest import (
+    enlarge,
+    max_difference,
+    numpy,
+    random_inputs,
+    tiny_config,
+    tiny_model,
+)
+from test_generate import plain_log_probs
 
 import keras_t5gemma as kt
 
@@ -45,3 +53,43 @@ def test_int8_stays_close_and_survives_saving(tokenizer, tmp_path):
     model.save_to_preset(str(tmp_path))
     loaded = kt.Seq2SeqLM.from_preset(tmp_path)
     assert max_difference(loaded(x), quantised) < 1e-5
+
+
+def test_int8_generation_follows_the_int8_forward_pass(tokenizer):
+    """One token at a time, on whichever fast path there is, one row and several."""
+    model = tiny_model(tokenizer)
+    texts = ["The quick brown fox", "A board", "Fonts of the old kind"]
+    exact = model.generate(texts, 12, stop_token_ids=None, return_scores=True)
+    model.quantize("int8")
+    for batch_size in (1, 3):
+        out = model.generate(
+            texts,
+            12,
+            stop_token_ids=None,
+            batch_size=batch_size,
+            return_scores=True,
+        )
+        for i, text in enumerate(texts):
+            ids = out["token_ids"][i].tolist()
+            rows = [[2, *ids[:n]] for n in range(len(ids))]
+            expected = plain_log_probs(model, text, rows, 12, 12)
+            expected = expected[np.arange(len(ids)), ids]
+            got = out["token_log_probs"][i]
+            assert np.abs(got - expected).max() < 0.5
+            assert np.abs(got - expected).mean() < 0.1
+            first = exact["token_log_probs"][i][0]
+            assert ids[0] != exact["token_ids"][i][0] or abs(got[0] - first) > 0
+
+
+def test_quantize_collects_no_garbage_layer_by_layer(monkeypatch):
+    """Keras does: 60 s for S-S."""
+    import gc
+
+    frozen = []
+    monkeypatch.setattr(
+        gc, "collect", lambda *args: frozen.append(gc.get_freeze_count())
+    )
+    kt.Backbone(tiny_config()).quantize("int8")
+    assert frozen
+    assert min(frozen) > 1000
+    assert gc.get_freeze_count() == 0

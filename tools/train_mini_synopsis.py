@@ -265,15 +265,7 @@ def evaluate(model, rows, first=None):
     from rouge_score.rouge_scorer import RougeScorer
 
     rows = rows[:first]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))
-    answers = [None] * len(rows)
-    bar = keras.utils.Progbar(len(rows))
-    for start in range(0, len(order), 64):
-        part = order[start : start + 64]
-        texts = model.generate([rows[i]["text"] for i in part], batch_size=64)
-        for i, text in zip(part, texts, strict=True):
-            answers[i] = text
-        bar.update(start + len(part))
+    answers = model.generate([row["text"] for row in rows], batch_size=64)
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     truth = [row["summary"] for row in rows]
     scores = [scorer.score(t, a) for t, a in zip(truth, answers, strict=True)]

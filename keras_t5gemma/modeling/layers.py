@@ -52,6 +52,48 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         super()._int8_build(embeddings_shape, config)
         self.inputs_quantizer = None
 
+    def int8_logits(self, states):
+        """Logits `(B, V)` of states `(B, D)`, by an integer product, for generation.
+
+        The states are rounded to 8 bits: the table is read as it is.
+        """
+        rows = states.shape[0]
+        if rows == 1:  # XLA has no fast int8 product of a single row.
+            states = ops.repeat(states, 2, axis=0)
+        states = ops.cast(states, "float32")
+        largest = ops.max(ops.abs(states), axis=1, keepdims=True)
+        step = ops.maximum(largest, 1e-30) / 127
+        rounded = ops.cast(ops.round(states / step), "int8")
+        logits = ops.matmul(rounded, ops.transpose(self._embeddings))  # int32
+        logits = ops.cast(logits, "float32") * step / self.embeddings_scale
+        return ops.cast(logits[:rows], self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class Projection(keras.layers.Dense):
+    """Keras's Dense; int8 rounds the inputs too only where one token is decoded.
+
+    There reading the weights is the time. Over a whole text the weights are widened
+    once: exact inputs, and a float product, which is faster on most CPUs.
+    """
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        super().quantize(mode, type_check=False, config=config)
+
+    def _int8_call(self, inputs, training=None):
+        if inputs.shape[1] == 1 and not training:
+            # XLA has no fast int8 product of a single row.
+            rows = ops.repeat(inputs, 2, axis=0) if inputs.shape[0] == 1 else inputs
+            return super()._int8_call(rows, training)[: inputs.shape[0]]
+        kernel = ops.cast(self._kernel, self.compute_dtype)
+        kernel = kernel / ops.cast(self.kernel_scale, self.compute_dtype)
+        x = ops.matmul(inputs, kernel)
+        if self.lora_enabled:
+            update = ops.matmul(inputs, self.lora_kernel_a)
+            update = ops.matmul(update, self.lora_kernel_b)
+            x = x + ops.cast(self.lora_alpha / self.lora_rank * update, x.dtype)
+        return x
+
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class GatedMLP(keras.layers.Layer):
@@ -91,7 +133,7 @@ class GatedMLP(keras.layers.Layer):
 
 def dense(units, name, dtype):
     """A projection without bias, initialised as Gemma's: normal, sd 0.02."""
-    return keras.layers.Dense(
+    return Projection(
         units,
         use_bias=False,
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),

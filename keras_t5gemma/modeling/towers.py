@@ -225,6 +225,9 @@ class Decoder(_Tower):
         which logit is the largest; `capped=False` leaves it out.
         """
         table = self.token_embedding
+        cap = self.config.final_soft_cap if capped else None
+        if table.quantization_mode == "int8" and keras.config.backend() != "torch":
+            return soft_cap(table.int8_logits(hidden_states), cap)
         if table.quantization_mode or table.lora_enabled:
             return self.logits(hidden_states[:, None])[:, 0]
         size, width = self.config.vocabulary_size, self.stack.hidden_dim
@@ -233,4 +236,4 @@ class Decoder(_Tower):
         weights = ops.reshape(weights, (chunks, size // chunks, width))
         out = ops.matmul(weights, ops.transpose(hidden_states))  # chunks V/chunks B
         logits = ops.transpose(ops.reshape(out, (size, -1)))
-        return soft_cap(logits, self.config.final_soft_cap if capped else None)
+        return soft_cap(logits, cap)
