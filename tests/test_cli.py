@@ -44,6 +44,28 @@ def test_generate_lines_keeps_order(preset, capsys, tmp_path):
     assert len(lines) == 4 and lines[0] == lines[2]
 
 
+def test_generate_takes_the_options_of_python(preset, capsys):
+    import keras_t5gemma
+
+    model = keras_t5gemma.Seq2SeqLM.from_preset(preset)
+    options = ["--preset", preset, "--max-length", "8"]
+    best = model.generate("A board", 8, num_beams=3, num_return_sequences=2)
+    flags = ["--num-beams", "3", "--num-return-sequences", "2"]
+    _, out, _ = run(capsys, "generate", "A board", *options, *flags)
+    assert out == "".join(text + "\n" for text in best)
+    sampled = model.generate("A board", 8, temperature=2.0, seed=3)
+    flags = ["--temperature", "2.0", "--seed", "3"]
+    _, out, _ = run(capsys, "generate", "A board", *options, *flags)
+    assert out == sampled + "\n"
+    _, out, _ = run(capsys, "generate", "A board", *options, *flags, "--stream")
+    assert out == sampled + "\n"
+    flags = ["--top-p", "2"]
+    status, _, err = run(capsys, "generate", "A board", *options, *flags)
+    assert status == 1 and "`top_p` must be above 0 and at most 1.0; got 2.0" in err
+    status, _, err = run(capsys, "generate", "A", "B", "--stream", *options)
+    assert status == 1 and "--stream takes one text; got 2" in err
+
+
 def test_presets_are_plain_lines_in_a_pipe(capsys):
     _, out, _ = run(capsys, "presets")
     rows = [line.split("\t") for line in out.splitlines()]

@@ -5,7 +5,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from conftest import enlarge, numpy, random_inputs, tiny_config, tiny_model
+from conftest import tiny_config, tiny_model
 from test_generate import (
     SOURCES,
     generated_ids,
@@ -15,89 +15,10 @@ from test_generate import (
 )
 
 import keras_t5gemma as kt
-from keras_t5gemma.generation import logits as logits_module
 from keras_t5gemma.generation import prompts
-from keras_t5gemma.generation.logits import sample, top_candidates
-from keras_t5gemma.generation.options import GenerationOptions
 
 LENGTH = 16
-DRAWS = [219, 525, 649, 673, 979]
 FULL = {"max_length": LENGTH, "stop_token_ids": None}
-
-
-def test_top_candidates_equal_a_sort():
-    rng = np.random.default_rng(0)
-    size = (3, 64 * 512)
-    for k in (1, 1, 2, 7, 100):
-        # With k = 1 many are equal: on PyTorch only then is their order defined.
-        values = rng.integers(0, 3000, size) if k == 1 else rng.random(size)
-        values = values.astype("float32")
-        top, places = top_candidates(keras.ops.convert_to_tensor(values), k)
-        order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-        assert numpy(places).tolist() == order.tolist()
-        assert np.array_equal(numpy(top), np.take_along_axis(values, order, axis=1))
-    small = keras.ops.convert_to_tensor(values[:, :100])
-    assert numpy(top_candidates(small, 1)[1])[:, 0].tolist() == (
-        values[:, :100].argmax(1).tolist()
-    )
-
-
-def draw(logits, options, rows=4000, index=3):
-    options = GenerationOptions(**options)
-    state = {
-        "seeds": keras.ops.convert_to_tensor(
-            np.random.default_rng(0).integers(0, 2**31, rows).astype("int32")
-        ),
-        "index": keras.ops.convert_to_tensor(index, "int32"),
-        "knobs": options.knobs(),
-    }
-    logits = keras.ops.convert_to_tensor(np.tile(logits, (rows, 1)).astype("float32"))
-    return numpy(sample(logits, state, options))
-
-
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({"temperature": 1.0}, 40),
-        ({"temperature": 2.0}, 40),
-        ({"top_k": 5}, 5),
-        ({"top_p": 0.7}, None),
-        ({"top_p": 0.7, "top_k": 30}, None),
-        ({"top_p": 1.0}, 40),
-        ({"top_p": 1e-6}, 1),
-    ],
-)
-def test_samples_follow_the_distribution(options, kept):
-    """The expected frequencies are computed here, by sorting."""
-    logits = np.random.default_rng(1).normal(0, 1.5, 40)
-    logits = np.round(logits, 3)
-    scaled = logits / options.get("temperature", 1.0)
-    probabilities = np.exp(scaled) / np.exp(scaled).sum()
-    order = np.argsort(-probabilities)
-    if "top_k" in options:
-        probabilities[order[options["top_k"] :]] = 0
-        probabilities /= probabilities.sum()
-    if "top_p" in options:
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        probabilities[order[before >= options["top_p"]]] = 0
-        probabilities /= probabilities.sum()
-    if kept is not None:
-        assert (probabilities > 0).sum() == kept
-    count = np.bincount(draw(logits, options), minlength=40)
-    assert not count[probabilities == 0].any()
-    expected = 4000 * probabilities
-    big = expected > 5
-    chi_squared = ((count - expected) ** 2 / np.maximum(expected, 1e-9))[big].sum()
-    freedom = max(big.sum() - 1, 1)
-    assert chi_squared < freedom + 5 * np.sqrt(2 * freedom)
-
-
-def test_draws_are_the_same_on_every_backend():
-    """Numbers of this generator, so that a change of it does not go unseen."""
-    got = draw(np.zeros(1000), {"temperature": 1.0}, rows=5)
-    assert got.tolist() == DRAWS
-    other = draw(np.zeros(1000), {"temperature": 1.0}, rows=5, index=4)
-    assert (got != other).all()
 
 
 def test_sampling_by_seed_whatever_the_batch(shared_model):
@@ -205,7 +126,7 @@ def test_one_source_with_several_prompts_is_read_once(shared_model, monkeypatch)
         return encode(self, token_ids, *args, **kwargs)
 
     monkeypatch.setattr(type(shared_model.backbone), "encode", count)
-    shared_model._forget_compiled()
+    shared_model._generator().engines.clear()
     for options in ({}, {"num_beams": 2, "num_return_sequences": 2}):
         expected = shared_model.generate(apart, max_length=LENGTH, **options)
         read.clear()
@@ -216,10 +137,11 @@ def test_one_source_with_several_prompts_is_read_once(shared_model, monkeypatch)
 
 
 def test_prompts_of_unequal_length_in_one_batch(shared_model, monkeypatch):
-    """Prompts of 3 to 12 tokens, past the window, in a batch of beams or of greedy."""
+    """Prompts of 9 to 16 tokens, past the window, in a batch of beams or of greedy."""
     rng = np.random.default_rng(0)
     tokens = [rng.integers(110, 480, n).tolist() for n in (9, 12, 15, 8)]
-    inputs = random_inputs(4, 20, 16)
+    sources = [*SOURCES, "A board of old"]
+    inputs = shared_model.preprocessor.generate_preprocess(sources, 24)
     ids, mask = prompts.pad([[2, *row] for row in tokens], 24)
     inputs |= {"decoder_token_ids": ids, "decoder_padding_mask": mask}
     kwargs = {"max_length": 24, "stop_token_ids": None}
@@ -231,7 +153,7 @@ def test_prompts_of_unequal_length_in_one_batch(shared_model, monkeypatch):
             sizes.append(len(rows))
             yield rows, arrays
 
-    monkeypatch.setattr("keras_t5gemma.tasks.seq2seq_lm.batches", spy)
+    monkeypatch.setattr("keras_t5gemma.generation.generator.batches", spy)
     for options in ({}, {"num_beams": 2}):
         together = shared_model.generate(inputs, **kwargs, **options)
         assert 4 in sizes
@@ -243,6 +165,8 @@ def test_prompts_of_unequal_length_in_one_batch(shared_model, monkeypatch):
             assert array[0].sum() == 24
             row = together["decoder_token_ids"][i].tolist()
             assert row[: len(tokens[i]) + 1] == [2, *tokens[i]]
+            if not options:
+                assert row == greedy_oracle(shared_model, sources[i], 24, tokens[i], ())
 
 
 def test_stream_joins_to_what_generate_returns(shared_model):
@@ -257,8 +181,9 @@ def test_stream_joins_to_what_generate_returns(shared_model):
             assert len(pieces) > 1
     with pytest.raises(ValueError, match="`stream` writes one answer.*num_beams=2"):
         shared_model.stream("a", num_beams=2)
-    with pytest.raises(ValueError, match="`text` must be one string"):
-        shared_model.stream(["a"])
+    for text in (["a"], {"encoder_text": "a", "decoder_text": ["The", "fox"]}):
+        with pytest.raises(ValueError, match="`text` must be one string"):
+            shared_model.stream(text)
 
 
 def test_stream_keeps_characters_whole(shared_model):
@@ -308,7 +233,7 @@ def test_number_of_compiled_programs(tokenizer):
 def test_rounding_changes_nothing(shared_model, monkeypatch):
     sources = [*SOURCES, "The quick brown fox jumps over the lazy dog"]
     rounded = generated_ids(shared_model, sources, 13)
-    name = "keras_t5gemma.Seq2SeqLM._is_compiled"
+    name = "keras_t5gemma.generation.generator.Generator._is_compiled"
     monkeypatch.setattr(name, lambda self: False)
     assert generated_ids(shared_model, sources, 13) == rounded
     monkeypatch.setattr(name, lambda self: True)
@@ -348,7 +273,7 @@ def test_an_interrupt_leaves_the_model_usable(shared_model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("keras_t5gemma.tasks.seq2seq_lm.results", interrupt)
+        patch.setattr("keras_t5gemma.generation.generator.results", interrupt)
         with pytest.raises(KeyboardInterrupt):
             shared_model.generate(SOURCES, LENGTH)
     assert shared_model.generate(SOURCES, LENGTH) == expected
@@ -362,6 +287,64 @@ def test_caches_hold_the_window_and_no_more():
     shapes = [tuple(key.shape) for key, _ in cache["self"]]
     assert shapes == [(6, 1, 8, 8), (6, 1, 20, 8)]
     assert {tuple(key.shape) for key, _ in cache["cross"]} == {(2, 1, 5, 8)}
+
+
+def test_batched_beams_of_keras_hubs_own_loop_equal_single_ones(tokenizer):
+    """Trap: its beam search fails for this model with more than one row."""
+    import keras_hub
+
+    class Own(keras_hub.samplers.BeamSampler):
+        """Another class, so that KerasHub's own loop runs."""
+
+    model = tiny_model(tokenizer)
+    stops = tuple(range(3, 60))  # Many, so that rows end at different times.
+    model.compile(sampler=Own(num_beams=3))
+    singles = [
+        generated_ids(model, s, 10, stop_token_ids=stops, batch_size=1)[0]
+        for s in SOURCES
+    ]
+    assert generated_ids(model, SOURCES, 10, stop_token_ids=stops) == singles
+    assert len({len(row) for row in singles}) > 1
+
+
+def test_quantising_the_backbone_makes_the_old_programs_void(tokenizer):
+    model = tiny_model(tokenizer)
+    options = {**FULL, "return_scores": True}
+    before = model.generate(SOURCES, **options)["log_prob"]
+    model.backbone.quantize("int8")
+    after = model.generate(SOURCES, **options)["log_prob"]
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    assert len(model._generator().engines) == 1
+
+
+def test_compiled_programs_are_kept(tokenizer, tmp_path):
+    if keras.backend.backend() != "jax":
+        with pytest.raises(ValueError, match="JAX backend only; this is"):
+            kt.cache_compiled_programs(tmp_path)
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    model = tiny_model(tokenizer)  # Something was compiled before the call.
+    try:
+        kt.cache_compiled_programs(tmp_path)
+        model.generate(SOURCES, LENGTH)
+        kept = {path.name for path in tmp_path.glob("*-cache")}
+        assert len([name for name in kept if name.startswith("jit_run")]) == 2
+        model._generator().engines.clear()
+        jax.clear_caches()
+        model.generate(SOURCES, LENGTH)
+        assert {path.name for path in tmp_path.glob("*-cache")} == kept
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_a_sampler_for_keras_hub_keeps_working(model):
@@ -378,38 +361,6 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
         model.generate(pairs, LENGTH, num_beams=2)
     with pytest.raises(ValueError, match="`stream`.*got Own"):
         model.stream("a", LENGTH)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_torch_step_equals_the_layers(dtype):
-    """Unequal towers, grouped heads, padding, several rows a source, the window."""
-    if keras.backend.backend() != "torch":
-        pytest.skip("PyTorch's step")
-    import torch
-
-    from keras_t5gemma.generation.decoding import plain_step
-    from keras_t5gemma.generation.torch_step import TorchStep
-
-    backbone = enlarge(kt.Backbone(tiny_config(), dtype=dtype))
-    mask = torch.ones(2, 9, dtype=torch.int32)
-    mask[1, 4:] = 0
-    ids = torch.randint(4, 480, (2, 9))
-    rows = torch.randint(4, 480, (6, 20))
-    tolerance = 1e-4 if dtype == "float32" else 0.5
-    with torch.inference_mode():
-        caches = [
-            backbone.make_cache(backbone.encode(ids, mask), mask, 20, rows=6)
-            for _ in range(2)
-        ]
-        fast, plain = TorchStep(backbone), plain_step(backbone)
-        for index in range(20):
-            a, caches[0] = fast(rows[:, index], caches[0], index)
-            b, caches[1] = plain(rows[:, index], caches[1], index, True)
-            assert float((a.float() - b.float()).abs().max()) < tolerance
-            uncapped, _ = fast(rows[:, index], caches[0], index, capped=False)
-            if dtype == "float32":
-                assert (uncapped.argmax(-1) == a.argmax(-1)).all()
-            assert float((uncapped - a).abs().max()) > 0
 
 
 @pytest.mark.parametrize(
@@ -435,65 +386,13 @@ def test_torch_step_equals_the_layers(dtype):
         ({"repetition_penalty": 0}, "`repetition_penalty` must be above 0"),
         ({"max_time": -1}, "`max_time` must be above 0; got -1"),
         ({"seed": -1}, "`seed` must be a whole number from 0; got -1"),
+        ({"stop_token_ids": 1}, "`stop_token_ids` must be a list of token ids; got 1"),
+        ({"banned_token_ids": "fox"}, "`banned_token_ids` must be a list.*got 'fox'"),
+        ({"forced_token_ids": 5}, "`forced_token_ids` must be a list.*got 5"),
+        ({"do_sample": True}, r"Unknown options \['do_sample'\].*'temperature'"),
     ],
     ids=str,
 )
 def test_bad_options(shared_model, options, message):
     with pytest.raises(ValueError, match=message):
         shared_model.generate("a", max_length=8, **options)
-
-
-def test_bisection_is_used_on_large_rows():
-    """`top_p` alone, on a row that is cut into chunks."""
-    assert logits_module._CHUNKS == 512
-    logits = np.random.default_rng(0).normal(0, 4, 64 * 512)
-    probabilities = np.exp(logits) / np.exp(logits).sum()
-    order = np.argsort(-probabilities)
-    kept = order[: int((np.cumsum(probabilities[order]) < 0.5).sum()) + 1]
-    assert set(draw(logits, {"top_p": 0.5}, rows=300)) <= set(kept)
-
-
-def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
-    """`jit_compile=True` gives the same tokens; without a compiler it says so."""
-    if keras.backend.backend() != "torch":
-        pytest.skip("PyTorch's step")
-    import torch
-
-    model = tiny_model(tokenizer)
-    expected = generated_ids(model, SOURCES, LENGTH, stop_token_ids=None)
-    model.compile(jit_compile=True)
-    compiled = []
-    compile = torch.compile
-
-    def spy(function, **kwargs):
-        def run(*args):
-            compiled.append(args[0].shape[0])
-            return compiled_function(*args)
-
-        compiled_function = compile(function, **kwargs)
-        return run
-
-    monkeypatch.setattr(torch, "compile", spy)
-    for sources in (SOURCES, SOURCES[:1]):
-        rows = generated_ids(model, sources, LENGTH, stop_token_ids=None)
-        assert rows == expected[: len(sources)]
-    assert set(compiled) == {4, 1}
-    # Weights change: the compiled step must not go on with the old ones.
-    enlarge(model.backbone, 11.0)
-    rows = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
-    model.compile()
-    assert rows == generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
-    assert rows != expected[:1]
-
-    def broken(function, **kwargs):
-        def run(*args):
-            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", broken)
-    model.compile(jit_compile=True)
-    model._forget_compiled()
-    with pytest.warns(UserWarning, match="decoding goes on uncompiled.*no compiler"):
-        got = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
-    assert got == rows

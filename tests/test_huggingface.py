@@ -118,44 +118,10 @@ def test_windows_matter(ours, folder):
     assert np.abs(states - run_reference(theirs, x)[0]).max() > 1e-2
 
 
-def test_greedy_equals_transformers_token_for_token(ours, reference):
+def generate_both(ours, reference, stops, **options):
+    """Padded sources through both; `(our arrays, their ids)` `(rows, 20)`."""
     x = random_inputs(3, 20, 1, vocabulary=200, seed=3)
     x["encoder_padding_mask"][1, 9:] = 0
-    with torch.no_grad():
-        theirs = reference.generate(
-            input_ids=torch.tensor(x["encoder_token_ids"]).long(),
-            attention_mask=torch.tensor(x["encoder_padding_mask"]),
-            max_new_tokens=19,
-            do_sample=False,
-            decoder_start_token_id=2,
-        ).numpy()
-    model = kt.Seq2SeqLM(ours)
-    out = model.generate(
-        {k: v for k, v in x.items() if k.startswith("encoder")},
-        max_length=20,
-        stop_token_ids=(1,),
-    )
-    mask = out["decoder_padding_mask"]
-    theirs = np.pad(theirs, ((0, 0), (0, 20 - theirs.shape[1])))
-    assert (theirs * mask == out["decoder_token_ids"]).all()
-    assert (mask.sum(axis=1) > 5).any()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 1.0},
-        {"num_beams": 3, "length_penalty": 0.0},
-        {"num_beams": 2, "length_penalty": 2.5, "num_return_sequences": 2},
-        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 6},
-        {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
-    ],
-    ids=str,
-)
-def test_beams_and_penalties_equal_transformers(ours, reference, options):
-    x = random_inputs(3, 20, 1, vocabulary=200, seed=3)
-    x["encoder_padding_mask"][1, 9:] = 0
-    stops = (1, 30, 63, 114, 117, 150)  # So that beams end at different times.
     with torch.no_grad():
         theirs = reference.generate(
             input_ids=torch.tensor(x["encoder_token_ids"]).long(),
@@ -174,10 +140,33 @@ def test_beams_and_penalties_equal_transformers(ours, reference, options):
         stop_token_ids=stops,
         **options,
     )
-    got = out["decoder_token_ids"].reshape(-1, 20)
-    mask = out["decoder_padding_mask"].reshape(-1, 20)
-    theirs = np.pad(theirs, ((0, 0), (0, 20 - theirs.shape[1])))
-    assert (got == theirs * mask).all()
+    out = {name: array.reshape(-1, 20) for name, array in out.items()}
+    return out, np.pad(theirs, ((0, 0), (0, 20 - theirs.shape[1])))
+
+
+def test_greedy_equals_transformers_token_for_token(ours, reference):
+    out, theirs = generate_both(ours, reference, (1,))
+    mask = out["decoder_padding_mask"]
+    assert (theirs * mask == out["decoder_token_ids"]).all()
+    assert (mask.sum(axis=1) > 5).any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 1.0},
+        {"num_beams": 3, "length_penalty": 0.0},
+        {"num_beams": 2, "length_penalty": 2.5, "num_return_sequences": 2},
+        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 6},
+        {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    ],
+    ids=str,
+)
+def test_beams_and_penalties_equal_transformers(ours, reference, options):
+    stops = (1, 30, 63, 114, 117, 150)  # So that beams end at different times.
+    out, theirs = generate_both(ours, reference, stops, **options)
+    mask = out["decoder_padding_mask"]
+    assert (out["decoder_token_ids"] == theirs * mask).all()
     if options.get("length_penalty", 0.0) == 0.0 or "no_repeat_ngram_size" in options:
         assert mask.min() == 0
 

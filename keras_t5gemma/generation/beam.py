@@ -52,12 +52,11 @@ def write(state, logits, options, stop_ids):
         ops.reshape(t, (sources, beams * keep)) for t in top_candidates(scores, keep)
     )
     total = ops.repeat(state["log_probs"], keep, axis=1) + best
-    total, place = ops.top_k(total, min(keep, beams * keep))  # B keep
+    total, place = ops.top_k(total, keep)  # B keep
     parent = ops.cast(place // keep, "int32")
     token = ops.take_along_axis(ids, place, axis=1)
 
-    is_last = index + 1 >= state["max_length"]
-    ends = ops.logical_or(ops.zeros_like(token, dtype="bool"), is_last)
+    ends = ops.broadcast_to(index + 1 >= state["max_length"], token.shape)
     for stop in stop_ids or ():
         ends = ops.logical_or(ends, token == stop)
 
@@ -147,7 +146,7 @@ def results(state, options):
     """The best answers of each source, best first, as NumPy arrays.
 
     Where fewer have finished than are asked for, `max_time` has ended the search: the
-    running ones follow.
+    running ones follow, which are in order already.
 
     Args:
         state: of the loop, as NumPy arrays.
@@ -157,14 +156,11 @@ def results(state, options):
         `(token_ids, token_log_probs)`: `(B n, L)` each.
     """
     sources, beams, length = state["finished_ids"].shape
-    prompt = state["prompt_lengths"].reshape(sources, beams)
-    running_length = np.maximum(state["index"] - prompt, 1)
-    running = state["log_probs"] / running_length**options.length_penalty
-    unfinished = state["finished_scores"] <= _NEVER / 2
-    scores = np.concatenate(
-        [np.where(unfinished, -np.inf, state["finished_scores"]), running + _NEVER], 1
-    )
-    best = np.argsort(-scores, axis=1, kind="stable")[:, : options.num_return_sequences]
+    scores = state["finished_scores"]
+    is_finished = scores > _NEVER / 2
+    rank = np.where(is_finished, -scores, np.inf)
+    rank = np.concatenate([rank, np.full_like(rank, -_NEVER)], axis=1)
+    best = np.argsort(rank, axis=1, kind="stable")[:, : options.num_return_sequences]
     arrays = []
     for finished, running in (
         ("finished_ids", "token_ids"),

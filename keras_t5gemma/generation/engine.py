@@ -67,8 +67,7 @@ def cache_compiled_programs(folder):
         folder: path; made when needed. Programs of other versions are not used.
 
     Raises:
-        ValueError: on another backend than JAX: PyTorch compiles nothing here, and
-            TensorFlow keeps no programs of the CPU.
+        ValueError: on another backend than JAX, whose compiler this is.
     """
     if keras.config.backend() != "jax":
         raise ValueError(
@@ -78,7 +77,7 @@ def cache_compiled_programs(folder):
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

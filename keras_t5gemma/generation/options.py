@@ -15,8 +15,8 @@ class GenerationOptions:
     """What `Seq2SeqLM.generate` takes as keywords; greedy when nothing is given.
 
     Any of `temperature`, `top_k`, `top_p` turns sampling on; `num_beams` above 1 is
-    beam search. The penalties and the lists of ids work with all three. Everything
-    means what it means in transformers, whose answers are the same (tested).
+    beam search. The penalties and the lists of ids work with all three. Names and
+    meanings are those of transformers; its beams and penalties give the same tokens.
 
     Args:
         num_beams: beams a source.
@@ -59,18 +59,12 @@ class GenerationOptions:
     max_time: float | None = None
 
     def __post_init__(self):
-        def set(name, value):
+        def store(name, value):
             object.__setattr__(self, name, value)
 
-        set("banned_token_ids", tuple(sorted({int(i) for i in self.banned_token_ids})))
-        forced = self.forced_token_ids
-        if not isinstance(forced, dict):
-            pairs = all(isinstance(item, tuple) for item in forced)
-            forced = dict(forced if pairs else enumerate(forced))
-        set(
-            "forced_token_ids",
-            tuple(sorted((int(k), int(v)) for k, v in forced.items())),
-        )
+        banned = id_tuple(self.banned_token_ids, "banned_token_ids")
+        store("banned_token_ids", tuple(sorted(set(banned))))
+        store("forced_token_ids", _places_and_ids(self.forced_token_ids))
         for name, low in (
             ("num_beams", 1),
             ("top_k", 1),
@@ -86,7 +80,7 @@ class GenerationOptions:
                 raise ValueError(
                     f"`{name}` must be a whole number from {low}; got {value!r}."
                 )
-            set(name, int(value))
+            store(name, int(value))
         for name, high in (
             ("temperature", math.inf),
             ("top_p", 1.0),
@@ -132,7 +126,7 @@ class GenerationOptions:
         """Decoder rows that a source needs."""
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
-    def check(self, vocabulary_size, max_length, stop_ids):
+    def check(self, vocabulary_size, max_length):
         """Raise `ValueError` for what does not fit a model and a request."""
         forced = tuple(token for _, token in self.forced_token_ids)
         for name, ids in (
@@ -189,6 +183,65 @@ class GenerationOptions:
             seed=None,
             max_time=None,
         )
+
+
+def id_tuple(ids, name):
+    """Ids as a tuple of ints; `ValueError` for what is no list of whole numbers."""
+    is_list = not isinstance(ids, str | bytes) and hasattr(ids, "__iter__")
+    ids = list(ids) if is_list else ids
+    if not is_list or not all(isinstance(i, numbers.Integral) for i in ids):
+        raise ValueError(f"`{name}` must be a list of token ids; got {ids!r}.")
+    return tuple(int(i) for i in ids)
+
+
+def _places_and_ids(forced):
+    """`forced_token_ids` in any of its forms as sorted pairs of place and id."""
+    name = "forced_token_ids"
+    if isinstance(forced, tuple) and all(isinstance(item, tuple) for item in forced):
+        return forced  # Pairs already: `dataclasses.replace` hands them back.
+    if isinstance(forced, dict):
+        places, ids = id_tuple(forced, name), id_tuple(forced.values(), name)
+    else:
+        ids = id_tuple(forced, name)
+        places = range(len(ids))
+    return tuple(sorted(zip(places, ids, strict=True)))
+
+
+def make_options(sampler, given):
+    """The options of a sampler and, on top of them, of a user.
+
+    Args:
+        sampler: a `keras_hub.samplers.Sampler`.
+        given: dict of keywords of `GenerationOptions`.
+
+    Returns:
+        A `GenerationOptions`; `None` where the sampler is of a kind that options
+        cannot express.
+
+    Raises:
+        ValueError: for unknown names, values out of range, or options for a sampler
+            that chooses the tokens itself.
+    """
+    names = [field.name for field in dataclasses.fields(GenerationOptions)]
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise ValueError(
+            f"Unknown options {unknown}; those of GenerationOptions are {names}. "
+            "Samplers are set with `compile(sampler=...)`."
+        )
+    base = options_of_sampler(sampler)
+    if base is None:
+        if given:
+            raise ValueError(
+                f"The sampler {type(sampler).__name__} chooses the tokens itself; it "
+                f"takes none of {sorted(given)}."
+            )
+        return None
+    if given.get("num_beams", 1) != 1:
+        base = {}
+    if {"temperature", "top_k", "top_p"} & set(given):
+        base.pop("num_beams", None)
+    return GenerationOptions(**{**base, **given})
 
 
 def options_of_sampler(sampler):

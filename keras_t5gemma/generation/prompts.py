@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.generation.options import id_tuple
 from keras_t5gemma.text.ids import INPUTS, check_range
 from keras_t5gemma.text.preprocessor import pad
 
@@ -68,7 +69,7 @@ def read_request(inputs, preprocessor, config, max_length, stop_token_ids, batch
             )
         stop_token_ids = preprocessor.stop_ids
     if stop_token_ids is not None:
-        stop_token_ids = tuple(int(i) for i in stop_token_ids) or None
+        stop_token_ids = id_tuple(stop_token_ids, "stop_token_ids") or None
         check_range(
             np.asarray(stop_token_ids or [0]), "stop_token_ids", config.vocabulary_size
         )
@@ -117,10 +118,10 @@ def id_prompts(inputs, max_length, vocabulary_size):
         )
     arrays = {k: ops.convert_to_numpy(v) for k, v in inputs.items()}
     source = arrays["encoder_token_ids"]
-    if source.ndim != 2 or not source.shape[1]:
+    if source.ndim != 2 or not source.size:
         raise ValueError(
-            "`encoder_token_ids` must be (batch, length) with length >= 1; got "
-            f"shape {source.shape}."
+            "`encoder_token_ids` must be (batch, length) with batch and length >= 1; "
+            f"got shape {source.shape}."
         )
     arrays.setdefault("encoder_padding_mask", source != 0)
     start = np.full((len(source), 1), 2)

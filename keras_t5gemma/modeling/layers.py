@@ -48,9 +48,12 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     def quantize(self, mode=None, type_check=True, config=None):
         super().quantize(mode, type_check=False, config=config)
 
-    def _int8_build(self, embeddings_shape, config=None):
-        super()._int8_build(embeddings_shape, config)
-        self.inputs_quantizer = None
+    def _int8_call(self, inputs, reverse=False):
+        if not reverse:
+            return super()._int8_call(inputs)
+        table = ops.cast(self._embeddings, self.compute_dtype)
+        logits = ops.matmul(inputs, ops.transpose(table)) / self.embeddings_scale
+        return soft_cap(ops.cast(logits, self.compute_dtype), self.logit_soft_cap)
 
     def int8_logits(self, states):
         """Logits `(B, V)` of states `(B, D)`, by an integer product, for generation.
@@ -71,10 +74,10 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Projection(keras.layers.Dense):
-    """Keras's Dense; int8 rounds the inputs too only where one token is decoded.
+    """Keras's Dense without bias; int8 rounds inputs only where one token is decoded.
 
     There reading the weights is the time. Over a whole text the weights are widened
-    once: exact inputs, and a float product, which is faster on most CPUs.
+    once: exact inputs, and a float product.
     """
 
     def quantize(self, mode=None, type_check=True, config=None):

@@ -1,10 +1,7 @@
 """Text in, text out: training, generation, scoring."""
 
 import contextlib
-import dataclasses
-import math
 import os
-import time
 
 import keras
 import keras_hub
@@ -12,18 +9,11 @@ import numpy as np
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
-from keras_t5gemma.generation.engine import Engine, results
-from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine, decode_batch
-from keras_t5gemma.generation.options import GenerationOptions, options_of_sampler
-from keras_t5gemma.generation.prompts import (
-    answer_mask,
-    batches,
-    bucket,
-    read_request,
-)
+from keras_t5gemma.generation.generator import Generator
+from keras_t5gemma.generation.keras_hub_sampler import decode_batch
+from keras_t5gemma.generation.prompts import answer_mask, read_request
 from keras_t5gemma.generation.scoring import make_scorer
 from keras_t5gemma.modeling.backbone import Backbone, track_parameters
-from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text.batches import fit_arguments
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.optimizers import check_optimizer
@@ -333,10 +323,10 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
             stop_token_ids,
             batch_size,
         )
-        options = self._options(options, request)
+        options = self._generator().options(options, request)
         if nothing:
             return []
-        ids, log_probs, ends = self._decode(request, options, batch_size)
+        ids, log_probs, ends = self._generator().decode(request, options, batch_size)
         answers = 1 if options is None else options.num_return_sequences
         lengths = np.repeat(request.prompt_lengths, answers)
         mask = answer_mask(ids, lengths, ends, request.stop_ids)
@@ -387,125 +377,31 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         Raises:
             ValueError: see `generate`; or for beam search.
         """
-        first = text.get("encoder_text") if isinstance(text, dict) else text
-        if not isinstance(first, str):
-            raise ValueError(f"`text` must be one string, or a dict of; got {text!r}.")
+        parts = list(text.values()) if isinstance(text, dict) else [text]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f"`text` must be one string, or a dict of strings; got {text!r}."
+            )
         request = read_request(
             text, self.preprocessor, self.backbone.config, max_length, stop_token_ids, 1
         )
-        options = self._options(options, request)
+        options = self._generator().options(options, request)
         if options is None or options.rows_per_source > 1 or options.return_scores:
             raise ValueError(
                 "`stream` writes one answer, greedily or by sampling; got "
                 f"{options or type(self.sampler).__name__}."
             )
-        return self._stream(request, options)
+        return self._generator().stream(request, options)
 
-    def _stream(self, request, options):
-        engine = self._engine(options, request.stop_ids)
-        width = self._width(request.max_length)
-        (_, inputs) = next(batches(request, options, 1, width, self._is_compiled()))
-        state = engine.start(inputs)
-        begin, tokenizer = int(state["index"]), self.preprocessor.tokenizer
-        shown = tokenizer.detokenize(inputs["decoder_token_ids"][0, :begin].tolist())
-        for limit in range(begin + 1, request.max_length + 1):
-            state = engine.advance(state, limit)
-            ids = keras.ops.convert_to_numpy(state["token_ids"])[0, :limit].tolist()
-            is_last = limit == request.max_length
-            is_last |= bool(keras.ops.convert_to_numpy(state["done"])[0])
-            written = tokenizer.detokenize(ids)
-            whole = is_last or not written.endswith("\ufffd")
-            if whole and len(written) > len(shown):
-                yield written[len(shown) :]
-                shown = written
-            if is_last:
-                return
-
-    def _options(self, options, request):
-        """`GenerationOptions` of the sampler and the user's, checked.
-
-        `None` where a sampler of another kind decides.
-        """
-        base = options_of_sampler(self.sampler)
-        if base is None:
-            if options:
-                raise ValueError(
-                    f"The sampler {type(self.sampler).__name__} chooses the tokens "
-                    f"itself; it takes none of {sorted(options)}."
-                )
-            return None
-        if options.get("num_beams", 1) != 1:
-            base = {}
-        if {"temperature", "top_k", "top_p"} & set(options):
-            base.pop("num_beams", None)
-        options = GenerationOptions(**{**base, **options})
-        size = self.backbone.config.vocabulary_size
-        options.check(size, request.max_length, request.stop_ids)
-        if options.is_sampling and options.seed is None:
-            generator = getattr(self.sampler, "seed_generator", None)
-            seed = keras.random.randint((), 0, 2**31 - 1, "int32", generator)
-            options = dataclasses.replace(options, seed=int(seed))
-        return options
-
-    def _decode(self, request, options, batch_size):
-        """Ids and log-probabilities `(rows, max length)`, and how many are written."""
-        if options is None:
-            options, width = GenerationOptions(), request.max_length
-            engine = SamplerEngine(self, request.stop_ids)
-        else:
-            width = self._width(request.max_length)
-            engine = self._engine(options, request.stop_ids)
-        answers = options.num_return_sequences
-        ids = np.repeat(request.arrays["decoder_token_ids"], answers, axis=0)
-        log_probs = np.zeros(ids.shape, "float32")
-        ends = np.repeat(request.prompt_lengths, answers)
-        rounded = self._is_compiled()
-        planned = list(batches(request, options, batch_size, width, rounded))
-        deadline = math.inf
-        if options.max_time is not None:
-            deadline = time.monotonic() + options.max_time
-        with progress_bar("Generating", len(request.prompt_lengths)) as advance:
-            for rows, inputs in planned:
-                state = engine.start(inputs)
-                if deadline == math.inf:
-                    state = engine.advance(state, request.max_length)
-                    end = request.max_length
-                else:
-                    state, end = _advance_until(deadline, engine, state, request)
-                places = (rows[:, None] * answers + np.arange(answers)).reshape(-1)
-                written, scores = results(state, options)
-                ids[places] = written[: len(places), : ids.shape[1]]
-                log_probs[places] = scores[: len(places), : ids.shape[1]]
-                ends[places] = np.maximum(ends[places], end)
-                advance(len(rows))
-                if time.monotonic() > deadline:
-                    break
-        return ids, log_probs, ends
-
-    def _width(self, max_length):
-        """Length of the decoder's arrays: rounded, so that few programs are needed."""
-        if not self._is_compiled():
-            return max_length
-        return min(bucket(max_length), self.backbone.config.max_positions)
-
-    def _is_compiled(self):
-        """Whether a new size of a batch is a new program."""
-        return keras.config.backend() != "torch" or bool(self.jit_compile)
-
-    def _engine(self, options, stop_ids):
-        engines = self.__dict__.get("_engines")
-        if engines is None:  # No layers of this model: not tracked, not saved.
-            engines = {}
-            object.__setattr__(self, "_engines", engines)
-        key = (options.program(), stop_ids, bool(self.jit_compile))
-        if key not in engines:
-            engines[key] = Engine(self.backbone, *key)
-        return engines[key]
+    def _generator(self):
+        if self.__dict__.get("_decoder") is None:
+            # Not a part of this model: it owns no weights and is not saved.
+            object.__setattr__(self, "_decoder", Generator(self))
+        return self._decoder
 
     def compiled_programs(self):
         """How many programs `generate` and `stream` have compiled so far."""
-        engines = self.__dict__.get("_engines") or {}
-        return sum(engine.compiled_programs() for engine in engines.values())
+        return self._generator().compiled_programs()
 
     def generate_step(self, inputs, stop_token_ids=None):
         """One compiled batch; KerasHub's `make_generate_function` wraps it."""
@@ -594,7 +490,6 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
     def _forget_compiled(self):
         """The set of trainable variables changed: build the functions anew."""
         self.generate_function = None
-        object.__setattr__(self, "_engines", None)
         self.train_function = self.test_function = self.predict_function = None
         track_parameters(self.backbone)
         track_parameters(self)
@@ -622,14 +517,3 @@ def check_vocabulary(tokenizer, config):
             f"The tokenizer has {size} ids, the model only "
             f"{config.vocabulary_size}: they do not belong together."
         )
-
-
-def _advance_until(deadline, engine, state, request, tokens=8):
-    """Advance a few tokens at a time, until a moment of `time.monotonic`."""
-    end = int(keras.ops.convert_to_numpy(state["index"]))
-    while end < request.max_length and time.monotonic() < deadline:
-        end = min(end + tokens, request.max_length)
-        state = engine.advance(state, end)
-        if keras.ops.convert_to_numpy(state["done"]).all():
-            break
-    return state, end

@@ -1,0 +1,150 @@
+"""Requests of `Seq2SeqLM.generate` and `stream`, carried out batch by batch."""
+
+import dataclasses
+import math
+import time
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.generation.engine import Engine, results
+from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
+from keras_t5gemma.generation.options import GenerationOptions, make_options
+from keras_t5gemma.generation.prompts import batches, bucket
+from keras_t5gemma.progress import progress_bar
+
+
+class Generator:
+    """Decodes for one task, and keeps the programs that are compiled for it.
+
+    Args:
+        task: a `Seq2SeqLM`.
+    """
+
+    def __init__(self, task):
+        self.task = task
+        self.engines = {}
+
+    def options(self, given, request):
+        """`GenerationOptions` of the task's sampler and of the user, checked.
+
+        Args:
+            given: dict of the user's keywords.
+            request: a `Request`.
+
+        Returns:
+            Options with a seed where they sample; `None` where a sampler of another
+            kind than those that options can express chooses the tokens.
+        """
+        sampler = self.task.sampler
+        options = make_options(sampler, given)
+        if options is None:
+            return None
+        options.check(self.task.backbone.config.vocabulary_size, request.max_length)
+        if options.is_sampling and options.seed is None:
+            generator = getattr(sampler, "seed_generator", None)
+            seed = keras.random.randint((), 0, 2**31 - 1, "int32", generator)
+            options = dataclasses.replace(options, seed=int(seed))
+        return options
+
+    def decode(self, request, options, batch_size):
+        """Answer all rows of a request, those of similar length together.
+
+        Args:
+            request: a `Request`.
+            options: of `options`.
+            batch_size: most decoder rows at a time, not counting `rows_per_source`.
+
+        Returns:
+            `(ids, log_probs, ends)`: int32 and float32 `(rows, max length)`, and
+            `(rows,)`, how many are written at most; `num_return_sequences` rows for
+            each of the request, next to each other.
+        """
+        if options is None:
+            options, width = GenerationOptions(), request.max_length
+            engine = SamplerEngine(self.task, request.stop_ids)
+        else:
+            width = self._width(request.max_length)
+            engine = self._engine(options, request.stop_ids)
+        answers = options.num_return_sequences
+        ids = np.repeat(request.arrays["decoder_token_ids"], answers, axis=0)
+        log_probs = np.zeros(ids.shape, "float32")
+        ends = np.repeat(request.prompt_lengths, answers)
+        rounded = self._is_compiled()
+        planned = list(batches(request, options, batch_size, width, rounded))
+        deadline = math.inf
+        if options.max_time is not None:
+            deadline = time.monotonic() + options.max_time
+        with progress_bar("Generating", len(request.prompt_lengths)) as advance:
+            for rows, inputs in planned:
+                state, end = engine.start(inputs), request.max_length
+                if deadline == math.inf:
+                    state = engine.advance(state, end)
+                else:
+                    state, end = _advance_until(deadline, engine, state, end)
+                places = (rows[:, None] * answers + np.arange(answers)).reshape(-1)
+                written, scores = results(state, options)
+                ids[places] = written[: len(places), : ids.shape[1]]
+                log_probs[places] = scores[: len(places), : ids.shape[1]]
+                ends[places] = np.maximum(ends[places], end)
+                advance(len(rows))
+                if time.monotonic() > deadline:
+                    break
+        return ids, log_probs, ends
+
+    def stream(self, request, options):
+        """Yield the answer to a request of one row in pieces of text."""
+        engine = self._engine(options, request.stop_ids)
+        width = self._width(request.max_length)
+        (_, inputs) = next(batches(request, options, 1, width, self._is_compiled()))
+        state = engine.start(inputs)
+        begin, tokenizer = int(state["index"]), self.task.preprocessor.tokenizer
+        shown = tokenizer.detokenize(inputs["decoder_token_ids"][0, :begin].tolist())
+        for limit in range(begin + 1, request.max_length + 1):
+            state = engine.advance(state, limit)
+            ids = ops.convert_to_numpy(state["token_ids"])[0, :limit].tolist()
+            is_last = limit == request.max_length
+            is_last |= bool(ops.convert_to_numpy(state["done"])[0])
+            written = tokenizer.detokenize(ids)
+            whole = is_last or not written.endswith("\ufffd")
+            if whole and len(written) > len(shown):
+                yield written[len(shown) :]
+                shown = written
+            if is_last:
+                return
+
+    def compiled_programs(self):
+        """How many programs have been compiled so far."""
+        return sum(engine.compiled_programs() for engine in self.engines.values())
+
+    def _width(self, max_length):
+        """Length of the decoder's arrays: rounded, so that few programs are needed."""
+        if not self._is_compiled():
+            return max_length
+        return min(bucket(max_length), self.task.backbone.config.max_positions)
+
+    def _is_compiled(self):
+        """Whether a new size of a batch is a new program."""
+        return keras.config.backend() != "torch" or bool(self.task.jit_compile)
+
+    def _engine(self, options, stop_ids):
+        variables = tuple(map(id, self.task.backbone.variables))
+        key = (options.program(), stop_ids, bool(self.task.jit_compile), variables)
+        if key not in self.engines:
+            # LoRA and quantisation make other variables: the old programs are void.
+            if any(other[-1] != variables for other in self.engines):
+                self.engines.clear()
+            self.engines[key] = Engine(self.task.backbone, *key[:-1])
+        return self.engines[key]
+
+
+def _advance_until(deadline, engine, state, limit, tokens=8):
+    """Advance a few tokens at a time, until a moment of `time.monotonic`."""
+    end = int(ops.convert_to_numpy(state["index"]))
+    while end < limit and time.monotonic() < deadline:
+        end = min(end + tokens, limit)
+        state = engine.advance(state, end)
+        if ops.convert_to_numpy(state["done"]).all():
+            break
+    return state, end
