@@ -15,7 +15,7 @@ from test_generate import (
 )
 
 import keras_t5gemma as kt
-from keras_t5gemma.generation import prompts
+from keras_t5gemma.generation import decoding, prompts
 
 LENGTH = 16
 FULL = {"max_length": LENGTH, "stop_token_ids": None}
@@ -239,6 +239,36 @@ def test_rounding_changes_nothing(shared_model, monkeypatch):
     monkeypatch.setattr(name, lambda self: True)
     assert generated_ids(shared_model, sources, 13) == rounded
     assert rounded == [greedy_oracle(shared_model, s, 13) for s in sources]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2}, {"temperature": 1.0, "num_return_sequences": 2, "seed": 3}],
+)
+def test_what_is_done_is_left_behind(shared_model, monkeypatch, options):
+    generator = "keras_t5gemma.generation.generator."
+    monkeypatch.setattr(generator + "_TOKENS_AT_A_TIME", 2)
+    monkeypatch.setattr(generator + "_MANY_BATCHES", 1)
+    left = []
+
+    def select(state, chosen, count):
+        left.append((len(chosen), count))
+        return decoding.select(state, chosen, count)
+
+    monkeypatch.setattr(generator + "select", select)
+    sources = [*SOURCES, "The quick", "brown fox jumps"]
+    options = {"stop_token_ids": tuple(range(3, 240)), "return_scores": True, **options}
+    together = shared_model.generate(sources, LENGTH, **options)
+    assert left
+    assert all(size < count for size, count in left)
+    monkeypatch.setattr(generator + "_TOKENS_AT_A_TIME", LENGTH)
+    left.clear()
+    whole = shared_model.generate(sources, LENGTH, **options)
+    assert not left
+    assert together["text"] == whole["text"]
+    for name in ("token_ids", "token_log_probs"):
+        flat = [np.hstack(keras.tree.flatten(o[name])) for o in (together, whole)]
+        np.testing.assert_allclose(*flat, atol=1e-4)
 
 
 def test_max_time_returns_what_is_there(shared_model):

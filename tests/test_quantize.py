@@ -75,8 +75,10 @@ def test_int8_generation_follows_the_int8_forward_pass(tokenizer):
             expected = plain_log_probs(model, text, rows, 12, 12)
             expected = expected[np.arange(len(ids)), ids]
             got = out["token_log_probs"][i]
-            assert np.abs(got - expected).max() < 0.5
-            assert np.abs(got - expected).mean() < 0.1
+            # PyTorch's step rounds its activations, to 7 bits.
+            on_torch = keras.config.backend() == "torch"
+            assert np.abs(got - expected).max() < (0.5 if on_torch else 1e-3)
+            assert np.abs(got - expected).mean() < (0.1 if on_torch else 1e-4)
             first = exact["token_log_probs"][i][0]
             assert ids[0] != exact["token_ids"][i][0] or abs(got[0] - first) > 0
 

@@ -9,6 +9,8 @@ written; `token_log_probs` `(R, L)`; `done`; `cache`; what beam search adds; and
 changing, `prompt_lengths` and `seeds` `(R,)`, `max_length`, `knobs`.
 """
 
+import keras
+import numpy as np
 from keras import ops
 
 from keras_t5gemma.generation import beam
@@ -78,6 +80,29 @@ def advance(step, state, limit, options, stop_ids=None):
         return ({**state, "index": index + 1},)
 
     return ops.while_loop(unfinished, body, (state,))[0]
+
+
+def select(state, chosen, count):
+    """The state of some of the rows, each with its beams or samples.
+
+    Args:
+        state: of `advance`; its arrays must not be used again.
+        chosen: int array, which rows, in the order wanted.
+        count: how many rows there are.
+    """
+
+    def take(array):
+        size = array.shape[0]
+        if size < count:  # One source that all rows share.
+            return array
+        rows = np.arange(size).reshape(count, -1)[chosen]
+        return ops.take(array, rows.reshape(-1), axis=0)
+
+    whole = ("index", "max_length", "knobs")
+    return {
+        name: value if name in whole else keras.tree.map_structure(take, value)
+        for name, value in state.items()
+    }
 
 
 def plain_step(backbone):

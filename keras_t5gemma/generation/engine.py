@@ -132,6 +132,8 @@ def _torch_advance(backbone, options, stop_ids, compiled):
     from keras_t5gemma.generation import torch_step
 
     made = {}  # Steps of the present weights.
+    # FBGEMM's products are none of Inductor's, and its own of int8 are slower.
+    compiled = compiled and not backbone.decoder.token_embedding.quantization_mode
 
     def make_step(one_row):
         if not torch_step.is_supported(backbone):

@@ -8,11 +8,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.generation.decoding import select
 from keras_t5gemma.generation.engine import Engine, results
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
-from keras_t5gemma.generation.prompts import batches, bucket
+from keras_t5gemma.generation.prompts import batches, bucket, power_of_two
 from keras_t5gemma.progress import progress_bar
+
+_TOKENS_AT_A_TIME = 8
+_MANY_BATCHES = 8
 
 
 class Generator:
@@ -67,31 +71,38 @@ class Generator:
         else:
             width = self._width(request.max_length)
             engine = self._engine(options, request.stop_ids)
+        max_length = request.max_length
         answers = options.num_return_sequences
-        ids = np.repeat(request.arrays["decoder_token_ids"], answers, axis=0)
+        prompts = request.arrays["decoder_token_ids"]
+        ids = np.repeat(prompts[:, None], answers, axis=1)  # rows, answers, L
         log_probs = np.zeros(ids.shape, "float32")
-        ends = np.repeat(request.prompt_lengths, answers)
-        rounded = self._is_compiled()
-        planned = list(batches(request, options, batch_size, width, rounded))
+        ends = np.repeat(request.prompt_lengths[:, None], answers, axis=1)
+        compiled = self._is_compiled()
+        planned = list(batches(request, options, batch_size, width, compiled))
+        # A smaller batch is a new program there, and must pay.
+        shrinks = not compiled or len(planned) >= _MANY_BATCHES
         deadline = math.inf
         if options.max_time is not None:
             deadline = time.monotonic() + options.max_time
-        with progress_bar("Generating", len(request.prompt_lengths)) as advance:
+        with progress_bar("Generating", len(prompts)) as advance:
             for rows, inputs in planned:
-                state, end = engine.start(inputs), request.max_length
-                if deadline == math.inf:
-                    state = engine.advance(state, end)
-                else:
-                    state, end = _advance_until(deadline, engine, state, end)
-                places = (rows[:, None] * answers + np.arange(answers)).reshape(-1)
-                written, scores = results(state, options)
-                ids[places] = written[: len(places), : ids.shape[1]]
-                log_probs[places] = scores[: len(places), : ids.shape[1]]
-                ends[places] = np.maximum(ends[places], end)
-                advance(len(rows))
+                size = len(inputs["prompt_lengths"]) // options.rows_per_source
+                real = np.arange(size) < len(rows)  # The others only fill up.
+                parts = _write(engine, inputs, real, max_length, deadline, shrinks)
+                for chosen, state, end in parts:
+                    kept = real[chosen]
+                    places = rows[chosen[kept]]
+                    written, scores = (
+                        array.reshape(len(chosen), answers, -1)[kept, :, :max_length]
+                        for array in results(state, options)
+                    )
+                    ids[places], log_probs[places] = written, scores
+                    ends[places] = np.maximum(ends[places], end)
+                    advance(len(places))
                 if time.monotonic() > deadline:
                     break
-        return ids, log_probs, ends
+        flat = (len(prompts) * answers, -1)
+        return ids.reshape(flat), log_probs.reshape(flat), ends.reshape(-1)
 
     def stream(self, request, options):
         """Yield the answer to a request of one row in pieces of text."""
@@ -139,12 +150,34 @@ class Generator:
         return self.engines[key]
 
 
-def _advance_until(deadline, engine, state, limit, tokens=8):
-    """Advance a few tokens at a time, until a moment of `time.monotonic`."""
-    end = int(ops.convert_to_numpy(state["index"]))
-    while end < limit and time.monotonic() < deadline:
-        end = min(end + tokens, limit)
+def _write(engine, inputs, real, max_length, deadline, shrinks):
+    """Write a batch; leave behind what is done, each time that half of it is.
+
+    Args:
+        engine: an `Engine`.
+        inputs: of `batches`.
+        real: bool `(B,)`, which rows are not only there to fill the batch up.
+        max_length: where to stop.
+        deadline: moment of `time.monotonic` to stop at.
+        shrinks: whether to leave anything behind.
+
+    Yields:
+        `(chosen, state, end)`: which of the rows these are, every row once, written
+        until `end` at most.
+    """
+    state, end = engine.start(inputs), int(inputs["prefix_count"]) + 1
+    chosen = np.arange(len(real))
+    while True:
+        end = min(end + _TOKENS_AT_A_TIME, max_length)
         state = engine.advance(state, end)
-        if ops.convert_to_numpy(state["done"]).all():
-            break
-    return state, end
+        done = ops.convert_to_numpy(state["done"]).reshape(len(chosen), -1).all(axis=1)
+        done |= ~real[chosen]
+        if done.all() or end == max_length or time.monotonic() > deadline:
+            yield chosen, state, max_length if done.all() else end
+            return
+        size = power_of_two(np.count_nonzero(~done))
+        if shrinks and size < len(chosen):
+            order = np.argsort(done, kind="stable")
+            yield chosen[order[size:]], select(state, order[size:], len(order)), end
+            state = select(state, order[:size], len(order))
+            chosen = chosen[order[:size]]

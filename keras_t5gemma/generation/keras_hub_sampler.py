@@ -26,6 +26,7 @@ class SamplerEngine:
         return {
             "token_ids": token_ids,
             "token_log_probs": np.zeros(token_ids.shape, "float32"),
+            "done": np.ones(len(token_ids), bool),
         }
 
 

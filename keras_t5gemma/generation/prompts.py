@@ -195,8 +195,8 @@ def batches(request, options, batch_size, width, rounded=True):
             count = prefix_length = lengths[rows].min() - 1
             if rounded:
                 length = bucket(length)
-                prefix_length = min(_power_of_two(count), width)
-                size = min(_power_of_two(len(rows)), batch_size)
+                prefix_length = min(power_of_two(count), width)
+                size = min(power_of_two(len(rows)), batch_size)
                 taken = np.pad(rows, (0, size - len(rows)), mode="edge")
                 read = read if is_shared else taken
             repeated = np.repeat(taken, copies)
@@ -223,7 +223,7 @@ def _row_seeds(options, rows):
     return seeds.astype("int32")
 
 
-def _power_of_two(n):
+def power_of_two(n):
     """The number, 0 or more, rounded up to a power of two; 0 stays."""
     return 1 << (int(n) - 1).bit_length() if n else 0
 

@@ -1,5 +1,7 @@
 """The parts of a block that look at one token at a time."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -56,38 +58,35 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         return soft_cap(ops.cast(logits, self.compute_dtype), self.logit_soft_cap)
 
     def int8_logits(self, states):
-        """Logits `(B, V)` of states `(B, D)`, by an integer product, for generation.
+        """Logits `(B, V)` of states `(B, D)`, for generation, without the soft cap.
 
-        The states are rounded to 8 bits: the table is read as it is.
+        Part of the table by part, so that XLA never widens all of it, and what it
+        widens, at most 8 MiB, stays in the processor's cache.
         """
-        rows = states.shape[0]
-        if rows == 1:  # XLA has no fast int8 product of a single row.
-            states = ops.repeat(states, 2, axis=0)
-        states = ops.cast(states, "float32")
-        largest = ops.max(ops.abs(states), axis=1, keepdims=True)
-        step = ops.maximum(largest, 1e-30) / 127
-        rounded = ops.cast(ops.round(states / step), "int8")
-        logits = ops.matmul(rounded, ops.transpose(self._embeddings))  # int32
-        logits = ops.cast(logits, "float32") * step / self.embeddings_scale
-        return ops.cast(logits[:rows], self.compute_dtype)
+        size, width = self._embeddings.shape
+        parts = math.gcd(size, 1 << (size * width // 2**21).bit_length())
+        table = ops.reshape(self._embeddings, (parts, size // parts, width))
+        columns = ops.transpose(states)  # D B
+
+        def product(part):
+            return ops.matmul(ops.cast(part, self.compute_dtype), columns)
+
+        logits = ops.reshape(ops.map(product, table), (size, -1))
+        scale = ops.reshape(self.embeddings_scale, (size, 1))
+        return ops.transpose(ops.cast(logits / scale, self.compute_dtype))
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Projection(keras.layers.Dense):
-    """Keras's Dense without bias; int8 rounds inputs only where one token is decoded.
+    """Keras's Dense without bias; int8 quantises its weights alone.
 
-    There reading the weights is the time. Over a whole text the weights are widened
-    once: exact inputs, and a float product.
+    They are widened for a float product: the inputs stay exact, as does the gradient.
     """
 
     def quantize(self, mode=None, type_check=True, config=None):
         super().quantize(mode, type_check=False, config=config)
 
     def _int8_call(self, inputs, training=None):
-        if inputs.shape[1] == 1 and not training:
-            # XLA has no fast int8 product of a single row.
-            rows = ops.repeat(inputs, 2, axis=0) if inputs.shape[0] == 1 else inputs
-            return super()._int8_call(rows, training)[: inputs.shape[0]]
         kernel = ops.cast(self._kernel, self.compute_dtype)
         kernel = kernel / ops.cast(self.kernel_scale, self.compute_dtype)
         x = ops.matmul(inputs, kernel)

@@ -226,7 +226,8 @@ class Decoder(_Tower):
         """
         table = self.token_embedding
         cap = self.config.final_soft_cap if capped else None
-        if table.quantization_mode == "int8" and keras.config.backend() != "torch":
+        in_xla = keras.config.backend() != "torch"
+        if table.quantization_mode == "int8" and in_xla and not table.lora_enabled:
             return soft_cap(table.int8_logits(hidden_states), cap)
         if table.quantization_mode or table.lora_enabled:
             return self.logits(hidden_states[:, None])[:, 0]
