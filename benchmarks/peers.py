@@ -23,6 +23,7 @@ PEERS = (  # What is to be compared comes first, to be in one group.
     "keras_hub tensorflow",
     "keras_t5gemma torch int8",
     "keras_t5gemma jax int8",
+    "keras_t5gemma tensorflow int8",
     "keras_t5gemma torch bfloat16",
     "ctranslate2 int8",
 )

@@ -19,5 +19,6 @@ from keras_t5gemma.text.preprocessor import (
     Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
 )
 from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer
+from keras_t5gemma.training.losses import TokenCrossEntropy as TokenCrossEntropy
 
 __version__ = "0.1.0"

@@ -217,6 +217,19 @@ class Decoder(_Tower):
         """Soft-capped vocabulary logits `(B, T, V)` of hidden states."""
         return self.token_embedding(hidden_states, reverse=True)
 
+    def logit_table(self):
+        """The table `(V, D)` that logits are products with, in the compute dtype.
+
+        `None` for int4, whose format is Keras's own affair.
+        """
+        layer = self.token_embedding
+        if layer.quantization_mode == "int8":
+            scale = ops.cast(layer.embeddings_scale, self.compute_dtype)
+            return ops.cast(layer._embeddings, self.compute_dtype) / scale[:, None]
+        if layer.quantization_mode:
+            return None
+        return ops.cast(layer.embeddings, self.compute_dtype)
+
     def next_logits(self, hidden_states, capped=True):
         """Logits `(B, V)` of one position's states `(B, D)`, for generation.
 

@@ -16,11 +16,13 @@ from keras_t5gemma.generation.scoring import make_scorer
 from keras_t5gemma.modeling.backbone import Backbone, track_parameters
 from keras_t5gemma.text.batches import fit_arguments
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.optimizers import check_optimizer
+from keras_t5gemma.training.token_task import TokenTask
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
+class Seq2SeqLM(TokenTask):
     """A T5Gemma that reads a text and writes another.
 
     Args:
@@ -112,9 +114,11 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
             optimizer: `"auto"` is Adafactor at 1e-4, the official fine-tuning
                 example's, which needs little memory and works on bfloat16
                 weights.
-            loss: `"auto"` is cross-entropy from logits, the mean over the
-                target tokens of the batch (padding weighs nothing).
-            weighted_metrics: `"auto"` is the accuracy of the next token.
+            loss: `"auto"` is `TokenCrossEntropy()`, the mean over the target tokens
+                of the batch (padding weighs nothing). Such a loss, with these
+                metrics, is computed without the logits; any other one gets them.
+            weighted_metrics: `"auto"` is the accuracy of the next token, and the
+                perplexity.
             sampler: a `keras_hub.samplers.Sampler` or its name, for `generate`.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
                 `jit_compile=True` compiles the decoding step too: half a minute at
@@ -134,13 +138,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
         optimizer = keras.optimizers.get(optimizer)
         check_optimizer(optimizer, self.backbone.variable_dtype)
         if loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, reduction="mean_with_sample_weight"
-            )
-        if weighted_metrics == "auto":
-            weighted_metrics = [
-                keras.metrics.SparseCategoricalAccuracy(name="accuracy")
-            ]
+            loss = TokenCrossEntropy()
         super().compile(
             optimizer=optimizer,
             loss=loss,

@@ -1,0 +1,123 @@
+"""`fit` and `evaluate` of a task whose logits are never whole."""
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy, token_losses
+
+
+class TokenTask(keras_hub.models.Seq2SeqLM):
+    """A KerasHub task whose training loss is computed by `token_losses`.
+
+    A training step passes the labels to `call`, which then returns what the loss and
+    the metrics need in place of the logits. A loss or metrics of the user's own get
+    the logits, as in any Keras model.
+    """
+
+    loss_in_parts = None  # A `TokenCrossEntropy`, once compiled with one.
+
+    def compile(self, *, loss, metrics=None, weighted_metrics="auto", **kwargs):
+        """`keras.Model.compile`; `weighted_metrics="auto"` is accuracy, perplexity."""
+        own = weighted_metrics == "auto"
+        in_parts = own and metrics is None and type(loss) is TokenCrossEntropy
+        if own:
+            accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+            weighted_metrics = None if in_parts else [accuracy]
+        super().compile(
+            loss=loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
+        )
+        # Not tracked: `metrics` lists them.
+        object.__setattr__(self, "loss_in_parts", loss if in_parts else None)
+        token_metrics = [keras.metrics.Mean("accuracy"), Perplexity()]
+        object.__setattr__(self, "token_metrics", token_metrics)
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        if config is not None and self.loss_in_parts is not None:
+            config["weighted_metrics"] = "auto"
+        return config
+
+    @property
+    def metrics(self):
+        """Those of Keras, and those that come with `token_losses`."""
+        metrics = super().metrics
+        return metrics if self.loss_in_parts is None else metrics + self.token_metrics
+
+    def train_step(self, *args):
+        """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
+        return super().train_step(*self._with_labels(args))
+
+    def test_step(self, *args):
+        """As `train_step`, without learning."""
+        return super().test_step(*self._with_labels(args))
+
+    def _with_labels(self, args):
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(args[-1])
+        if self.loss_in_parts is not None and y is not None:
+            x = {**x, "labels": y}
+        return *args[:-1], (x, y, weights)
+
+    def call(self, inputs, training=None, mask=None):
+        """Logits `(B, T, V)`; with `"labels"` `(B, T)` in the inputs, a dict.
+
+        Its entries are those of `token_losses`, `(B, T)` each.
+        """
+        if "labels" not in inputs:
+            return super().call(inputs, training=training, mask=mask)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        shape = ops.shape(labels)
+        states = self.backbone(inputs, training=training)["decoder_sequence_output"]
+        decoder, loss = self.backbone.decoder, self.loss_in_parts or TokenCrossEntropy()
+        table = decoder.logit_table()
+        if table is None:
+            logits = ops.cast(self.backbone.logits(states), "float32")
+            results = (
+                loss.call(labels, logits),
+                -TokenCrossEntropy().call(labels, logits),
+                ops.cast(ops.argmax(logits, axis=-1) == labels, "float32"),
+            )
+        else:
+            results = token_losses(
+                ops.reshape(states, (-1, states.shape[-1])),
+                table,
+                ops.reshape(labels, (-1,)),
+                self.backbone.config.final_soft_cap,
+                loss.label_smoothing,
+                loss.z_loss,
+                learn_table=bool(decoder.token_embedding.trainable_variables),
+            )
+        names = ("losses", "log_probs", "hits")
+        return {n: ops.reshape(r, shape) for n, r in zip(names, results, strict=True)}
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        """The weighted mean over tokens, and the layers' own losses."""
+        if not isinstance(y_pred, dict):
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        losses = y_pred["losses"]
+        weights = _weights(losses, sample_weight)
+        total = ops.sum(losses * weights) / ops.maximum(ops.sum(weights), 1e-30)
+        return total + sum(ops.cast(ops.sum(x), total.dtype) for x in self.losses)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Loss, accuracy and perplexity so far."""
+        if not isinstance(y_pred, dict):
+            return super().compute_metrics(x, y, y_pred, sample_weight)
+        weights = _weights(y_pred["losses"], sample_weight)
+        accuracy, perplexity = self.token_metrics
+        accuracy.update_state(y_pred["hits"], weights)
+        perplexity.update_state(-y_pred["log_probs"], weights)
+        return self.get_metrics_result()
+
+
+def _weights(losses, sample_weight):
+    """float32 `(B, T)` of one weight a token, a row, or none."""
+    if sample_weight is None:
+        return ops.ones_like(losses)
+    weights = ops.cast(sample_weight, losses.dtype)
+    if len(weights.shape) < len(losses.shape):
+        weights = weights[:, None]
+    return ops.broadcast_to(weights, ops.shape(losses))
