@@ -21,18 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import load
 import numpy as np
-from load import make_folder, peak
 
-PEERS = (
-    "keras_t5gemma jax",
-    "keras_t5gemma torch",
-    "keras_t5gemma tensorflow",
-    "keras_hub jax",
-    "keras_hub torch",
-    "keras_hub tensorflow",
-    "transformers torch",
-)
+PEERS = (*load.PEERS, "keras_hub tensorflow")
 PARAMETERS = 312_517_632
 STATE = 4 * 4 * PARAMETERS  # Weights, gradients, two moments, in float32.
 
@@ -109,7 +101,7 @@ def measure(peer, args):
     library, backend = peer.split()
     os.environ["KERAS_BACKEND"] = backend
     __import__(library)
-    base = peak()
+    base = load.peak()
     is_keras = library.startswith("keras")
     train = keras_trainer(library, args) if is_keras else transformers_trainer(args)
     start = time.perf_counter()
@@ -118,7 +110,9 @@ def measure(peer, args):
     start = time.perf_counter()
     train(args.steps)
     seconds = (time.perf_counter() - start) / args.steps
-    print(json.dumps({"first": first, "step": seconds, "peak": peak(), "base": base}))
+    print(
+        json.dumps({"first": first, "step": seconds, "peak": load.peak(), "base": base})
+    )
 
 
 def main():
@@ -137,7 +131,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         if args.folder is None:
             args.folder = Path(scratch)
-            make_folder(args.folder)
+            load.make_folder(args.folder)
         print("| peer | s a step | first step s | peak GB | base GB | above GB |")
         print("|---" * 6 + "|")
         for peer in args.peers:

@@ -145,6 +145,7 @@ def test_the_logits_are_never_whole(monkeypatch):
     ("options", "message"),
     [
         ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\); got 1.0"),
+        ({"label_smoothing": "0.1"}, r"`label_smoothing` must be .* got '0.1'"),
         ({"z_loss": -1e-4}, "`z_loss` must be at least 0; got -0.0001"),
     ],
 )
@@ -234,6 +235,13 @@ def test_a_users_own_metrics_and_loss_get_logits(make):
         found = model.evaluate(PAIRS, verbose=0, return_dict=True)
         assert 0 <= found["top_5"] <= 1
         assert "perplexity" not in found
+
+
+def test_another_reduction_is_not_ignored(make):
+    total = make(kt.TokenCrossEntropy(reduction="sum")).evaluate(PAIRS, verbose=0)[0]
+    mean = make().evaluate(PAIRS, verbose=0)[0]
+    weights = make().preprocessor(PAIRS)[2]
+    assert np.isclose(total, mean * weights.sum(), rtol=1e-4)
 
 
 def test_int4_is_evaluated_through_its_logits(make):

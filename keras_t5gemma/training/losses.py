@@ -23,7 +23,9 @@ class TokenCrossEntropy(keras.losses.Loss):
     Args:
         label_smoothing: share of the target spread over the vocabulary, in `[0, 1)`.
         z_loss: weight of the squared log-normaliser, at least 0; 1e-4 is usual.
-        **kwargs: `reduction`, `name`, `dtype` of `keras.losses.Loss`.
+        reduction: of `keras.losses.Loss`; another than the default needs the logits.
+        name: of the loss.
+        dtype: of `keras.losses.Loss`.
 
     Raises:
         ValueError: for a number out of its range.
@@ -37,11 +39,12 @@ class TokenCrossEntropy(keras.losses.Loss):
         name="token_cross_entropy",
         dtype=None,
     ):
-        if not 0 <= label_smoothing < 1:
+        numbers = int | float
+        if not isinstance(label_smoothing, numbers) or not 0 <= label_smoothing < 1:
             raise ValueError(
                 f"`label_smoothing` must be in [0, 1); got {label_smoothing!r}."
             )
-        if not z_loss >= 0:
+        if not isinstance(z_loss, numbers) or not z_loss >= 0:
             raise ValueError(f"`z_loss` must be at least 0; got {z_loss!r}.")
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.label_smoothing = label_smoothing

@@ -21,6 +21,7 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
         """`keras.Model.compile`; `weighted_metrics="auto"` is accuracy, perplexity."""
         own = weighted_metrics == "auto"
         in_parts = own and metrics is None and type(loss) is TokenCrossEntropy
+        in_parts = in_parts and loss.reduction == "mean_with_sample_weight"
         if own:
             accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
             weighted_metrics = None if in_parts else [accuracy]
