@@ -6,6 +6,7 @@ _environment.choose_backend()
 _environment.require_keras_hub()
 
 from keras_t5gemma.checkpoints.adapt import adapt_gemma2 as adapt_gemma2
+from keras_t5gemma.checkpoints.average import average_presets as average_presets
 from keras_t5gemma.checkpoints.presets import presets as presets
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
@@ -15,10 +16,14 @@ from keras_t5gemma.generation.engine import (
 from keras_t5gemma.generation.options import GenerationOptions as GenerationOptions
 from keras_t5gemma.modeling.backbone import Backbone as Backbone
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
+from keras_t5gemma.text.files import read_pairs as read_pairs
 from keras_t5gemma.text.preprocessor import (
     Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
 )
 from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer
+from keras_t5gemma.training import callbacks as callbacks
 from keras_t5gemma.training.losses import TokenCrossEntropy as TokenCrossEntropy
+from keras_t5gemma.training.plots import plot_history as plot_history
+from keras_t5gemma.training.text_metrics import score_texts as score_texts
 
 __version__ = "0.1.0"

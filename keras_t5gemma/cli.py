@@ -1,6 +1,7 @@
 """The `keras-t5gemma` command."""
 
 import argparse
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("keras-t5gemma: stopped.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"keras-t5gemma: {error}", file=sys.stderr)
         return 1
     return 0
@@ -87,6 +88,18 @@ def make_parser():
         "--compilation-cache", metavar="FOLDER", help="keep compiled programs there"
     )
     generate.set_defaults(run=run_generate)
+
+    from keras_t5gemma.training.finetune import finetune
+    from keras_t5gemma.training.finetune_options import add_options
+
+    training = commands.add_parser(
+        "finetune",
+        help="train a preset on text pairs from files",
+        description="Text pairs from files in, a preset out. A run that was stopped "
+        "goes on when the same command is given again.",
+    )
+    add_options(training, finetune)
+    training.set_defaults(run=run_finetune)
 
     listing = commands.add_parser("presets", help="list the named presets")
     listing.set_defaults(run=run_presets)
@@ -201,6 +214,18 @@ def run_generate(args):
         for answer in answers:
             for text in answer if isinstance(answer, list) else [answer]:
                 print(" ".join(text.split()) if args.lines else text, flush=True)
+
+
+def run_finetune(args):
+    """`finetune` with the options that were given."""
+    from keras_t5gemma.training.finetune import finetune
+
+    names = inspect.signature(finetune).parameters
+    try:
+        finetune(**{name: getattr(args, name) for name in names})
+    except KeyboardInterrupt:
+        print("\nThe same command goes on from the last backup.", file=sys.stderr)
+        raise
 
 
 def run_presets(args):

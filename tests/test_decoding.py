@@ -5,7 +5,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from conftest import tiny_config, tiny_model
+from conftest import numpy, tiny_config, tiny_model
 from test_generate import (
     SOURCES,
     generated_ids,
@@ -15,7 +15,10 @@ from test_generate import (
 )
 
 import keras_t5gemma as kt
-from keras_t5gemma.generation import decoding, prompts
+from keras_t5gemma.generation import beam, decoding, prompts
+from keras_t5gemma.generation.generator import _write
+from keras_t5gemma.generation.options import GenerationOptions
+from keras_t5gemma.modeling import kv_cache
 
 LENGTH = 16
 FULL = {"max_length": LENGTH, "stop_token_ids": None}
@@ -271,6 +274,23 @@ def test_what_is_done_is_left_behind(shared_model, monkeypatch, options):
         np.testing.assert_allclose(*flat, atol=1e-4)
 
 
+def test_rows_that_fill_a_batch_up_are_left_behind():
+    """Row 0 is done first, row 3 only fills up: rows 1 and 2 go on alone."""
+
+    class Engine:
+        def start(self, inputs):
+            return {"row": keras.ops.arange(4)}
+
+        def advance(self, state, limit):
+            return {**state, "done": (state["row"] == 0) | (limit > 9)}
+
+    real = np.array([True, True, True, False])
+    parts = list(_write(Engine(), {"prefix_count": 0}, real, 32, np.inf, True))
+    assert [chosen.tolist() for chosen, _, _ in parts] == [[0, 3], [1, 2]]
+    assert [numpy(s["row"]).tolist() for _, s, _ in parts] == [[0, 3], [1, 2]]
+    assert [end for _, _, end in parts] == [9, 32]
+
+
 def test_max_time_returns_what_is_there(shared_model):
     whole = generated_ids(shared_model, SOURCES, LENGTH, stop_token_ids=None)
     for options in ({}, {"num_beams": 2}):
@@ -317,6 +337,53 @@ def test_caches_hold_the_window_and_no_more():
     shapes = [tuple(key.shape) for key, _ in cache["self"]]
     assert shapes == [(6, 1, 8, 8), (6, 1, 20, 8)]
     assert {tuple(key.shape) for key, _ in cache["cross"]} == {(2, 1, 5, 8)}
+
+
+def test_a_source_that_is_done_takes_no_more_beams():
+    """Two sources with the same logits, which favour the stop id; one is done."""
+    options = GenerationOptions(num_beams=2)
+    ops = keras.ops
+    state = {
+        "token_ids": ops.full((4, 6), 2, "int32"),
+        "token_log_probs": ops.zeros((4, 6)),
+        "index": ops.convert_to_tensor(1, "int32"),
+        "prompt_lengths": ops.ones((4,), "int32"),
+        "max_length": ops.convert_to_tensor(6, "int32"),
+        "knobs": options.knobs(),
+        "cache": {"self": ()},
+    }
+    state = beam.start(state, 2)
+    state["done"] = ops.convert_to_tensor([True, False])
+    logits = ops.convert_to_tensor(np.tile([0.0, 9, 0, 0, 0, 0, 0, 1], (4, 1)))
+    state = beam.write(state, logits, options, (1,))
+    assert numpy(state["finished_ids"])[1, 0, 1] == 1
+    scores = numpy(state["finished_scores"])
+    expected = 9 - np.log(np.exp(9) + np.exp(1) + 6)
+    assert abs(scores[1, 0] - expected) < 1e-5
+    assert (np.delete(scores, 2) < -1e29).all()
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 3), (0, 6), (5, 1), (5, 4)])
+def test_a_ring_keeps_the_last_real_tokens(index, count):
+    """Each token is its position; of six new ones `count` are real."""
+    ring = np.full(4, -1)
+    for position in range(index + count):
+        if position == index:
+            old = ring.copy()
+        ring[position % 4] = position
+
+    def pair(row):
+        tensor = keras.ops.convert_to_tensor(row.reshape(1, 1, -1, 1), "float32")
+        return tensor, tensor
+
+    new = pair(np.arange(index, index + 6))
+    seen, kept = kv_cache.extend(pair(old), *new, index, count)
+    for key in kept:
+        assert numpy(key).ravel().tolist() == ring.tolist()
+    positions = numpy(kv_cache.key_positions(index, 6, 4))
+    real = positions >= 0
+    assert numpy(seen[0]).ravel()[real].tolist() == positions[real].tolist()
+    assert real.sum() == min(index, 4) + 6
 
 
 def test_batched_beams_of_keras_hubs_own_loop_equal_single_ones(tokenizer):

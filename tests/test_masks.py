@@ -2,7 +2,12 @@ import numpy as np
 from conftest import numpy
 from keras import ops
 
-from keras_t5gemma.modeling.masks import causal_mask, padding_mask, two_sided_mask
+from keras_t5gemma.modeling.masks import (
+    causal_mask,
+    padding_mask,
+    segment_mask,
+    two_sided_mask,
+)
 
 
 def draw(mask):
@@ -37,3 +42,15 @@ def test_padding_is_a_key_mask():
     mask = padding_mask(np.array([[1, 1, 0], [0, 0, 0]]))
     assert mask.shape == (2, 1, 3)
     assert numpy(mask).tolist() == [[[True, True, False]], [[False] * 3]]
+
+
+def test_segments_see_themselves_and_nobody_sees_padding():
+    queries, keys = np.array([[1, 1, 2, 0]]), np.array([[1, 2, 2, 0]])
+    assert draw(segment_mask(queries, keys)[0]) == ["1...", "1...", ".11.", "...."]
+
+
+def test_plain_masks_of_any_type_are_one_segment():
+    for dtype in ("bool", "float32", "int8", "int32"):
+        mask = np.array([[1, 1, 0], [0, 0, 0]], dtype)
+        expected = [["11.", "11.", "..."], ["..."] * 3]
+        assert [draw(row) for row in segment_mask(mask, mask)] == expected

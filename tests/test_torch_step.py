@@ -43,6 +43,20 @@ def test_torch_step_equals_the_layers(dtype):
             assert float((uncapped - a).abs().max()) > 0
 
 
+def test_int8_product_keeps_seven_bits_of_each_row():
+    """Weights that copy: what comes out is the input, rounded to 1 / 63 at most."""
+    import torch
+
+    from keras_t5gemma.generation.torch_step import _Int8
+
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("needs FBGEMM")
+    copy = _Int8(torch.eye(64, dtype=torch.int8) * 127, torch.full((64,), 127.0))
+    x = torch.linspace(-1, 1, 192).reshape(3, 64) * torch.tensor([[1.0], [9], [1e-3]])
+    error = (copy(x) - x).abs() / x.abs().amax(1, keepdim=True)
+    assert 0 < float(error.max()) < 0.51 / 63
+
+
 def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
     """`jit_compile=True` gives the same tokens; without a compiler it says so."""
     import torch

@@ -356,7 +356,7 @@ def causal_encoder_states(backbone, token_ids):
     angles = tower._angles(positions)
     x = tower._embed(ops.convert_to_tensor(token_ids), False)
     for block, kind in zip(tower.blocks, tower.stack.layer_types, strict=True):
-        x = block(x, attention_mask=masks[kind], angles=angles, training=False)
+        x = block(x, attention_mask=masks[kind], angles=angles)
     return tower.final_norm(x)
 
 

@@ -3,6 +3,8 @@
 Rows R are answers being written, V the vocabulary, L the decoder's length.
 """
 
+import math
+
 import keras
 from keras import ops
 
@@ -120,6 +122,10 @@ def top_candidates(values, k):
 def sample(logits, state, options):
     """One token a row, drawn from the distribution that the options describe.
 
+    The noise is the same on every backend and in every batch, but the logits are equal
+    up to rounding only: where they differ by e, about the part e of the draws does
+    (0.5 e to 0.8 e measured, at most a fifth more than with a noise for every logit).
+
     Args:
         logits: float32 `(R, V)`.
         state: of the decoding loop: `seeds` `(R,)`, `index`, `knobs`.
@@ -128,51 +134,82 @@ def sample(logits, state, options):
     Returns:
         int32 `(R,)`.
     """
-    knobs = state["knobs"]
-    logits = logits / knobs["temperature"]
-    places = ops.arange(logits.shape[1])[None]
+    blocks, ids = math.gcd(logits.shape[1], _CHUNKS), None
     if options.top_k is not None:
-        logits, places = top_candidates(logits, options.top_k)
+        logits, ids = top_candidates(logits, options.top_k)
+        blocks = 1
+    rows, size = logits.shape
+    logits = logits - ops.max(logits, axis=-1, keepdims=True)
+    weights = ops.exp(logits / state["knobs"]["temperature"])
+    weights = ops.reshape(weights, (rows, blocks, size // blocks))
+    sums = ops.sum(weights, axis=-1)
+    token, weight = _draw(weights, sums, ids, state, 0)
     if options.top_p is not None:
-        logits = _keep_nucleus(logits, knobs["top_p"])
-    # The largest of the logits with Gumbel noise is a draw from their softmax.
-    uniform = _uniform(state["seeds"][:, None], state["index"], places)
-    noisy = logits - ops.log(-ops.log(uniform))
-    best = top_candidates(noisy, 1)[1]
-    if options.top_k is not None:
-        best = ops.take_along_axis(places, best, axis=1)
-    return best[:, 0]
+        token = _stay_in_nucleus(token, weight, weights, sums, ids, state)
+    return token[:, 0]
 
 
-def _keep_nucleus(logits, top_p):
-    """Only the fewest, largest logits whose probability reaches `top_p`.
+def _draw(weights, sums, ids, state, attempt):
+    """Tokens and their weights `(R, 1)`: a block first, then a token inside it.
 
-    Their threshold is found by halving: no sorting of the vocabulary.
+    The largest of log-weights with Gumbel noise is a draw from the weights. In two
+    steps it takes a noise a block and a noise a token of one block, not of all.
+
+    Args:
+        weights: `(R, blocks, width)`, not all 0.
+        sums: of its blocks, `(R, blocks)`.
+        ids: int32 `(R, width)`, of the one block; `None` where they count through.
+        state: of the decoding loop: `seeds`, `index`.
+        attempt: how many draws of this position came before.
     """
-    largest = ops.max(logits, axis=-1, keepdims=True)
-    weights = ops.exp(logits - largest)
-    needed = top_p * ops.sum(weights, axis=-1, keepdims=True)
+    blocks, width = weights.shape[1:]
+    counter = state["index"] + attempt * 2**16  # Above the bits of the position.
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) / 2
-        mass = ops.sum(ops.where(logits >= middle, weights, 0.0), -1, keepdims=True)
-        enough = mass >= needed
-        return ops.where(enough, middle, low), ops.where(enough, high, middle)
+    def noisy_argmax(weights, places):
+        uniform = _uniform(state["seeds"][:, None], counter, places)
+        noisy = ops.log(weights) - ops.log(-ops.log(uniform))
+        return ops.cast(ops.argmax(noisy, axis=-1), "int32")[:, None]
 
-    # What lies 60 below the largest weighs nothing, banned tokens included.
-    low, _ = ops.fori_loop(0, 32, halve, (largest - 60.0, largest))
-    low = ops.where(top_p < 1, low, largest - 60.0)
-    return ops.where(logits >= low, logits, _NEVER)
+    block = noisy_argmax(sums, -1 - ops.arange(blocks)[None])
+    inside = ops.take_along_axis(weights, block[..., None], axis=1)[:, 0]  # R width
+    if ids is None:
+        ids = block * width + ops.arange(width)[None]
+    best = noisy_argmax(inside, ids)
+    return tuple(ops.take_along_axis(t, best, axis=1) for t in (ids, inside))
 
 
-def _uniform(seeds, index, places):
-    """Numbers in (0, 1), each from its row's seed, position and place alone.
+def _stay_in_nucleus(token, weight, weights, sums, ids, state):
+    """Draw again where a token is not among the fewest that reach `top_p`.
+
+    It is not where the likelier ones reach it alone; then the next draw is from those.
+    That needs no sorting: a pass over the vocabulary for each draw, of which at most
+    1 + log(1 / top_p) are expected.
+    """
+    # Above 0: nothing is likelier than the largest, so that every row ends.
+    needed = ops.sum(sums, axis=-1, keepdims=True) * state["knobs"]["top_p"]
+    needed = ops.maximum(needed, 1e-30)
+
+    def draw_again(attempt, token, weight, outside):
+        likelier = ops.where(weights > weight[..., None], weights, 0.0)
+        sums = ops.sum(likelier, axis=-1)
+        mass = ops.sum(sums, axis=-1, keepdims=True)
+        outside = ops.logical_and(outside, mass >= needed)
+        new_token, new_weight = _draw(likelier, sums, ids, state, attempt)
+        token = ops.where(outside, new_token, token)
+        return attempt + 1, token, ops.where(outside, new_weight, weight), outside
+
+    outside = ops.ones_like(token, "bool")  # Not known yet.
+    first = (ops.convert_to_tensor(1, "int32"), token, weight, outside)
+    return ops.while_loop(lambda *loop: ops.any(loop[-1]), draw_again, first)[1]
+
+
+def _uniform(seeds, counter, places):
+    """Numbers in (0, 1), each from its row's seed, the counter and its place alone.
 
     A counter-based generator: what a row draws does not depend on the rows beside it,
     nor on the backend. The mixing is Chris Wellons' "lowbias32" permutation.
     """
-    key = _mix(seeds ^ _mix(ops.cast(index, "int32") + 1))
+    key = _mix(seeds ^ _mix(ops.cast(counter, "int32") + 1))
     bits = _mix(ops.cast(places, "int32") ^ key)
     bits = ops.bitwise_and(ops.right_shift(bits, 9), 2**23 - 1)
     return (ops.cast(bits, "float32") + 0.5) / 2**23  # Exact: never 0, never 1.

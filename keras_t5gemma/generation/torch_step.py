@@ -137,8 +137,11 @@ class TorchStep:
     def logits(self, hidden, capped):
         """Logits `(R, V)` of states `(R, D)`."""
         logits = self.table(hidden)
-        cap = self.final_cap if capped else None
-        return logits if cap is None else (logits / cap).tanh_().mul_(cap)
+        if not capped:
+            return logits
+        # What is not greedy goes through them row by row, and more than once.
+        logits, cap = logits.contiguous(), self.final_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def hidden(self, token, cache, index):
         """States `(R, D)` of one more token; the cache is written in place."""

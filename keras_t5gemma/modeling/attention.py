@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.modeling import kv_cache
+from keras_t5gemma.modeling.dropout import dropout
 from keras_t5gemma.modeling.layers import dense, soft_cap
 from keras_t5gemma.modeling.rotary import apply_rotary
 
@@ -57,7 +58,6 @@ class Attention(keras.layers.Layer):
         self.key = dense(num_key_value_heads * head_dim, "key", dtype)
         self.value = dense(num_key_value_heads * head_dim, "value", dtype)
         self.output_projection = dense(hidden_dim, "output", dtype)
-        self.dropout_layer = keras.layers.Dropout(dropout, name="dropout", dtype=dtype)
 
     def build(self, x_shape, memory_shape=None):
         memory_shape = memory_shape or x_shape
@@ -84,7 +84,7 @@ class Attention(keras.layers.Layer):
         cache=None,
         index=None,
         count=None,
-        training=None,
+        seeds=None,
     ):
         """Attend.
 
@@ -97,7 +97,7 @@ class Attention(keras.layers.Layer):
             cache: `(key, value)`, each `(B, K, S, H)`, or `None`.
             index: position of the first token of `memory`, with a cache.
             count: how many tokens of `memory` go into the cache; `None` is all.
-            training: turns dropout on.
+            seeds: `DrawnSeeds` of dropout, `None` for none.
 
         Returns:
             `(output, cache)`: `(B, T, D)`, and the keys and values of `memory` and
@@ -115,10 +115,10 @@ class Attention(keras.layers.Layer):
         else:
             seen = cache
         query = query * self.query_scale
-        output = self._attend(query, *seen, attention_mask, training)
+        output = self._attend(query, *seen, attention_mask, seeds)
         return self.output_projection(output), cache
 
-    def _attend(self, query, key, value, mask, training):
+    def _attend(self, query, key, value, mask, seeds):
         batch, length = ops.shape(query)[0], ops.shape(query)[1]
         kv_heads = self.num_key_value_heads
         groups = self.num_query_heads // kv_heads
@@ -133,7 +133,7 @@ class Attention(keras.layers.Layer):
         if mask is not None:
             weights = ops.where(mask, weights, 0.0)
         weights = ops.cast(weights, value.dtype)
-        weights = self.dropout_layer(weights, training=training)
+        weights = dropout(weights, self.dropout, seeds)
         output = ops.einsum("BKGTS,BKSH->BTKGH", weights, value)
         return ops.reshape(
             output, (batch, length, self.num_query_heads * self.head_dim)

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.modeling.attention import Attention
+from keras_t5gemma.modeling.dropout import dropout
 from keras_t5gemma.modeling.layers import GatedMLP, RMSNorm
 
 
@@ -45,9 +46,7 @@ class _Block(keras.layers.Layer):
             name="mlp",
             dtype=self.dtype_policy,
         )
-        self.dropout_layer = keras.layers.Dropout(
-            dropout, name="dropout", dtype=self.dtype_policy
-        )
+        self.dropout = dropout
 
     def build(self, x_shape):
         for layer in self._layers:
@@ -55,9 +54,9 @@ class _Block(keras.layers.Layer):
                 layer.build(x_shape)
         self.self_attention.build(x_shape)
 
-    def _feed_forward(self, x, training):
+    def _feed_forward(self, x, seeds):
         y = self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
-        return x + self.dropout_layer(y, training=training)
+        return x + dropout(y, self.dropout, seeds)
 
 
 class EncoderBlock(_Block):
@@ -71,7 +70,7 @@ class EncoderBlock(_Block):
     def __init__(self, stack, dropout=0.0, **kwargs):
         super().__init__(stack, ("self", "mlp"), dropout, **kwargs)
 
-    def call(self, x, attention_mask=None, angles=None, training=None):
+    def call(self, x, attention_mask=None, angles=None, seeds=None):
         """`x` `(B, T, D)`, `attention_mask` `(B, T, T)` -> `(B, T, D)`."""
         y = self.pre_self_norm(x)
         y, _ = self.self_attention(
@@ -79,10 +78,10 @@ class EncoderBlock(_Block):
             memory=y,
             attention_mask=attention_mask,
             angles=angles,
-            training=training,
+            seeds=seeds,
         )
-        x = x + self.dropout_layer(self.post_self_norm(y), training=training)
-        return self._feed_forward(x, training)
+        x = x + dropout(self.post_self_norm(y), self.dropout, seeds)
+        return self._feed_forward(x, seeds)
 
 
 class DecoderBlock(_Block):
@@ -116,7 +115,7 @@ class DecoderBlock(_Block):
         cross_cache=None,
         index=None,
         count=None,
-        training=None,
+        seeds=None,
     ):
         """One decoder layer.
 
@@ -132,7 +131,7 @@ class DecoderBlock(_Block):
                 may be a multiple of its rows.
             index: position of the first new token, with a cache.
             count: how many of the new tokens go into `cache`; `None` is all.
-            training: turns dropout on.
+            seeds: `DrawnSeeds` of dropout, `None` for none.
 
         Returns:
             `(x, cache)`.
@@ -146,9 +145,9 @@ class DecoderBlock(_Block):
             cache=cache,
             index=index,
             count=count,
-            training=training,
+            seeds=seeds,
         )
-        x = x + self.dropout_layer(self.post_self_norm(y), training=training)
+        x = x + dropout(self.post_self_norm(y), self.dropout, seeds)
         y = self.pre_cross_norm(x)
         if cross_cache is not None:  # The queries of one source side by side.
             sources = ops.shape(cross_cache[0])[0]
@@ -158,8 +157,8 @@ class DecoderBlock(_Block):
             memory=memory,
             attention_mask=cross_mask,
             cache=cross_cache,
-            training=training,
+            seeds=seeds,
         )
         y = ops.reshape(y, ops.shape(x))
-        x = x + self.dropout_layer(self.post_cross_norm(y), training=training)
-        return self._feed_forward(x, training), cache
+        x = x + dropout(self.post_cross_norm(y), self.dropout, seeds)
+        return self._feed_forward(x, seeds), cache

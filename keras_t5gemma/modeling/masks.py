@@ -17,6 +17,29 @@ def padding_mask(mask):
     return ops.expand_dims(ops.cast(mask, "bool"), axis=1)
 
 
+def segment_mask(queries, keys):
+    """Who may see whom by the padding masks alone: the same segment, never padding.
+
+    With masks of 0 and 1 every token sees every token. Rows of packed pairs number
+    their pairs: 0 is padding, k = 1, 2, ... the k-th pair of the row.
+
+        queries 1 1 2 0, keys 1 2 2 0:   1 0 0 0
+                                         1 0 0 0
+                                         0 1 1 0
+                                         0 0 0 0
+
+    Args:
+        queries: `(B, T)`.
+        keys: `(B, S)`.
+
+    Returns:
+        Boolean `(B, T, S)`.
+    """
+    queries, keys = (ops.cast(mask, "int32") for mask in (queries, keys))
+    same = queries[:, :, None] == keys[:, None, :]  # B T S
+    return ops.logical_and(same, keys[:, None, :] > 0)
+
+
 def causal_mask(query_positions, key_positions, window=None):
     """What a decoder query may see: itself and earlier keys.
 

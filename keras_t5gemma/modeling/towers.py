@@ -5,8 +5,14 @@ from keras import ops
 
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
+from keras_t5gemma.modeling.dropout import DrawnSeeds, dropout
 from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding, soft_cap
-from keras_t5gemma.modeling.masks import causal_mask, padding_mask, two_sided_mask
+from keras_t5gemma.modeling.masks import (
+    causal_mask,
+    padding_mask,
+    segment_mask,
+    two_sided_mask,
+)
 from keras_t5gemma.modeling.rotary import rotary_angles
 
 
@@ -25,9 +31,10 @@ class _Tower(keras.layers.Layer):
             name="token_embedding",
             dtype=self.dtype_policy,
         )
-        self.dropout_layer = keras.layers.Dropout(
-            config.dropout, name="dropout", dtype=self.dtype_policy
-        )
+        # Blocks keep only their input for the backward pass.
+        self.rematerialize = False
+        if config.dropout:
+            self.seed_generator = keras.random.SeedGenerator(name="dropout_seed")
         self.final_norm = RMSNorm(
             stack.rms_norm_epsilon, name="final_norm", dtype=self.dtype_policy
         )
@@ -40,11 +47,27 @@ class _Tower(keras.layers.Layer):
             block.build(shape)
         self.final_norm.build(shape)
 
+    def _seeds(self, training):
+        if not training or not self.config.dropout:
+            return None
+        return DrawnSeeds(self.seed_generator.next())
+
+    def _run(self, block, inputs, training, **kwargs):
+        """States of `block(*inputs)`; what is differentiated must be in `inputs`."""
+        seeds = self._seeds(training)
+
+        def run(*inputs):
+            result = block(*inputs, seeds=seeds and seeds.again(), **kwargs)
+            return result[0] if isinstance(result, tuple) else result
+
+        run = keras.remat(run) if training and self.rematerialize else run
+        return run(*inputs)
+
     def _embed(self, token_ids, training):
         x = self.token_embedding(token_ids)  # B T D
         # Gemma rounds the factor to the compute dtype before it multiplies.
         x = x * ops.cast(self.stack.hidden_dim**0.5, x.dtype)
-        return self.dropout_layer(x, training=training)
+        return dropout(x, self.config.dropout, self._seeds(training))
 
     def _angles(self, positions):
         return rotary_angles(positions, self.stack.head_dim, self.stack.rope_base)
@@ -72,9 +95,13 @@ class Encoder(_Tower):
     def call(self, token_ids, padding, training=None):
         """Encode.
 
+        Several texts in a row do not see each other when `padding` numbers them.
+        They need no positions of their own: rotary embedding tells distances only.
+
         Args:
             token_ids: int `(B, T)`.
-            padding: `(B, T)`, 1 for a token, 0 for padding.
+            padding: `(B, T)`, 0 for padding, 1 for a token; or k for a token of the
+                row's k-th text.
             training: turns dropout on.
 
         Returns:
@@ -82,7 +109,7 @@ class Encoder(_Tower):
         """
         positions = ops.arange(ops.shape(token_ids)[1])
         angles = self._angles(positions)
-        everything = padding_mask(padding)  # B 1 T
+        everything = segment_mask(padding, padding)  # B T T
         near = two_sided_mask(positions, self.stack.sliding_window)
         masks = {
             "full_attention": everything,
@@ -90,8 +117,10 @@ class Encoder(_Tower):
         }
         x = self._embed(token_ids, training)
         for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
-            x = block(x, attention_mask=masks[kind], angles=angles, training=training)
-        return self.dropout_layer(self.final_norm(x), training=training)
+            x = self._run(
+                block, (x,), training, attention_mask=masks[kind], angles=angles
+            )
+        return dropout(self.final_norm(x), self.config.dropout, self._seeds(training))
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -130,29 +159,30 @@ class Decoder(_Tower):
 
         Args:
             token_ids: int `(B, T)`.
-            padding: `(B, T)`, 1 for a token, 0 for padding.
+            padding: `(B, T)`, 0 for padding, 1 for a token; or k for a token of the
+                row's k-th text, which sees the k-th of `memory`; see `Encoder.call`.
             memory: encoder output `(B, S, D of the encoder)`.
-            memory_padding: `(B, S)`.
+            memory_padding: `(B, S)`, the encoder's `padding`.
             training: turns dropout on.
 
         Returns:
             `(B, T, D)`, after the final norm.
         """
         positions = ops.arange(ops.shape(token_ids)[1])
-        masks = self._masks(positions, positions, padding_mask(padding))
+        masks = self._masks(positions, positions, segment_mask(padding, padding))
         angles = self._angles(positions)
-        cross_mask = padding_mask(memory_padding)
+        cross_mask = segment_mask(padding, memory_padding)  # B T S
         x = self._embed(token_ids, training)
         for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
-            x, _ = block(
-                x,
-                memory=memory,
+            x = self._run(
+                block,
+                (x, memory),
+                training,
                 attention_mask=masks[kind],
                 cross_mask=cross_mask,
                 angles=angles,
-                training=training,
             )
-        return self.dropout_layer(self.final_norm(x), training=training)
+        return dropout(self.final_norm(x), self.config.dropout, self._seeds(training))
 
     def make_cache(self, memory, memory_padding, length, rows=None):
         """The cache of `kv_cache`, cross-attention filled, the rest zeros.
@@ -208,7 +238,6 @@ class Decoder(_Tower):
                 cross_cache=cache["cross"][i],
                 index=index,
                 count=count,
-                training=False,
             )
             updated.append(layer_cache)
         return self.final_norm(x), {**cache, "self": tuple(updated)}

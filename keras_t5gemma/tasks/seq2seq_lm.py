@@ -15,9 +15,17 @@ from keras_t5gemma.generation.prompts import answer_mask, read_request
 from keras_t5gemma.generation.scoring import make_scorer
 from keras_t5gemma.modeling.backbone import Backbone, track_parameters
 from keras_t5gemma.text.batches import fit_arguments
+from keras_t5gemma.text.epochs import Epochs, any_width, follow
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.training import lora
+from keras_t5gemma.training.backup import BackupAndRestore
+from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
 from keras_t5gemma.training.losses import TokenCrossEntropy
-from keras_t5gemma.training.optimizers import check_optimizer
+from keras_t5gemma.training.optimizers import (
+    check_optimizer,
+    separate_averages,
+    update_in_place,
+)
 from keras_t5gemma.training.token_task import TokenTask
 
 
@@ -106,6 +114,7 @@ class Seq2SeqLM(TokenTask):
         *,
         weighted_metrics="auto",
         sampler="greedy",
+        rematerialize=False,
         **kwargs,
     ):
         """Configure training and generation.
@@ -120,6 +129,8 @@ class Seq2SeqLM(TokenTask):
             weighted_metrics: `"auto"` is the accuracy of the next token, and the
                 perplexity.
             sampler: a `keras_hub.samplers.Sampler` or its name, for `generate`.
+            rematerialize: keep the input of each block alone for the backward pass
+                and compute the rest anew: less memory, more time.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
                 `jit_compile=True` compiles the decoding step too: half a minute at
                 the first token of a new size of batch, then faster.
@@ -137,6 +148,7 @@ class Seq2SeqLM(TokenTask):
             optimizer = keras.optimizers.Adafactor(1e-4)
         optimizer = keras.optimizers.get(optimizer)
         check_optimizer(optimizer, self.backbone.variable_dtype)
+        update_in_place(optimizer)
         if loss == "auto":
             loss = TokenCrossEntropy()
         super().compile(
@@ -146,12 +158,15 @@ class Seq2SeqLM(TokenTask):
             sampler=sampler,
             **kwargs,
         )
+        for tower in (self.backbone.encoder, self.backbone.decoder):
+            tower.rematerialize = bool(rematerialize)
 
     def get_compile_config(self):
         config = super().get_compile_config()
         if config is not None:
             config["sampler"] = keras_hub.samplers.serialize(self.sampler)
             config["optimizer_built"] = self.optimizer.built
+            config["rematerialize"] = self.backbone.decoder.rematerialize
         return config
 
     def compile_from_config(self, config):
@@ -175,15 +190,22 @@ class Seq2SeqLM(TokenTask):
         steps_per_epoch=None,
         validation_steps=None,
         validation_batch_size=None,
+        batching="bucketed",
+        callbacks=None,
         **kwargs,
     ):
         """Train on text pairs, or on arrays of ids.
 
+        In-memory text is tokenised once, before training. What the preprocessor's
+        lengths cut is counted in a warning, and so are empty targets: those pairs
+        stay, and teach the model to answer nothing.
+
         Args:
             x: a list of source strings (with `y`), a list of `(source, target)`
                 pairs or of dicts, a dict of `"encoder_text"` and
-                `"decoder_text"` lists; or batches of such: a generator, a
-                `keras.utils.PyDataset`, `tf.data.Dataset`, Grain dataset or
+                `"decoder_text"` lists, a `datasets.Dataset` with these columns, a
+                `pathlib.Path` (see `read_pairs`); or batches of such: a generator,
+                a `keras.utils.PyDataset`, `tf.data.Dataset`, Grain dataset or
                 loader, PyTorch `DataLoader`; or the arrays that
                 `preprocessor(...)` returns.
             y: the list of target strings, or target ids.
@@ -194,9 +216,18 @@ class Seq2SeqLM(TokenTask):
                 taken from the end before shuffling.
             shuffle: a new order every epoch, for in-memory data.
             sample_weight: one weight a pair, or one a target token with arrays.
-            steps_per_epoch: batches an epoch, for endless data.
-            validation_steps: likewise for validation.
+            steps_per_epoch: batches an epoch, for endless data, or for less than all
+                of the pairs; the next epoch goes on where this one ends.
+            validation_steps: batches of a validation, always the first ones.
             validation_batch_size: `batch_size` when `None`.
+            batching: how in-memory text fills batches. `"bucketed"`: pairs of
+                similar length together, padded to at most four different shapes,
+                so at most four programs are compiled for training. `"packed"`:
+                several pairs in a row of the preprocessor's lengths, which do not
+                see each other. `"fixed"`: every batch padded to the preprocessor's
+                lengths. The loss is the same.
+            callbacks: of `keras.Model.fit`, or of `keras_t5gemma.callbacks`. A NaN loss
+                stops the training always, see `StopOnNaN`.
             **kwargs: further arguments of `keras.Model.fit`.
 
         Returns:
@@ -211,52 +242,95 @@ class Seq2SeqLM(TokenTask):
                 "A float16 model cannot be trained: its gradients overflow. Load "
                 "it with dtype='mixed_float16', 'bfloat16' or 'float32'."
             )
-        data = self._data(
-            x,
-            y,
-            sample_weight,
-            batch_size,
-            shuffle,
-            steps_per_epoch,
-            validation_split=validation_split,
-        )
-        valid = data.pop("held_out", {})
-        if validation_data is not None:
-            if not isinstance(validation_data, tuple):
-                validation_data = (validation_data,)
-            size = validation_batch_size or batch_size
-            valid = self._data(
-                *validation_data,
-                batch_size=size,
-                steps=validation_steps,
-                name="validation_data",
+        with self._report_truncation():  # Of in-memory text, before training.
+            data = self._data(
+                x,
+                y,
+                sample_weight,
+                batch_size,
+                shuffle,
+                steps_per_epoch,
+                validation_split=validation_split,
+                batching=batching,
             )
+            valid = data.pop("held_out", {})
+            if validation_data is not None:
+                if not isinstance(validation_data, tuple):
+                    validation_data = (validation_data,)
+                size = validation_batch_size or batch_size
+                valid = self._data(
+                    *validation_data,
+                    batch_size=size,
+                    steps=validation_steps,
+                    name="validation_data",
+                    batching=batching,
+                    like=data["x"],
+                )
         if valid:
             kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(
-                valid["x"], valid.get("y"), valid.get("sample_weight")
+                any_width(valid["x"]), valid.get("y"), valid.get("sample_weight")
             )
             kwargs["validation_steps"] = valid.get("steps_per_epoch")
             kwargs["validation_batch_size"] = valid.get("batch_size")
+        callbacks = keras.tree.flatten(callbacks or [])
+        backup = next((c for c in callbacks if isinstance(c, BackupAndRestore)), None)
+        if backup is not None:
+            start = backup.restore(self, data["x"])
+            kwargs["initial_epoch"] = start or kwargs.get("initial_epoch", 0)
+            callbacks.remove(backup)
+            callbacks.append(backup)  # It keeps what the others have logged.
+        if isinstance(data["x"], Epochs):
+            dataset, data["x"] = data["x"], any_width(data["x"])
+            first = [follow(dataset), TrainingReport(dataset), StopOnNaN(dataset)]
+            callbacks = first + callbacks
+        else:
+            callbacks = [StopOnNaN(), *callbacks]
         with self._report_truncation():
-            return keras.Model.fit(self, **data, epochs=epochs, **kwargs)
+            history = keras.Model.fit(
+                self, **data, epochs=epochs, callbacks=callbacks, **kwargs
+            )
+        separate_averages(self.optimizer)
+        if backup is not None:
+            history.history = backup.history
+        return history
 
     def evaluate(
-        self, x=None, y=None, batch_size=None, sample_weight=None, steps=None, **kwargs
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        steps=None,
+        batching="bucketed",
+        **kwargs,
     ):
         """Loss and metrics on pairs; the data arguments of `fit`."""
-        data = self._data(x, y, sample_weight, batch_size, steps=steps)
-        del data["shuffle"]
-        data["steps"] = data.pop("steps_per_epoch")
+        if kwargs.get("_use_cached_eval_dataset"):  # `fit` validates, on its own data.
+            return keras.Model.evaluate(
+                self,
+                x,
+                y,
+                batch_size,
+                sample_weight=sample_weight,
+                steps=steps,
+                **kwargs,
+            )
         with self._report_truncation():
+            data = self._data(
+                x, y, sample_weight, batch_size, steps=steps, batching=batching
+            )
+            del data["shuffle"]
+            data["steps"] = data.pop("steps_per_epoch")
+            data["x"] = any_width(data["x"])
             return keras.Model.evaluate(self, **data, **kwargs)
 
     def predict(self, x, y=None, batch_size=None, steps=None, **kwargs):
         """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
-        data = self._data(x, y, None, batch_size, steps=steps)
-        with self._report_truncation():
+        with self._report_truncation(empty_targets=False):
+            data = self._data(x, y, None, batch_size, steps=steps, batching="fixed")
             return keras.Model.predict(
                 self,
-                data["x"],
+                any_width(data["x"]),
                 batch_size=data.get("batch_size"),
                 steps=data["steps_per_epoch"],
                 **kwargs,
@@ -445,39 +519,34 @@ class Seq2SeqLM(TokenTask):
         }
         return {k: v[0] for k, v in result.items()} if single else result
 
-    def enable_lora(self, rank, target_layer_names=None):
+    def enable_lora(self, rank, target_layer_names=None, parts=None):
         """Freeze the model and train low-rank adapters (arXiv 2106.09685).
+
+        `save_to_preset` merges them into the weights, `save_lora_weights` writes them
+        alone. On a model quantised before they learn on top of its int8 weights.
 
         Args:
             rank: inner size of the adapters, at least 1.
-            target_layer_names: names of the projections; `None` is query and
-                value of every attention. Others: key, output, gate, up, down.
+            target_layer_names: names of the layers: query, key, value, output, gate,
+                up, down, token_embedding. `None` is query and value in attention,
+                and all three in the feed-forward layers if they are among the parts.
+            parts: where: a list among `"encoder"` and `"decoder"` (their
+                self-attention), `"cross_attention"`, `"mlp"` (of both) and
+                `"embeddings"`. `None` is all attention.
 
         Raises:
             ValueError: for a rank below 1, or names that match no layer.
         """
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`rank` must be a whole number >= 1; got {rank!r}.")
-        names = target_layer_names or self.backbone.default_lora_layer_names()
-        known = {
-            layer.name
-            for layer in self.backbone._flatten_layers(include_self=False)
-            if isinstance(layer, keras.layers.Dense)
-        }
-        if set(names) - known:
-            raise ValueError(
-                f"`target_layer_names` must be among {sorted(known)}; got {names!r}."
-            )
-        self.backbone.enable_lora(rank, names)
+        lora.enable(self.backbone, rank, target_layer_names, parts)
         self._forget_compiled()
 
     def save_lora_weights(self, filepath):
         """Write the adapters alone, to a path that ends in `.lora.h5`."""
-        self.backbone.save_lora_weights(filepath)
+        lora.save(self.backbone, filepath)
 
     def load_lora_weights(self, filepath):
-        """Read adapters of `save_lora_weights`, enabling them if need be."""
-        self.backbone.load_lora_weights(filepath)
+        """Read adapters of `save_lora_weights`, onto the layers they came from."""
+        lora.load(self.backbone, filepath)
         self._forget_compiled()
 
     def quantize(self, mode=None, **kwargs):
@@ -494,17 +563,13 @@ class Seq2SeqLM(TokenTask):
 
     def _data(self, *args, **kwargs):
         """`fit_arguments` of a user's data for this model."""
-        preprocess = None if self.preprocessor is None else self._preprocess
         size = self.backbone.config.vocabulary_size
-        return fit_arguments(preprocess, size, *args, **kwargs)
+        return fit_arguments(self.preprocessor, size, *args, **kwargs)
 
-    def _preprocess(self, columns, sample_weight=None):
-        return self.preprocessor(columns, sample_weight=sample_weight)
-
-    def _report_truncation(self):
+    def _report_truncation(self, empty_targets=True):
         if self.preprocessor is None:
             return contextlib.nullcontext()
-        return self.preprocessor.report_truncation()
+        return self.preprocessor.report_truncation(empty_targets)
 
 
 def check_vocabulary(tokenizer, config):

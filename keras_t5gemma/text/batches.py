@@ -1,15 +1,19 @@
 """What users hand to `fit`, turned into batches of arrays.
 
 Keras's own adapters take arrays from everywhere; this module only puts the
-tokeniser between the text and them, one batch at a time.
+tokeniser between the text and them.
 """
 
-import itertools
+import threading
+from pathlib import Path
 
 import keras
 import numpy as np
 
+from keras_t5gemma.text.epochs import Epochs, draw_seed
+from keras_t5gemma.text.files import read_pairs
 from keras_t5gemma.text.ids import INPUTS, check_ids
+from keras_t5gemma.text.text_batches import BATCHINGS, TextBatches
 
 TEXT_KEYS = ("encoder_text", "decoder_text")
 
@@ -19,7 +23,9 @@ def as_columns(x, y=None):
 
     Args:
         x: that dict; or a list of sources (with `y`); or a list of
-            `(source, target)` pairs; or a list of dicts, one a pair.
+            `(source, target)` pairs; or a list of dicts, one a pair; or a
+            `datasets.Dataset` with these columns; or a `pathlib.Path`, see
+            `read_pairs`.
         y: a list of targets, only with a list of sources.
 
     Returns:
@@ -30,6 +36,16 @@ def as_columns(x, y=None):
     """
     if isinstance(x, str | bytes):
         raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
+    if isinstance(x, Path):
+        x = read_pairs(x)
+    elif hasattr(x, "column_names") and hasattr(x, "__len__"):
+        missing = [key for key in TEXT_KEYS if key not in x.column_names]
+        if missing:
+            raise ValueError(
+                f"`x` must have the columns {TEXT_KEYS}; there are {x.column_names}. "
+                "`rename_columns` of the dataset changes them."
+            )
+        x = {key: list(x[key]) for key in TEXT_KEYS}
     if isinstance(x, dict) and any("text" in str(key) for key in x):
         columns = x
     elif isinstance(x, list | tuple | np.ndarray) and len(x):
@@ -70,114 +86,116 @@ def _no_single_strings(columns):
     return columns
 
 
-class TextBatches(keras.utils.PyDataset):
-    """Batches of in-memory pairs, tokenised a batch at a time off the main thread.
+class MappedBatches(Epochs):
+    """A user's PyDataset of text batches, with the tokeniser behind it.
+
+    `start_at` is exact when the dataset does not change with the epochs.
 
     Args:
-        preprocess: `(columns, sample_weight) -> (x, y, sample_weight)` arrays.
-        columns: dict of equally long lists.
-        sample_weight: `None`, or one weight a row.
-        batch_size: rows a batch; the last may be shorter.
-        shuffle: draw a new order every epoch, from NumPy's global generator
-            (`keras.utils.set_random_seed` makes it repeatable).
+        preprocessor: a `Seq2SeqLMPreprocessor`.
+        dataset: the `keras.utils.PyDataset`.
+        shuffle: a new order of the batches every epoch.
+        steps: batches an epoch; the next epoch goes on where this one ends. `None`
+            is all of them.
+
+    Raises:
+        ValueError: for an endless dataset without `steps`.
     """
 
-    def __init__(self, preprocess, columns, sample_weight, batch_size, shuffle):
-        super().__init__(workers=1)
-        self.preprocess = preprocess
-        self.columns = columns
-        self.sample_weight = sample_weight
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        lengths = {key: len(column) for key, column in columns.items()}
-        if len(set(lengths.values())) != 1 or not min(lengths.values()):
-            raise ValueError(
-                "`x` must have as many rows in every column, and at least one; "
-                f"got {lengths}."
-            )
-        self.order = np.arange(min(lengths.values()))
-        self._reorder()
-
-    def _reorder(self):
-        if self.shuffle:
-            self.order = np.random.permutation(len(self.order))
-
-    @property
-    def num_batches(self):
-        """Batches an epoch."""
-        return -(-len(self.order) // self.batch_size)
-
-    def __getitem__(self, index):
-        start = index * self.batch_size
-        rows = self.order[start : start + self.batch_size]
-        columns = {key: [c[i] for i in rows] for key, c in self.columns.items()}
-        weight = self.sample_weight
-        return self.preprocess(
-            columns, None if weight is None else np.asarray(weight)[rows]
-        )
-
-    def on_epoch_end(self):
-        self._reorder()
-
-
-class MappedBatches(keras.utils.PyDataset):
-    """A user's PyDataset of text batches, with the tokeniser behind it."""
-
-    def __init__(self, preprocess, dataset):
+    def __init__(self, preprocessor, dataset, shuffle=False, steps=None, name="x"):
         super().__init__(
             workers=dataset.workers,
             use_multiprocessing=False,
             max_queue_size=dataset.max_queue_size,
         )
-        self.preprocess = preprocess
+        self.preprocessor = preprocessor
         self.dataset = dataset
+        self.length = steps or dataset.num_batches
+        self.seed = None
+        if shuffle and dataset.num_batches is not None:
+            self.seed = draw_seed()
+        if self.length is None:
+            raise _endless(name)
 
-    @property
-    def num_batches(self):
-        """Batches an epoch."""
-        return self.dataset.num_batches
-
-    def __getitem__(self, index):
-        return map_batch(self.preprocess, self.dataset[index])
-
-    def on_epoch_begin(self):
-        self.dataset.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.dataset.on_epoch_end()
-
-
-class StreamBatches(keras.utils.PyDataset):
-    """An iterable of text batches that can be started again, once an epoch.
-
-    Batches are asked for in order; the first one starts the iterable anew, so that
-    Keras's looking ahead at the end of an epoch costs the next one nothing.
-    """
-
-    def __init__(self, preprocess, batches, length):
-        super().__init__(workers=0)
-        self.preprocess = preprocess
-        self.batches = batches
-        self.length = length
-
-    @property
-    def num_batches(self):
-        """Batches an epoch."""
+    def batches_an_epoch(self):
+        """Batches of a whole epoch."""
         return self.length
 
     def __getitem__(self, index):
-        if index == 0:
+        number, count = self._position(index), self.dataset.num_batches
+        if count is not None:
+            epoch, number = divmod(number, count)
+            if self.seed is not None:
+                order = np.random.default_rng((self.seed, epoch)).permutation(count)
+                number = int(order[number])
+        batch = map_batch(self.preprocessor, self.dataset[number])
+        return self._count(index, batch)
+
+    def on_epoch_begin(self):
+        super().on_epoch_begin()
+        self.dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        self.dataset.on_epoch_end()
+
+
+class StreamBatches(Epochs):
+    """An iterable of text batches that can be started again.
+
+    Batches are found by going through it, from its start when the one asked for has
+    gone by. `start_at` is exact when the iterable gives the same batches in every run.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`.
+        batches: the iterable.
+        length: batches an epoch.
+        goes_on: whether an epoch begins where the one before it ended, and the
+            iterable anew when it is through; otherwise every epoch begins anew.
+    """
+
+    def __init__(self, preprocessor, batches, length, goes_on=False):
+        super().__init__(workers=0)
+        self.preprocessor = preprocessor
+        self.batches = batches
+        self.length = length
+        self.goes_on = goes_on
+        self._place = (None, None)  # The epoch, and the next of its batches.
+        self._lock = threading.Lock()  # TensorFlow looks ahead in a thread.
+
+    def batches_an_epoch(self):
+        """Batches of a whole epoch."""
+        return self.length
+
+    def __getitem__(self, index):
+        epoch, wanted = self.epoch, self.skipped + index
+        if self.goes_on:
+            epoch, wanted = 0, self._position(index)
+        with self._lock:
+            if self._place[0] != epoch or self._place[1] > wanted:
+                self.iterator, self._place = iter(self.batches), (epoch, 0)
+            while self._place[1] <= wanted:
+                batch = self._next()
+                self._place = (epoch, self._place[1] + 1)
+        return self._count(index, map_batch(self.preprocessor, batch))
+
+    def _next(self):
+        batch = next(self.iterator, None)
+        if batch is None and self.goes_on:
             self.iterator = iter(self.batches)
-        return map_batch(self.preprocess, next(self.iterator))
+            batch = next(self.iterator, None)
+        if batch is None:
+            raise ValueError("The data has fewer batches than when they were counted.")
+        return batch
 
 
-def stream(preprocess, batches, steps=None, name="x"):
+def stream(preprocessor, batches, steps=None, name="x"):
     """Arrays from an iterable of text batches.
 
     Generators, `tf.data`, Grain and PyTorch DataLoaders are all iterables.
 
     Args:
-        preprocess: as in `TextBatches`.
+        preprocessor: a `Seq2SeqLMPreprocessor`.
         batches: the iterable; each item a dict of text columns, or a
             `(sources, targets)` pair of lists.
         steps: batches an epoch, for what is endless; `None` takes as an epoch all
@@ -199,23 +217,30 @@ def stream(preprocess, batches, steps=None, name="x"):
             f"`{name}` must be text pairs (lists, a dict of lists) or an iterable "
             f"of batches of them; got {type(batches).__name__}."
         ) from None
-    if again and steps is None:
-        return StreamBatches(preprocess, batches, _length(batches, name)), None
+    if again:
+        length = steps or _length(batches, name)
+        return StreamBatches(preprocessor, batches, length, steps is not None), None
+    return (map_batch(preprocessor, batch) for batch in batches), steps
 
-    def generate():
-        for _ in itertools.count() if again else range(1):
-            for batch in batches:
-                yield map_batch(preprocess, batch)
 
-    return generate(), steps
+def start_at(data, epoch, batch):
+    """`Epochs.start_at` of what `fit_arguments` made of a user's data.
+
+    Raises:
+        ValueError: for what cannot be started again.
+    """
+    if not isinstance(data, Epochs):
+        raise ValueError(
+            "Training can only go on in the middle of text pairs, or of batches that "
+            f"can be iterated over again; `x` is a {type(data).__name__}."
+        )
+    data.start_at(epoch, batch)
 
 
 def _length(batches, name):
     cardinality = getattr(batches, "cardinality", None)
     if cardinality is not None and int(cardinality()) == -1:
-        raise ValueError(
-            f"`{name}` never ends: pass `steps_per_epoch` (or `validation_steps`)."
-        )
+        raise _endless(name)
     try:
         length = len(batches)
     except TypeError:
@@ -225,8 +250,14 @@ def _length(batches, name):
     return length
 
 
-def map_batch(preprocess, batch):
-    """One batch of text through `preprocess`; of arrays, as it is."""
+def _endless(name):
+    return ValueError(
+        f"`{name}` never ends: pass `steps_per_epoch` (or `validation_steps`)."
+    )
+
+
+def map_batch(preprocessor, batch):
+    """One batch of text through the preprocessor; of arrays, as it is."""
     columns, weight = batch, None
     if isinstance(batch, list | tuple):
         if len(batch) and isinstance(batch[0], dict):
@@ -247,11 +278,11 @@ def map_batch(preprocess, batch):
                 f"{key!r} must be a batch of strings; got one string. Batch the "
                 "dataset first, e.g. `.batch(32)`."
             )
-    return preprocess(columns, weight)
+    return preprocessor(columns, sample_weight=weight)
 
 
 def fit_arguments(
-    preprocess,
+    preprocessor,
     vocabulary_size,
     x,
     y=None,
@@ -261,11 +292,13 @@ def fit_arguments(
     steps=None,
     name="x",
     validation_split=0.0,
+    batching="bucketed",
+    like=None,
 ):
     """Keyword arguments of `keras.Model.fit` for the data of a user.
 
     Args:
-        preprocess: as in `TextBatches`, or `None`: only arrays are taken.
+        preprocessor: a `Seq2SeqLMPreprocessor`, or `None`: only arrays are taken.
         vocabulary_size: the bound of ids in arrays.
         x: in-memory text, arrays, or an iterable of batches.
         y: targets, where `x` does not hold them.
@@ -275,6 +308,8 @@ def fit_arguments(
         steps: batches an epoch, for what is endless.
         name: the argument's name, for messages.
         validation_split: share of in-memory data to hold out, from its end.
+        batching: of `TextBatches`.
+        like: the training data that this data validates; its widths are taken.
 
     Returns:
         The dict; with a split of text, `"held_out"` is the dict for validation.
@@ -287,24 +322,41 @@ def fit_arguments(
             f"`validation_split` must be in [0, 1); got {validation_split!r}."
         )
     common = {"shuffle": shuffle, "steps_per_epoch": steps}
-    columns = None if preprocess is None else as_columns(x, y)
+    whole = {"shuffle": False, "steps_per_epoch": None}  # `Epochs` do both.
+    columns = None if preprocessor is None else as_columns(x, y)
     if columns is not None:
 
-        def batches(rows, shuffle):
+        def batches(rows, shuffle, steps=None, like=None):
             return TextBatches(
-                preprocess,
+                preprocessor,
                 {key: column[rows] for key, column in columns.items()},
                 None if sample_weight is None else sample_weight[rows],
                 batch_size or 32,
                 shuffle,
+                batching,
+                steps,
+                like.widths if isinstance(like, TextBatches) else None,
+                name,
             )
 
         rows = len(columns["encoder_text"])
         cut = rows - int(rows * validation_split)
-        data = {**common, "x": batches(slice(cut), shuffle), "shuffle": False}
+        if validation_split and cut == rows:
+            raise ValueError(
+                f"`validation_split` {validation_split} of {rows} pairs is none."
+            )
+        data = {"x": batches(slice(cut), shuffle, steps, like), **whole}
         if validation_split:
-            data["held_out"] = {"x": batches(slice(cut, None), False)}
+            held_out = batches(slice(cut, None), False, None, data["x"])
+            data["held_out"] = {"x": held_out}
         return data
+    if batching not in BATCHINGS:
+        raise ValueError(f"`batching` must be one of {BATCHINGS}; got {batching!r}.")
+    if batching == "packed":
+        raise ValueError(
+            "`batching='packed'` is for in-memory text; "
+            f"`{name}` is {type(x).__name__} of something else."
+        )
     if isinstance(x, dict):
         check_ids(x, y, vocabulary_size)
         if validation_split:
@@ -321,9 +373,9 @@ def fit_arguments(
             "`validation_split` works on in-memory data; pass `validation_data` "
             "beside batches."
         )
-    if preprocess is None:
+    if preprocessor is None:
         return {**common, "x": x}
     if isinstance(x, keras.utils.PyDataset):
-        return {**common, "x": MappedBatches(preprocess, x)}
-    x, steps = stream(preprocess, x, steps, name)
-    return {"x": x, "shuffle": False, "steps_per_epoch": steps}
+        return {"x": MappedBatches(preprocessor, x, shuffle, steps, name), **whole}
+    x, steps = stream(preprocessor, x, steps, name)
+    return {**whole, "x": x, "steps_per_epoch": steps}

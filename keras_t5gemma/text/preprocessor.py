@@ -79,7 +79,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         self.decoder_sequence_length = decoder_sequence_length
         self.template = template
         self.pad_to_multiple_of = pad_to_multiple_of
-        self._truncations = None
+        self._counts = None
 
     def call(self, x, y=None, sample_weight=None):
         """Training arrays of a batch of pairs.
@@ -102,12 +102,10 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             raise ValueError(
                 "`y` must be None: the target is x['decoder_text'], shifted."
             )
-        sources, targets = self._pair(x)
-        with self.report_truncation():
-            encoder = self._encoder_arrays(sources, self.pad_to_multiple_of)
-            rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
-            rows = self._cut(rows, self.decoder_sequence_length, "decoder")
-        width = self._width(rows, self.decoder_sequence_length, self.pad_to_multiple_of)
+        sources, rows = self.token_rows(x)
+        multiple = self.pad_to_multiple_of
+        width = round_up(rows, self.decoder_sequence_length, multiple)
+        encoder = self._encoder_arrays(sources, multiple)
         labels, mask = pad(rows, width)
         inputs = [[self.tokenizer.start_token_id, *row[:-1]] for row in rows]
         decoder_ids, _ = pad(inputs, width)
@@ -116,6 +114,26 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             weights *= np.asarray(sample_weight, "float32").reshape(-1, 1)
         x = {**encoder, **_named("decoder", decoder_ids, mask)}
         return x, labels, weights
+
+    def token_rows(self, x):
+        """Ids of pairs, cut to the lengths, not padded.
+
+        Args:
+            x: as in `call`.
+
+        Returns:
+            `(sources, targets)`, a list of ids each row. A target ends in the end
+            token, unless it was cut.
+
+        Raises:
+            ValueError: as in `call`.
+        """
+        sources, targets = self._pair(x)
+        with self.report_truncation():
+            rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
+            self._count("empty", sum(len(row) == 1 for row in rows), len(rows))
+            rows = self._cut(rows, self.decoder_sequence_length, "decoder")
+            return self._encoder_rows(sources), rows
 
     def generate_preprocess(self, x, sequence_length=None):
         """Arrays of a batch of sources, with a start of the answer or without.
@@ -136,7 +154,8 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             x = {"encoder_text": x}
         sources, prompts = self._pair(x, decoder_optional=True)
         with self.report_truncation():
-            encoder = self._encoder_arrays(sources, self.pad_to_multiple_of or 64)
+            encoder = self._encoder_rows(sources)
+        encoder = self._encoder_arrays(encoder, self.pad_to_multiple_of or 64)
         rows = [
             [self.tokenizer.start_token_id, *ids]
             for ids in self.tokenizer.tokenize(prompts)
@@ -195,16 +214,27 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         return (self.tokenizer.end_token_id, self.tokenizer.end_of_turn_id)
 
     @contextlib.contextmanager
-    def report_truncation(self):
-        """Warn once, with counts, about all that was cut inside this context."""
-        if self._truncations is not None:  # An outer one reports.
+    def report_truncation(self, empty_targets=False):
+        """Warn once, with counts, about all that was cut inside this context.
+
+        Args:
+            empty_targets: warn about pairs without a target too.
+        """
+        if self._counts is not None:  # An outer one reports.
             yield
             return
-        self._truncations = {}
+        self._counts = {}
         try:
             yield
         finally:
-            counts, self._truncations = self._truncations, None
+            counts, self._counts = self._counts, None
+            empty, total = counts.pop("empty", (0, 0))
+            if empty and empty_targets:
+                warnings.warn(
+                    f"{empty} of {total} targets are empty: they teach the model to "
+                    "answer nothing. Leave such pairs out if that is not meant.",
+                    stacklevel=3,
+                )
             for side, (cut, total) in counts.items():
                 if cut:
                     name = f"{side}_sequence_length"
@@ -241,39 +271,37 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             )
         return sources, targets
 
-    def _encoder_arrays(self, texts, multiple):
+    def _encoder_rows(self, texts):
         length = self.encoder_sequence_length
         rows = self.tokenizer.tokenize(texts)
-        if self.template is not None:
-            before, after = TEMPLATES.get(self.template, self.template).split("{text}")
-            before, after = (
-                self.tokenizer.tokenize(part, parse_control_tokens=True)
-                for part in (before, after)
+        if self.template is None:
+            return self._cut(rows, length, "encoder")
+        before, after = TEMPLATES.get(self.template, self.template).split("{text}")
+        before, after = (
+            self.tokenizer.tokenize(part, parse_control_tokens=True)
+            for part in (before, after)
+        )
+        room = length - len(before) - len(after)
+        if room < 1:
+            raise ValueError(
+                f"`encoder_sequence_length` {length} leaves no room for text "
+                f"beside the {length - room} tokens of the template."
             )
-            room = length - len(before) - len(after)
-            if room < 1:
-                raise ValueError(
-                    f"`encoder_sequence_length` {length} leaves no room for text "
-                    f"beside the {length - room} tokens of the template."
-                )
-            # The text is cut, never the template around it.
-            rows = self._cut(rows, room, "encoder")
-            rows = [before + row + after for row in rows]
-        else:
-            rows = self._cut(rows, length, "encoder")
-        return _named("encoder", *pad(rows, self._width(rows, length, multiple)))
+        # The text is cut, never the template around it.
+        rows = self._cut(rows, room, "encoder")
+        return [before + row + after for row in rows]
+
+    def _encoder_arrays(self, rows, multiple):
+        width = round_up(rows, self.encoder_sequence_length, multiple)
+        return _named("encoder", *pad(rows, width))
 
     def _cut(self, rows, length, side):
-        cut, total = self._truncations.get(side, (0, 0))
-        cut += sum(len(row) > length for row in rows)
-        self._truncations[side] = (cut, total + len(rows))
+        self._count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
 
-    def _width(self, rows, length, multiple):
-        if multiple is None:
-            return length
-        longest = max(1, max(map(len, rows), default=1))
-        return min(length, -(-longest // multiple) * multiple)
+    def _count(self, what, some, of):
+        before = self._counts.get(what, (0, 0))
+        self._counts[what] = (before[0] + some, before[1] + of)
 
     def get_config(self):
         return {
@@ -283,6 +311,14 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             "template": self.template,
             "pad_to_multiple_of": self.pad_to_multiple_of,
         }
+
+
+def round_up(rows, limit, multiple=None):
+    """The width for rows of ids: `limit`, or what they need, a multiple if it fits."""
+    if multiple is None:
+        return limit
+    longest = max(1, max(map(len, rows), default=1))
+    return min(limit, -(-longest // multiple) * multiple)
 
 
 def pad(rows, width):

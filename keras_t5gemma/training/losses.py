@@ -155,7 +155,9 @@ def token_losses(
                 by_table = _write(by_table, part * step, by_rows)
             return by_states + new, by_table
 
-        by_table = ops.zeros_like(table) if learn_table else ops.zeros((0,))
+        # Every row is written. Ones, not zeros: XLA would keep one table of zeros for
+        # this and for the gradient of an embedding, through the whole backward pass.
+        by_table = ops.ones_like(table) if learn_table else ops.zeros((0,))
         start = (ops.zeros_like(states, dtype="float32"), by_table)
         by_states, by_table = _loop(parts, add, start)
         return ops.cast(by_states, states.dtype), by_table

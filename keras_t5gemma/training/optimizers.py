@@ -1,4 +1,6 @@
-"""What an optimizer must be able to do for a model."""
+"""What an optimizer must be able to do for a model, and do without copies of it."""
+
+import functools
 
 import keras
 from keras import ops
@@ -22,3 +24,52 @@ def check_optimizer(optimizer, dtype):
             "dtype='mixed_bfloat16', lower beta_2 to 0.99, or use Adafactor, Lion "
             "or Muon."
         )
+
+
+def update_in_place(optimizer):
+    """On PyTorch, let its fused kernel do the arithmetic of Keras's Adam and AdamW.
+
+    Keras's own step holds four more copies of all weights, and takes six times as
+    long as it takes to read them.
+    """
+    # Not a subclass's: its step may be another.
+    is_adam = type(optimizer).__module__.endswith((".torch_adam", ".torch_adamw"))
+    if is_adam and not optimizer.amsgrad:
+        step = functools.partial(_fused_adam_step, optimizer)
+        optimizer._backend_update_step = step
+
+
+def _fused_adam_step(optimizer, gradients, variables, learning_rate):
+    import torch
+
+    count = int(optimizer.iterations) + 1
+    places = [optimizer._get_variable_index(v) for v in variables]
+    with torch.no_grad():
+        torch._fused_adam_(
+            [v.value for v in variables],
+            list(gradients),
+            [optimizer._momentums[i].value for i in places],
+            [optimizer._velocities[i].value for i in places],
+            [],
+            [torch.tensor(float(count), device=variables[0].value.device)]
+            * len(places),
+            lr=float(learning_rate),
+            beta1=optimizer.beta_1,
+            beta2=optimizer.beta_2,
+            weight_decay=0.0,  # Keras has already applied it.
+            # PyTorch adds it after the bias correction, Keras before.
+            eps=optimizer.epsilon / (1 - optimizer.beta_2**count) ** 0.5,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def separate_averages(optimizer):
+    """After `fit`: give moving averages arrays of their own again.
+
+    Keras ends with one array for a weight and its average. On JAX the next `fit`
+    would give both away to be overwritten, which fails.
+    """
+    for variable in getattr(optimizer, "_model_variables_moving_average", ()):
+        if variable is not None:
+            variable.assign(ops.copy(variable.value))

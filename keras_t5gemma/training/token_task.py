@@ -30,7 +30,8 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
         )
         # Not tracked: `metrics` lists them.
         object.__setattr__(self, "loss_in_parts", loss if in_parts else None)
-        token_metrics = [keras.metrics.Mean("accuracy"), Perplexity()]
+        means = [keras.metrics.Mean(name) for name in ("loss", "accuracy")]
+        token_metrics = [*means, Perplexity()]
         object.__setattr__(self, "token_metrics", token_metrics)
 
     def get_compile_config(self):
@@ -41,12 +42,25 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
 
     @property
     def metrics(self):
-        """Those of Keras, and those that come with `token_losses`."""
-        metrics = super().metrics
-        return metrics if self.loss_in_parts is None else metrics + self.token_metrics
+        """Those of Keras, or those that come with `token_losses`.
+
+        The latter are means over the tokens of an epoch. Keras's loss is the mean of
+        the batches' means, however many tokens those have.
+        """
+        return super().metrics if self.loss_in_parts is None else self.token_metrics
+
+    def make_train_function(self, force=False):
+        """Keras's; on JAX, of arrays that a step may overwrite."""
+        if keras.config.backend() == "jax" and self.train_function is None:
+            for variable in self.trainable_variables:
+                # A loaded array is NumPy's memory: JAX would keep it beside the next.
+                variable._value = variable._value.copy()
+        return super().make_train_function(force)
 
     def train_step(self, *args):
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
+        if keras.config.backend() == "torch":
+            self.zero_grad()  # Before there are activations beside the gradients.
         return super().train_step(*self._with_labels(args))
 
     def test_step(self, *args):
@@ -108,7 +122,8 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
         if not isinstance(y_pred, dict):
             return super().compute_metrics(x, y, y_pred, sample_weight)
         weights = _weights(y_pred["losses"], sample_weight)
-        accuracy, perplexity = self.token_metrics
+        loss, accuracy, perplexity = self.token_metrics
+        loss.update_state(y_pred["losses"], weights)
         accuracy.update_state(y_pred["hits"], weights)
         perplexity.update_state(-y_pred["log_probs"], weights)
         return self.get_metrics_result()

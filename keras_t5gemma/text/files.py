@@ -1,0 +1,133 @@
+"""Text pairs from files: JSON lines, CSV, TSV, Parquet."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+_READERS = {}
+
+
+def read_pairs(path, source="source", target="target"):
+    """Read the text pairs of a file into memory.
+
+    Args:
+        path: a UTF-8 file: `.jsonl` or `.json`, one object a line; `.csv` or `.tsv`
+            with a header and quoted as `csv.writer` does; each also with `.gz` behind
+            it; or `.parquet`, which needs pyarrow.
+        source: name of the field or column that the encoder reads.
+        target: name of the field or column that the decoder writes.
+
+    Returns:
+        `{"encoder_text": [...], "decoder_text": [...]}`, as `Seq2SeqLM.fit` takes it.
+
+    Raises:
+        ValueError: for another kind of file, an empty one, or a row that lacks a field
+            or has something else than a string in it, with its line.
+        ImportError: for `.parquet` without pyarrow.
+    """
+    path = Path(path)
+    kind = path.with_suffix("") if path.suffix == ".gz" else path
+    read = _READERS.get(kind.suffix.lower())
+    if read is None or (read is _parquet and kind is not path):
+        raise ValueError(
+            f"`path` must end in one of {sorted(_READERS)}, text also in .gz after it; "
+            f"got {str(path)!r}."
+        )
+    names, columns = (source, target), ([], [])
+    try:
+        for place, row in read(path, names):
+            for name, column in zip(names, columns, strict=True):
+                column.append(_text(row, name, f"{path}, {place}"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    except EOFError as error:
+        raise ValueError(f"{path} ends too early: it was cut off.") from error
+    if not columns[0]:
+        raise ValueError(f"{path} has no rows.")
+    return {"encoder_text": columns[0], "decoder_text": columns[1]}
+
+
+def _text(row, name, place):
+    if name not in row:
+        raise ValueError(f"{place}: no field {name!r}; there are {sorted(row)}.")
+    if not isinstance(row[name], str):
+        raise ValueError(
+            f"{place}: {name!r} must be a string; got {type(row[name]).__name__} "
+            f"{row[name]!r}."
+        )
+    return row[name]
+
+
+def _open(path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _json_lines(path, names):
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}, line {number}: must be a JSON object, one a line; got "
+                    f"{type(row).__name__}."
+                )
+            yield f"line {number}", row
+
+
+def _csv(path, names):
+    tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes[-2:])
+    largest = csv.field_size_limit(2**31 - 1)  # A long source is no error.
+    try:
+        with _open(path) as file:
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+            try:
+                for row in reader:
+                    if None in row:
+                        raise ValueError(
+                            f"{path}, line {reader.line_num}: more cells than the "
+                            f"header has: {reader.fieldnames}."
+                        )
+                    yield f"line {reader.line_num}", row
+            except csv.Error as error:
+                place = f"{path}, line {reader.line_num}"
+                raise ValueError(f"{place}: {error}") from error
+    finally:
+        csv.field_size_limit(largest)
+
+
+def _parquet(path, names):
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need pyarrow: pip install pyarrow") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from error
+    with file:
+        there = file.schema_arrow.names
+        wanted = [name for name in names if name in there]
+        number = 0
+        for batch in file.iter_batches(columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                # Those that were not read are named too, for a message.
+                yield f"row {number}", row if len(wanted) == 2 else dict.fromkeys(there)
+
+
+_READERS.update(
+    {
+        ".jsonl": _json_lines,
+        ".json": _json_lines,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+    }
+)

@@ -1,0 +1,266 @@
+"""In-memory pairs as batches: tokenised once, then only put together."""
+
+import itertools
+
+import numpy as np
+
+from keras_t5gemma.progress import progress_bar
+from keras_t5gemma.text import packing
+from keras_t5gemma.text.epochs import Epochs, draw_seed
+from keras_t5gemma.text.tokenizer import as_texts
+
+BATCHINGS = ("bucketed", "packed", "fixed")
+MOST_WIDTHS = 4
+_BATCHES_A_WIDTH = 8  # With fewer, compiling one more program does not pay.
+_TEXTS_AT_ONCE = 1000
+_MANY = 10_000  # Texts that take long enough to show a bar.
+
+
+class TextBatches(Epochs):
+    """Batches of in-memory pairs.
+
+    The texts are tokenised here, once. What an epoch holds is a function of the seed
+    and of the number of the epoch.
+
+    With `"bucketed"` pairs of similar length share a batch, padded to one of at most
+    four pairs of widths that are chosen to pad least, so that at most four programs
+    are compiled; all batches have `batch_size` rows. Without shuffling the pairs stay
+    in order and a batch takes the smallest widths it fits. With `"packed"` several
+    pairs share a row, as long as the preprocessor's lengths allow; their masks number
+    them, see `Encoder.call`; the rows are made once and only their order changes. In
+    both the last batch is filled up with rows of weight 0. `"fixed"` pads every batch
+    to the preprocessor's lengths and leaves the last one short.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`.
+        columns: dict of equally long `"encoder_text"` and `"decoder_text"`.
+        sample_weight: `None`, or one weight a pair.
+        batch_size: rows a batch.
+        shuffle: a new order every epoch.
+        batching: `"bucketed"`, `"packed"` or `"fixed"`.
+        steps: batches an epoch, at most those of all pairs; the next epoch goes on
+            where this one ends. `None` is all pairs.
+        widths: `"bucketed"` only: the pairs of widths of another dataset, so that the
+            same programs serve both.
+        name: of the argument that `columns` came by, for messages.
+
+    Attributes:
+        seed: what the orders come from, drawn from NumPy's global generator
+            (`keras.utils.set_random_seed` makes it repeatable). Set it before the
+            first batch to repeat an earlier run.
+        widths: the `(encoder, decoder)` widths of the batches, growing.
+
+    Raises:
+        ValueError: for columns or weights of different lengths, what is no text, an
+            unknown `batching`, or too many `steps`.
+    """
+
+    def __init__(
+        self,
+        preprocessor,
+        columns,
+        sample_weight=None,
+        batch_size=32,
+        shuffle=False,
+        batching="bucketed",
+        steps=None,
+        widths=None,
+        name="x",
+    ):
+        super().__init__()
+        if batching not in BATCHINGS:
+            raise ValueError(
+                f"`batching` must be one of {BATCHINGS}; got {batching!r}."
+            )
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(
+                f"`batch_size` must be a whole number >= 1; got {batch_size!r}."
+            )
+        self.preprocessor = preprocessor
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.batching = batching
+        self.seed = draw_seed() if shuffle else 0
+        self._plan = (None, None)
+        self.sources, self.targets = _tokenise(preprocessor, columns, name)
+        self.weights = _weights(sample_weight, len(self.sources))
+        self._arrange(widths)
+        self._all = -(-len(self.packs) // batch_size)
+        if steps is not None and not 1 <= steps <= self._all:
+            raise ValueError(
+                f"`{name}` has {self._all} batches of {batch_size} rows: "
+                f"{steps} steps an epoch cannot be had. Leave the steps out to go "
+                "through all of it."
+            )
+        self._steps = steps or self._all
+
+    def _arrange(self, widths):
+        """Which pairs share a row, and the widths that rows are padded to."""
+        sources, targets = self.sources.lengths, self.targets.lengths
+        pairs = np.arange(len(sources))
+        limits = (
+            self.preprocessor.encoder_sequence_length,
+            self.preprocessor.decoder_sequence_length,
+        )
+        multiple = self.preprocessor.pad_to_multiple_of or 8
+        self.packs = Ragged(np.ones(len(pairs), "int64"), pairs)
+        self.widths = [limits]
+        if self.batching == "packed":
+            # Shuffled always alike: the number of rows must not depend on the seed.
+            pairs = np.random.default_rng(0).permutation(pairs)
+            rows = packing.first_fit(sources[pairs], targets[pairs], limits)
+            in_rows = pairs[np.argsort(rows, kind="stable")]
+            self.packs = Ragged(np.bincount(rows), in_rows)
+            used = [np.bincount(rows, x[pairs]).max() for x in (sources, targets)]
+            self.widths = [_round_up(used, multiple, limits)]
+        elif self.batching == "bucketed":
+            count = len(pairs) // (_BATCHES_A_WIDTH * self.batch_size)
+            count = min(max(count, 1), MOST_WIDTHS)
+            self.widths = widths or packing.choose_widths(
+                sources, targets, limits, count, multiple
+            )
+            widest = _round_up((sources.max(), targets.max()), multiple, limits)
+            widest = tuple(map(max, widest, self.widths[-1]))
+            self.widths = [*self.widths[:-1], widest]
+        self.level = packing.levels(sources, targets, self.widths)
+
+    def batches_an_epoch(self):
+        """Batches of a whole epoch."""
+        return self._steps
+
+    def _batch(self, step):
+        """Row numbers, -1 where there is none, and the widths of a batch."""
+        epoch, index = divmod(self._position(step), self._all)
+        key = (self.seed, epoch)
+        if self._plan[0] != key:
+            self._plan = (key, self._order(*key))
+        rows = self._plan[1][index]
+        if self.batching == "fixed":
+            rows = rows[rows >= 0]
+            multiple = self.preprocessor.pad_to_multiple_of
+            if multiple is None:
+                return rows, self.widths[0]
+            used = [x.lengths[rows].max() for x in (self.sources, self.targets)]
+            return rows, _round_up(used, multiple, self.widths[0])
+        if self.batching == "packed":
+            return rows, self.widths[0]
+        return rows, self.widths[self.level[rows[rows >= 0]].max()]
+
+    def _order(self, seed, epoch):
+        """The rows of all batches of one epoch, int `(batches, batch_size)`."""
+        order = np.arange(len(self.packs))
+        if not self.shuffle:
+            return packing.in_batches(order, self.batch_size)
+        random = np.random.default_rng((seed, epoch))
+        order = random.permutation(order)
+        if self.batching != "bucketed":
+            return packing.in_batches(order, self.batch_size)
+        batches = packing.batches_by_level(
+            order, self.level, self.batch_size, len(self.widths)
+        )
+        return random.permutation(batches)
+
+    def __getitem__(self, index):
+        rows, widths = self._batch(index)
+        shapes = [(len(rows), width) for width in widths]
+        x = {
+            f"{side}_{name}": np.zeros(shape, "int32")
+            for side, shape in zip(("encoder", "decoder"), shapes, strict=True)
+            for name in ("token_ids", "padding_mask")
+        }
+        labels, weights = np.zeros(shapes[1], "int32"), np.zeros(shapes[1], "float32")
+        start = self.preprocessor.tokenizer.start_token_id
+        for row, pack in enumerate(rows):
+            encoder = decoder = 0
+            pairs = self.packs[pack] if pack >= 0 else ()
+            for number, pair in enumerate(pairs, 1):
+                source, target = self.sources[pair], self.targets[pair]
+                here = row, slice(encoder, encoder + len(source))
+                x["encoder_token_ids"][here] = source
+                x["encoder_padding_mask"][here] = number
+                here = row, slice(decoder, decoder + len(target))
+                x["decoder_token_ids"][here] = np.concatenate([[start], target[:-1]])
+                x["decoder_padding_mask"][here] = number
+                labels[here] = target
+                weights[here] = self.weights[pair]
+                encoder, decoder = encoder + len(source), decoder + len(target)
+        return x, labels, weights
+
+    def counts(self, step):
+        rows, widths = self._batch(step)
+        pairs = self._pairs(rows)
+        tokens = self.sources.lengths[pairs].sum() + self.targets.lengths[pairs].sum()
+        return int(tokens), len(rows) * sum(widths)
+
+    def rows(self, step):
+        return self._pairs(self._batch(step)[0]).tolist()
+
+    def _pairs(self, rows):
+        return np.concatenate([self.packs[row] for row in rows if row >= 0])
+
+
+class Ragged:
+    """Rows of ints of unequal length, `values` one after the other."""
+
+    def __init__(self, lengths, values):
+        self.lengths = lengths
+        self.values = values
+        self.ends = np.cumsum(lengths)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        return self.values[self.ends[i] - self.lengths[i] : self.ends[i]]
+
+
+def _tokenise(preprocessor, columns, name):
+    """Sources and targets as `Ragged` ids."""
+    columns = {key: as_texts(column, key) for key, column in columns.items()}
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) != 1 or not min(lengths.values()):
+        raise ValueError(
+            f"`{name}` must have as many rows in every column, and at least one; "
+            f"got {lengths}."
+        )
+    count = min(lengths.values())
+    parts = []
+    with (
+        preprocessor.report_truncation(),
+        progress_bar("Tokenising", count, verbose=count >= _MANY) as advance,
+    ):
+        for start in range(0, count, _TEXTS_AT_ONCE):
+            here = slice(start, start + _TEXTS_AT_ONCE)
+            part = {key: column[here] for key, column in columns.items()}
+            parts.append([_flat(rows) for rows in preprocessor.token_rows(part)])
+            advance(len(part["encoder_text"]))
+    return (
+        Ragged(*map(np.concatenate, zip(*side, strict=True)))
+        for side in zip(*parts, strict=True)
+    )
+
+
+def _flat(rows):
+    lengths = np.array([len(row) for row in rows], "int64")
+    values = itertools.chain.from_iterable(rows)
+    return lengths, np.fromiter(values, "int32", lengths.sum())
+
+
+def _weights(sample_weight, count):
+    """float32 `(count,)`, one weight a pair."""
+    if sample_weight is None:
+        return np.ones(count, "float32")
+    weights = np.asarray(sample_weight, "float32")
+    if weights.size != count:
+        raise ValueError(
+            f"`sample_weight` must be one weight for each of the {count} pairs; got "
+            f"shape {weights.shape}."
+        )
+    return weights.reshape(count)
+
+
+def _round_up(used, multiple, limits):
+    return tuple(
+        int(packing.round_up(length, multiple, limit))
+        for length, limit in zip(used, limits, strict=True)
+    )

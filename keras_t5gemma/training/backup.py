@@ -1,0 +1,194 @@
+"""A training that a kill interrupts goes on to the same weights."""
+
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+
+from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
+from keras_t5gemma.text.epochs import Epochs
+
+_STATE, _PROGRESS = "state.h5", "progress.json"
+
+
+class BackupAndRestore(keras.callbacks.Callback):
+    """Backs up the state of `Seq2SeqLM.fit`; the same call goes on from it.
+
+    Unlike Keras's callback of this name it also keeps the place in the data, the
+    random state, the metrics of the epoch so far, and adapters apart from their base:
+    on the same backend a resumed run ends in the same bits. The folder is removed when
+    the training ends. A backup happens as a whole or not at all; when the disk is
+    full there is a warning, the last backup stays and the training goes on. After a
+    NaN nothing is saved.
+
+    Other callbacks start anew in a resumed run, `EarlyStopping`'s patience too.
+
+    Args:
+        folder: where; of this training alone.
+        save_freq: `"epoch"`, or every so many batches.
+
+    Raises:
+        ValueError: for another `save_freq`. `fit` raises it for a backup of another
+            model or of other data, and for data that cannot be gone through again:
+            arrays of ids, or a generator.
+    """
+
+    def __init__(self, folder, save_freq="epoch"):
+        super().__init__()
+        is_count = isinstance(save_freq, int) and save_freq >= 1
+        if save_freq != "epoch" and not is_count:
+            raise ValueError(
+                "`save_freq` must be 'epoch' or a number of batches; got "
+                f"{save_freq!r}."
+            )
+        self.folder = Path(folder)
+        self.save_freq = save_freq
+        self.history = {}
+        self.data = None
+
+    def restore(self, model, data):
+        """Bring model and data to where the backup was made, if there is one.
+
+        Args:
+            model: the compiled `Seq2SeqLM`.
+            data: what `fit` goes through.
+
+        Returns:
+            The epoch to start with; `None` without a backup.
+        """
+        if not isinstance(data, Epochs):
+            raise ValueError(
+                "BackupAndRestore needs data with known places: text pairs, or batches "
+                f"that can be gone through again; got {type(data).__name__}."
+            )
+        self.data = data
+        self._unsaved, self._in_epoch, self._metrics = 0, 0, None
+        if self.folder.is_dir():
+            finish(self.folder)
+        if not (self.folder / _PROGRESS).exists():
+            return None
+        text = (self.folder / _PROGRESS).read_text(encoding="utf-8")
+        progress = json.loads(text)
+        here = self._description(data)
+        if progress["data"] != here:
+            raise ValueError(
+                f"{self.folder} is the backup of a training on other data: "
+                f"{progress['data']}, here {here}. Remove the folder to start anew."
+            )
+        model.optimizer.build(model.trainable_variables)
+        with h5py.File(self.folder / _STATE) as file:
+            for name, variables in self._variables(model).items():
+                _restore(self.folder, file[name], variables)
+            self._metrics = {k: d[()] for k, d in file["metrics"].items()}
+        self.history = progress["history"]
+        if hasattr(data, "seed"):
+            data.seed = progress["seed"]
+        data.start_at(progress["epoch"], progress["batch"])
+        self._in_epoch = progress["batch"]
+        return progress["epoch"]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch, self._before = epoch, self._in_epoch
+        for key, value in (self._metrics or {}).items():  # Keras has reset them.
+            variables = self.model.metrics_variables
+            if int(key) < len(variables):
+                variables[int(key)].assign(value)
+        self._metrics = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        done = self._before + batch + 1
+        self._unsaved += done - self._in_epoch
+        self._in_epoch = done
+        is_last = done >= self.data.batches_an_epoch()
+        if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
+            if not is_last and _is_finite(logs):
+                self._save(self._epoch, done)
+
+    def on_epoch_end(self, epoch, logs=None):
+        for key, value in (logs or {}).items():
+            self.history.setdefault(key, []).append(float(value))
+        self._in_epoch = 0
+        due = self.save_freq == "epoch" or self._unsaved >= self.save_freq
+        if due and _is_finite(logs):
+            self._save(epoch + 1, 0)
+
+    def on_train_end(self, logs=None):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _save(self, epoch, batch):
+        self._unsaved = 0
+        model = self.model  # On JAX this brings the state into the variables.
+        progress = {
+            "epoch": epoch,
+            "batch": batch,
+            "seed": getattr(self.data, "seed", None),
+            "data": self._description(self.data),
+            "history": self.history,
+        }
+        try:
+            with atomic_folder(self.folder) as staging:
+                with h5py.File(staging / _STATE, "w") as file:
+                    for name, variables in self._variables(model).items():
+                        _write(file.create_group(name), variables)
+                    metrics = model.metrics_variables if batch else []
+                    _write(file.create_group("metrics"), metrics)
+                text = json.dumps(progress, indent=2)
+                (staging / _PROGRESS).write_text(text, encoding="utf-8")
+        except OSError as error:
+            warnings.warn(
+                f"No backup at epoch {epoch}, batch {batch}: {error}. The one before "
+                "it stays; training goes on.",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _variables(model):
+        return {"model": model.variables, "optimizer": model.optimizer.variables}
+
+    @staticmethod
+    def _description(data):
+        return {
+            "batches an epoch": data.batches_an_epoch(),
+            "batch size": getattr(data, "batch_size", None),
+            "batching": getattr(data, "batching", None),
+        }
+
+
+def _is_finite(logs):
+    return math.isfinite(float((logs or {}).get("loss", 0.0)))
+
+
+def _write(group, variables):
+    for i, variable in enumerate(variables):
+        array = np.asarray(keras.ops.convert_to_numpy(variable.value))
+        if array.dtype.name == "bfloat16":  # HDF5 has none; this is exact.
+            array = array.astype("float32")
+        group.create_dataset(str(i), data=array).attrs["path"] = _path(variable)
+
+
+def _path(variable):
+    """Without its first part: Keras numbers the optimizers of a process."""
+    return variable.path.partition("/")[2]
+
+
+def _restore(folder, group, variables):
+    there = [(d.attrs["path"], d.shape) for _, d in _in_order(group)]
+    here = [(_path(v), tuple(v.shape)) for v in variables]
+    if there != here:
+        other = [p for p, _ in set(there) ^ set(here)][:3]
+        raise ValueError(
+            f"{folder} is the backup of another model or optimizer: {other} differ. "
+            "Remove the folder to start anew."
+        )
+    for variable, (_, dataset) in zip(variables, _in_order(group), strict=True):
+        variable.assign(dataset[()])
+
+
+def _in_order(group):
+    """The datasets of a group in the order they were written."""
+    return sorted(group.items(), key=lambda item: int(item[0]))

@@ -1,0 +1,360 @@
+"""What `fit` shows and keeps: written answers, speed, a NaN's rows, the best model."""
+
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
+from keras_t5gemma.generation.options import options_of_sampler
+from keras_t5gemma.text.batches import as_columns
+from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
+from keras_t5gemma.training.text_metrics import text_metrics
+
+_BEST_FILE = "best.json"
+
+
+class GenerationMetrics(keras.callbacks.Callback):
+    """Write answers to a sample of the validation pairs and measure them.
+
+    That happens at the end of the first epoch of a `fit`, of every `every`-th and of
+    the last. The epochs between repeat the last numbers, so that `CSVLogger` has its
+    columns from the start and `EarlyStopping` always a number. Callbacks that use them
+    come after this one in the list; `EarlyStopping` and the like also need
+    `mode="max"`.
+
+    Args:
+        x: pairs in memory, as `fit` takes them.
+        y: their targets, where `x` does not hold them.
+        metrics: a metric or a list of them: `"rouge"`, `"bleu"`, `"chrf"`,
+            `"exact_match"`, or a function `(predictions, references)` that returns a
+            number or a dict of numbers. One that raises is logged as NaN, with a
+            warning.
+        every: epochs from one measurement to the next.
+        max_rows: most pairs to write answers for, drawn once.
+        examples: how many of them to print, when `fit` is verbose.
+        samples: path of a file that all answers are appended to, one JSON object a
+            line: `epoch` (from 0, as in `CSVLogger`), `source`, `reference`, `answer`.
+        prefix: of the names in the logs: `val_rougeL`.
+        seed: of the sample, and of the answers where those are drawn.
+        **generate_options: of `Seq2SeqLM.generate`: `num_beams`, `max_length`,
+            `batch_size` and others.
+
+    Raises:
+        ValueError: for no pairs, or arguments out of range.
+        ImportError: for a metric whose library is not installed, with its name.
+    """
+
+    def __init__(
+        self,
+        x,
+        y=None,
+        metrics=("rouge",),
+        every=1,
+        max_rows=200,
+        examples=2,
+        samples=None,
+        prefix="val_",
+        seed=0,
+        **generate_options,
+    ):
+        super().__init__()
+        for name, value, low in (
+            ("every", every, 1),
+            ("max_rows", max_rows, 1),
+            ("examples", examples, 0),
+        ):
+            if not isinstance(value, int) or value < low:
+                raise ValueError(
+                    f"`{name}` must be a whole number from {low}; got {value!r}."
+                )
+        one_answer = {"num_return_sequences", "return_scores"} & set(generate_options)
+        if one_answer:
+            raise ValueError(
+                f"GenerationMetrics takes one answer a source; got {one_answer}."
+            )
+        sources, targets = _pairs(x, y)
+        rng = np.random.default_rng(seed)
+        size = min(max_rows, len(sources))
+        rows = sorted(rng.choice(len(sources), size, replace=False))
+        self.sources = [sources[i] for i in rows]
+        self.references = [targets[i] for i in rows]
+        self.metrics = text_metrics(metrics)
+        self.every = every
+        self.examples = examples
+        self.samples = samples
+        self.prefix = prefix
+        self.seed = seed
+        self.generate_options = generate_options
+        self._names = {name: [name] for name in self.metrics}
+
+    def on_train_begin(self, logs=None):
+        self._last = {}
+        self._options = dict(self.generate_options)
+        if options_of_sampler(self.model.sampler) is not None:
+            self._options["seed"] = self.seed  # Keras's global one stays the fit's.
+        self.model.generate([], **self._options)  # Wrong options fail before training.
+
+    def on_epoch_end(self, epoch, logs=None):
+        is_last = epoch + 1 == self.params["epochs"]
+        if not self._last or is_last or (epoch + 1) % self.every == 0:
+            answers = self.model.generate(self.sources, **self._options)
+            self._last = {}
+            for name, metric in self.metrics.items():
+                self._last |= self._measure(name, metric, answers)
+            if self.params["verbose"]:
+                self._print(epoch, answers)
+            if self.samples is not None:
+                self._append(epoch, answers)
+        logs.update(self._last)
+
+    def _measure(self, name, metric, answers):
+        try:
+            scores = metric(answers, self.references)
+        except Exception as error:  # An epoch of training is worth more than a number.
+            warnings.warn(
+                f"The metric {name!r} failed and is logged as nan: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            return {self.prefix + key: math.nan for key in self._names[name]}
+        self._names[name] = list(scores)
+        return {self.prefix + key: score["mean"] for key, score in scores.items()}
+
+    def _print(self, epoch, answers):
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self._last.items())
+        print(f"\n{len(answers)} answers after epoch {epoch + 1}: {numbers}")
+        labels = ("source", "reference", "answer")
+        rows = list(zip(self.sources, self.references, answers, strict=True))
+        for row in rows[: self.examples]:
+            for label, text in zip(labels, row, strict=True):
+                print(f"  {label:<10} {_one_line(text)}")
+            print()
+
+    def _append(self, epoch, answers):
+        keys = ("epoch", "source", "reference", "answer")
+        rows = zip(self.sources, self.references, answers, strict=True)
+        with open(self.samples, "a", encoding="utf-8") as file:
+            for row in rows:
+                line = dict(zip(keys, (epoch, *row), strict=True))
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _pairs(x, y):
+    columns = as_columns(x, y)
+    if columns is None and hasattr(x, "__len__") and not len(x):
+        columns = {"encoder_text": [], "decoder_text": []}
+    if columns is None:
+        raise ValueError(
+            "GenerationMetrics needs text pairs in memory (`x` and `y`: lists of "
+            f"strings, or a list of pairs); got `x` of type {type(x).__name__}."
+        )
+    sources, targets = columns["encoder_text"], columns["decoder_text"]
+    if not len(sources) or len(sources) != len(targets):
+        raise ValueError(
+            "The validation pairs must be as many targets as sources, and at least "
+            f"one; got {len(sources)} sources and {len(targets)} targets."
+        )
+    return sources, targets
+
+
+def _one_line(text, width=160):
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+class _BatchRange(keras.callbacks.Callback):
+    """Knows which steps of the data a callback's batch was."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._first = batch
+
+    def _steps(self, batch):
+        """One step, or those of `steps_per_execution` that the epoch still had."""
+        steps = self.params["steps"] or batch + 1
+        return range(self._first, max(self._first, min(batch, steps - 1)) + 1)
+
+
+class StopOnNaN(_BatchRange):
+    """End `fit` at the first batch whose loss is NaN or infinite, and say which.
+
+    Args:
+        data: has `rows(step) -> list of the data's rows or None`, as the datasets that
+            `fit` makes do; `None` leaves the rows out of the message.
+
+    Raises:
+        FloatingPointError: at the end of that batch.
+    """
+
+    def __init__(self, data=None):
+        super().__init__()
+        self.data = data
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The mean of the epoch so far: bad from the first bad batch on.
+        loss = float((logs or {}).get("loss", 0.0))
+        if math.isfinite(loss):
+            return
+        steps = self._steps(batch)
+        name = f"batch {steps[0] + 1}"
+        if len(steps) > 1:
+            name = f"one of the batches {steps[0] + 1} to {steps[-1] + 1}"
+        raise FloatingPointError(
+            f"The loss is {loss} at {name} of epoch {self._epoch + 1}"
+            f"{self._rows(steps)}. Look for a broken row there; if there is none, the "
+            "update before was too large. The weights are spoilt by now: load the last "
+            "backup or preset. Then try a lower learning rate, an optimizer with "
+            "`global_clipnorm=1.0`, or dtype 'float32' or 'mixed_bfloat16'."
+        )
+
+    def _rows(self, steps):
+        found = [] if self.data is None else map(self.data.rows, steps)
+        rows = [int(row) for batch in found for row in batch or ()]
+        if not rows:
+            return ""
+        more = f" and {len(rows) - 64} more" if len(rows) > 64 else ""
+        return f" (rows {', '.join(map(str, rows[:64]))}{more} of the data)"
+
+
+class TrainingReport(_BatchRange):
+    """Tokens per second and the share of padding, in progress bar and history.
+
+    Both are of the epoch so far. The first batch of every size is left out of the
+    rate: it may have been compiled. Time between epochs (validation, saving) does not
+    count. Callbacks that log these numbers come after this one in the list.
+
+    Args:
+        data: has `counts(step) -> (tokens, positions)`: real tokens of a batch, source
+            and target together, and all positions that were computed; both 0 where
+            that is not known, which leaves the numbers out.
+
+    Raises:
+        ValueError: for data without `counts`.
+    """
+
+    def __init__(self, data):
+        super().__init__()
+        if not hasattr(data, "counts"):
+            raise ValueError(
+                f"`data` must have a method `counts(step)`; got {type(data).__name__}."
+            )
+        self.data = data
+        self._sizes = set()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._all = np.zeros(3)  # Tokens, positions, seconds.
+        self._timed = np.zeros(3)  # The same, without what may have been compiled.
+        self._time = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        now = time.perf_counter()
+        counts = [tuple(self.data.counts(step)) for step in self._steps(batch)]
+        amount = np.array([*np.sum(counts, axis=0), now - self._time])
+        self._time = now
+        self._all += amount
+        sizes = {positions for _, positions in counts}
+        if sizes <= self._sizes:
+            self._timed += amount
+        self._sizes |= sizes
+        logs.update(self._numbers())
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update(self._numbers())
+
+    def _numbers(self):
+        tokens, positions, _ = self._all
+        if not positions:  # Arrays without padding masks: nothing to tell.
+            return {}
+        timed, _, seconds = self._timed if self._timed[2] else self._all
+        return {
+            "tokens_per_second": float(timed / max(seconds, 1e-9)),
+            "padding": float(1 - tokens / positions),
+        }
+
+
+class SaveBest(keras.callbacks.Callback):
+    """Keep the model of the best epoch as a preset.
+
+    The value lies in the preset's `best.json`, saved together with the weights: a run
+    that is resumed, or started again in that folder, replaces the model only by a
+    better one. A value that is not finite is never the best.
+
+    Args:
+        folder: path of the preset.
+        monitor: name in the logs.
+        mode: `"min"`, `"max"`, or `"auto"`: known for the loss, perplexity, accuracy,
+            ROUGE, BLEU, chrF and exact match.
+
+    Raises:
+        ValueError: for a mode that is unknown or cannot be told from the name, or a
+            folder that holds the best by another number.
+    """
+
+    def __init__(self, folder, monitor="val_loss", mode="auto"):
+        super().__init__()
+        self.folder = Path(folder)
+        self.monitor = monitor
+        self.mode = _mode(monitor, mode)
+        self.best = None
+        finish(self.folder)
+        path = self.folder / _BEST_FILE
+        if path.exists():
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            found = (noted["monitor"], noted["mode"])
+            if found != (self.monitor, self.mode):
+                raise ValueError(
+                    f"`folder` {folder} holds the best model by {found}; got `monitor` "
+                    f"and `mode` {(self.monitor, self.mode)}. Take another folder."
+                )
+            self.best = noted["value"]
+
+    def on_train_begin(self, logs=None):
+        self._warned = False
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.monitor not in logs:
+            if not self._warned:
+                warnings.warn(
+                    f"SaveBest saves nothing: {self.monitor!r} is not in the logs, "
+                    f"which have {', '.join(sorted(logs))}.",
+                    stacklevel=2,
+                )
+            self._warned = True
+            return
+        value = float(logs[self.monitor])
+        if not math.isfinite(value) or not self._is_better(value):
+            return
+        noted = {"monitor": self.monitor, "mode": self.mode}
+        noted |= {"value": value, "epoch": epoch}
+        with atomic_folder(self.folder) as staging:
+            self.model.save_to_preset(staging)
+            text = json.dumps(noted, indent=4) + "\n"
+            (staging / _BEST_FILE).write_text(text, encoding="utf-8")
+        self.best = value
+
+    def _is_better(self, value):
+        if self.best is None:
+            return True
+        return value < self.best if self.mode == "min" else value > self.best
+
+
+def _mode(monitor, mode):
+    if mode in ("min", "max"):
+        return mode
+    name = monitor.removeprefix("val_")
+    if mode == "auto" and name in ("loss", "perplexity"):
+        return "min"
+    larger = ("accuracy", "rouge", "bleu", "chrf", "exact_match")
+    if mode == "auto" and name.startswith(larger):
+        return "max"
+    raise ValueError(
+        "`mode` must be 'min' or 'max', or 'auto' for a known `monitor`; got "
+        f"{mode!r} for {monitor!r}."
+    )

@@ -1,0 +1,140 @@
+"""Low-rank adapters (arXiv 2106.09685), by part of the model."""
+
+import h5py
+import keras
+
+from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
+
+# What a part is: folders of the layer's path, and its layers adapted by default.
+PARTS = {
+    "encoder": (("encoder", "self_attention"), ("query", "value")),
+    "decoder": (("decoder", "self_attention"), ("query", "value")),
+    "cross_attention": (("cross_attention",), ("query", "value")),
+    "mlp": (("mlp",), ("gate", "up", "down")),
+    "embeddings": (("token_embedding",), ("token_embedding",)),
+}
+
+
+def enable(backbone, rank, names=None, parts=None):
+    """Freeze all weights and put adapters beside some of them.
+
+    Args:
+        backbone: a `Backbone`.
+        rank: inner size of the adapters, at least 1.
+        names: names of layers; `None` is the default of the parts.
+        parts: names of `PARTS`; `None` is every layer with one of the names.
+
+    Raises:
+        ValueError: for a rank below 1, or what matches no layer.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"`rank` must be a whole number >= 1; got {rank!r}.")
+    if isinstance(parts, str) or (parts is not None and set(parts) - set(PARTS)):
+        raise ValueError(f"`parts` must be a list among {list(PARTS)}; got {parts!r}.")
+    if parts is None and names is None:
+        names = backbone.default_lora_layer_names()
+    candidates = _candidates(backbone)
+    known = {layer.name for layer in candidates}
+    if names is not None and set(names) - known:
+        raise ValueError(
+            f"`target_layer_names` must be among {sorted(known)}; got {names!r}."
+        )
+
+    def is_chosen(layer):
+        if parts is None:
+            return layer.name in names
+        folders = layer.path.split("/")
+        return any(
+            set(PARTS[part][0]) <= set(folders)
+            and layer.name in (names or PARTS[part][1])
+            for part in parts
+        )
+
+    chosen = [layer for layer in candidates if is_chosen(layer)]
+    if not chosen:
+        raise ValueError(
+            f"No layer is in `parts` {parts!r} and in `target_layer_names` {names!r}."
+        )
+    _enable(backbone, rank, chosen)
+
+
+def save(backbone, path):
+    """Write rank and adapters of every adapted layer into an HDF5 file.
+
+    Raises:
+        ValueError: when there are none, or for another ending than `.lora.h5`.
+    """
+    adapted = [layer for layer in _candidates(backbone) if layer.lora_enabled]
+    if not adapted:
+        raise ValueError("The model has no adapters: call `enable_lora(rank)` first.")
+    if not str(path).endswith(".lora.h5"):
+        raise ValueError(f"`filepath` must end in '.lora.h5'; got {str(path)!r}.")
+    with h5py.File(path, "w") as file:
+        for layer in adapted:
+            group = file.create_group(_key(layer))
+            group.attrs["rank"] = layer.lora_rank
+            group.attrs["alpha"] = layer.lora_alpha
+            for variable in _adapters(layer):
+                array = keras.ops.convert_to_numpy(variable)
+                group.create_dataset(variable.name, data=array)
+
+
+def load(backbone, path):
+    """Read adapters of `save`, onto the same layers, adapted first if need be.
+
+    Raises:
+        ValueError: when the file's layers or ranks are not the model's.
+    """
+    layers = {_key(layer): layer for layer in _candidates(backbone)}
+    with h5py.File(path) as file:
+        groups = {}
+
+        def note(key, item):
+            if "rank" in item.attrs:
+                groups[key] = item
+
+        file.visititems(note)
+        unknown = sorted(set(groups) - set(layers))
+        if unknown or not groups:
+            raise ValueError(
+                f"{str(path)!r} has adapters of {unknown[:3] or 'no'} layers that the "
+                "model has not: it belongs to another model."
+            )
+        adapted = {key for key, layer in layers.items() if layer.lora_enabled}
+        ranks = {int(group.attrs["rank"]) for group in groups.values()}
+        if not adapted:
+            _enable(backbone, ranks.pop(), [layers[key] for key in groups])
+        elif adapted != set(groups) or ranks != {layers[k].lora_rank for k in adapted}:
+            raise ValueError(
+                f"The model's adapters are not those of {str(path)!r}: the file has "
+                f"{len(groups)} of rank {sorted(ranks)}, the model {len(adapted)}. "
+                "Load it into a model without adapters."
+            )
+        for key, group in groups.items():
+            layers[key].lora_alpha = group.attrs["alpha"].item()
+            for variable in _adapters(layers[key]):
+                variable.assign(group[variable.name][()])
+
+
+def _candidates(backbone):
+    layers = backbone._flatten_layers(include_self=False)
+    return [layer for layer in layers if isinstance(layer, Projection | TokenEmbedding)]
+
+
+def _enable(backbone, rank, chosen):
+    for layer in backbone._flatten_layers(include_self=False):
+        layer.trainable = False
+    for layer in chosen:
+        layer.trainable = True
+        layer.enable_lora(rank)
+
+
+def _adapters(layer):
+    return [v for v in layer.variables if v.name.startswith("lora_")]
+
+
+def _key(layer):
+    """The layer's path from its tower on, whatever the model is called."""
+    folders = layer.path.split("/")
+    tower = next(f for f in folders if f in ("encoder", "decoder"))
+    return "/".join(folders[folders.index(tower) :])

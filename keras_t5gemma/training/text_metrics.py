@@ -1,0 +1,161 @@
+"""Numbers for what was written: ROUGE, BLEU, chrF, exact match, a user's own."""
+
+import importlib
+import math
+
+import numpy as np
+
+_RESAMPLES = 400
+
+
+def score_texts(predictions, references, metrics=("rouge",)):
+    """How good answers are, with the error of each number.
+
+    Args:
+        predictions: list of strings, what a model wrote.
+        references: list of as many strings, what it should have written.
+        metrics: a metric or a list of them, as in `text_metric`.
+
+    Returns:
+        `{"rougeL": {"mean": 31.2, "standard_error": 0.6}, ...}`. The error is that of
+        the mean over rows for ROUGE and exact match, of the bootstrap for BLEU and
+        chrF; `None` for a single row and for a user's function.
+
+    Raises:
+        ValueError: for no rows, lists of unequal length, or an unknown metric.
+        ImportError: for a metric whose library is not installed, with its name.
+    """
+    predictions, references = list(predictions), list(references)
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            "`predictions` and `references` must have as many rows, and at least one; "
+            f"got {len(predictions)} and {len(references)}."
+        )
+    scores = {}
+    for function in text_metrics(metrics).values():
+        scores |= function(predictions, references)
+    return scores
+
+
+def text_metrics(metrics):
+    """`{name: text_metric(metric)}` of a metric or a list of them.
+
+    Raises:
+        ValueError: for none, an unknown one, or two of one name.
+        ImportError: see `text_metric`.
+    """
+    if isinstance(metrics, str) or callable(metrics):
+        metrics = [metrics]
+    names = [_name(metric) for metric in metrics]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"`metrics` must be one or more of different names; got {names}."
+        )
+    return {n: text_metric(m) for n, m in zip(names, metrics, strict=True)}
+
+
+def text_metric(metric):
+    """A metric by its name, or a user's function, in one form.
+
+    Args:
+        metric: `"rouge"` (rouge1, rouge2, rougeL: F1 x 100 with stemmer, the mean over
+            rows, by rouge-score), `"bleu"`, `"chrf"` (of the corpus, by sacrebleu),
+            `"exact_match"` (x 100, white space around the text ignored); or a
+            function `f(predictions, references)` of two lists of strings that
+            returns a number or a dict of numbers.
+
+    Returns:
+        `(predictions, references) -> {name: {"mean": float, "standard_error": float
+        or None}}`.
+
+    Raises:
+        ValueError: for an unknown name.
+        ImportError: for a metric whose library is not installed, with its name.
+    """
+    if callable(metric):
+        return _of_user(metric)
+    if not isinstance(metric, str) or metric not in _METRICS:
+        raise ValueError(
+            f"`metrics` must be among {', '.join(_METRICS)}, or a function "
+            f"(predictions, references) -> number or dict of numbers; got {metric!r}."
+        )
+    return _METRICS[metric]()
+
+
+def _name(metric):
+    if callable(metric):
+        return getattr(metric, "__name__", type(metric).__name__)
+    return metric
+
+
+def _of_user(function):
+    def score(predictions, references):
+        result = function(predictions, references)
+        if not isinstance(result, dict):
+            result = {_name(function): result}
+        return {
+            name: {"mean": float(value), "standard_error": None}
+            for name, value in result.items()
+        }
+
+    return score
+
+
+def _mean(shares):
+    """Of one share a row, x 100, with its standard error."""
+    shares = 100 * np.asarray(shares, "float64")
+    error = None
+    if len(shares) > 1:
+        error = float(shares.std(ddof=1) / math.sqrt(len(shares)))
+    return {"mean": float(shares.mean()), "standard_error": error}
+
+
+def _rouge():
+    names = ("rouge1", "rouge2", "rougeL")
+    module = _import("rouge_score.rouge_scorer", "rouge-score")
+    scorer = module.RougeScorer(names, use_stemmer=True)
+
+    def score(predictions, references):
+        pairs = zip(references, predictions, strict=True)
+        rows = [scorer.score(*pair) for pair in pairs]
+        return {name: _mean([row[name].fmeasure for row in rows]) for name in names}
+
+    return score
+
+
+def _exact_match():
+    def score(predictions, references):
+        pairs = zip(predictions, references, strict=True)
+        return {"exact_match": _mean([p.strip() == r.strip() for p, r in pairs])}
+
+    return score
+
+
+def _of_corpus(name, kind):
+    """A metric of sacrebleu, whose bootstrap has a fixed seed."""
+    metric = getattr(_import("sacrebleu.metrics", "sacrebleu"), kind)()
+
+    def score(predictions, references):
+        result = metric.corpus_score(predictions, [references], n_bootstrap=_RESAMPLES)
+        # Half the width of the 95 % interval is 1.96 standard errors.
+        error = result._ci / 1.96 if len(predictions) > 1 else None
+        return {name: {"mean": float(result.score), "standard_error": error}}
+
+    return score
+
+
+_METRICS = {
+    "rouge": _rouge,
+    "bleu": lambda: _of_corpus("bleu", "BLEU"),
+    "chrf": lambda: _of_corpus("chrf", "CHRF"),
+    "exact_match": _exact_match,
+}
+
+
+def _import(module, package):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"This metric needs {package}: pip install {package}"
+        ) from error
