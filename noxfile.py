@@ -1,5 +1,7 @@
 """The tests as CI runs them: `nox` alone runs everything, `nox -l` lists."""
 
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -16,6 +18,7 @@ PINNED = {
     "jax": "jax==0.10.2",
     "tensorflow": "tensorflow==2.21.0",
 }
+GUIDES = Path("guides").glob("*.py")
 # Without dependencies: its metadata asks for TensorFlow whatever the backend.
 KERAS_HUB = ("--no-deps", "keras-hub==0.32.0")
 
@@ -59,11 +62,20 @@ def without_tensorflow(session, backend):
         "tests/test_preprocessor.py",
         "tests/test_generate.py",
         "tests/test_fit.py",
+        "tests/test_batches.py",
+        "tests/test_files.py",
         "tests/test_presets.py",
         "tests/test_cli.py",
         *session.posargs,
         env={"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},
     )
+
+
+@nox.session
+def notebooks(session):
+    """The guides as notebooks, in `guides/`; nobody keeps them in the repository."""
+    session.install("jupytext>=1.16")
+    session.run("jupytext", "--to", "notebook", *sorted(map(str, GUIDES)))
 
 
 @nox.session

@@ -1,6 +1,7 @@
 """Time and peak memory of a training step at S-S size, against the peers.
 
     python benchmarks/train.py [--folder F] [--batch 4] [--source 256] [--target 128]
+    python benchmarks/train.py --grow train.png --peers "keras_t5gemma torch" ...
 
 Loads a transformers folder of 312,517,632 random float32 weights (made where there is
 none) in a fresh process a peer, and trains with AdamW on random ids without padding:
@@ -10,6 +11,9 @@ s a step      mean over the steps, the first left out.
 peak GB       highest resident size of the process.
 above GB      of it above weights, gradients and two moments (5.0 GB) and above what
               the process held before it loaded the model (`base`: the imports).
+
+"remat" is `compile(rematerialize=True)`. `--grow` measures batches of 1, 2 and 4 and
+targets of 64, 128 and 256 tokens, and draws the memory above.
 """
 
 import argparse
@@ -24,7 +28,9 @@ from pathlib import Path
 import load
 import numpy as np
 
-PEERS = (*load.PEERS, "keras_hub tensorflow")
+REMAT = tuple(f"keras_t5gemma {b} remat" for b in ("jax", "torch", "tensorflow"))
+PEERS = (*load.PEERS, "keras_hub tensorflow", *REMAT)
+GROWTH = {"batch": (1, 2, 4), "target": (64, 128, 256)}
 PARAMETERS = 312_517_632
 STATE = 4 * 4 * PARAMETERS  # Weights, gradients, two moments, in float32.
 
@@ -44,7 +50,7 @@ def make_batches(steps, args):
     return x, target[:, 1:]
 
 
-def keras_trainer(library, args):
+def keras_trainer(library, args, rematerialize=False):
     """A function of the number of steps that trains as long."""
     import keras
 
@@ -61,7 +67,7 @@ def keras_trainer(library, args):
 
         backbone = keras_t5gemma.Backbone.from_preset(args.folder)
         model = keras_t5gemma.Seq2SeqLM(backbone)
-        model.compile(optimizer=optimizer)
+        model.compile(optimizer=optimizer, rematerialize=rematerialize)
 
     def train(steps):
         x, y = make_batches(steps, args)
@@ -98,12 +104,15 @@ def transformers_trainer(args):
 
 def measure(peer, args):
     """Train in this process; print the results as JSON."""
-    library, backend = peer.split()
+    library, backend, *options = peer.split()
     os.environ["KERAS_BACKEND"] = backend
     __import__(library)
     base = load.peak()
     is_keras = library.startswith("keras")
-    train = keras_trainer(library, args) if is_keras else transformers_trainer(args)
+    if is_keras:
+        train = keras_trainer(library, args, *map(bool, options))
+    else:
+        train = transformers_trainer(args)
     start = time.perf_counter()
     train(1)
     first = time.perf_counter() - start
@@ -115,6 +124,61 @@ def measure(peer, args):
     )
 
 
+def run(peer, args, **changes):
+    """The results of one peer in a process of its own, or what it failed with."""
+    command = [sys.executable, __file__, "--worker", peer]
+    for name in ("folder", "batch", "source", "target", "steps"):
+        command += [f"--{name}", str(changes.get(name, getattr(args, name)))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["killed"])[-1][:60]
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    result["above"] = result["peak"] - STATE - result["base"]
+    return result
+
+
+def compare(args):
+    """A table, a row a peer."""
+    print("| peer | s a step | first step s | peak GB | base GB | above GB |")
+    print("|---" * 6 + "|")
+    for peer in args.peers:
+        r = run(peer, args)
+        if isinstance(r, str):
+            print(f"| {peer} | failed: {r} | | | | |", flush=True)
+            continue
+        print(
+            f"| {peer} | {r['step']:.1f} | {r['first']:.1f} | {r['peak'] / 1e9:.1f} "
+            f"| {r['base'] / 1e9:.1f} | {r['above'] / 1e9:.1f} |",
+            flush=True,
+        )
+
+
+def grow(args):
+    """A table and a picture of the memory, by batch and by length of the target."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    print(
+        "| peer | " + " | ".join(f"{k} {n}" for k in GROWTH for n in GROWTH[k]) + " |"
+    )
+    print("|---" * 7 + "|")
+    panels = dict(zip(GROWTH, figure.subplots(1, 2, sharey=True), strict=True))
+    for peer in args.peers:
+        cells = []
+        for name, sizes in GROWTH.items():
+            runs = [run(peer, args, **{name: size}) for size in sizes]
+            above = [np.nan if isinstance(r, str) else r["above"] / 1e9 for r in runs]
+            cells += [f"{gb:.1f}" for gb in above]
+            panels[name].plot(sizes, above, marker="o", label=peer)
+        print(f"| {peer} | " + " | ".join(cells) + " |", flush=True)
+    labels = {"batch": "pairs a batch", "target": "decoder tokens"}
+    for name, panel in panels.items():
+        panel.set(xlabel=labels[name], xticks=GROWTH[name], ylim=(0, None))
+    panels["batch"].set_ylabel("GB above weights, gradients, moments")
+    panels["batch"].legend()
+    figure.savefig(args.grow)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path)
@@ -123,6 +187,7 @@ def main():
     parser.add_argument("--source", type=int, default=256, help="tokens")
     parser.add_argument("--target", type=int, default=128, help="tokens")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--grow", metavar="PICTURE", help="measure growth and draw it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -132,25 +197,7 @@ def main():
         if args.folder is None:
             args.folder = Path(scratch)
             load.make_folder(args.folder)
-        print("| peer | s a step | first step s | peak GB | base GB | above GB |")
-        print("|---" * 6 + "|")
-        for peer in args.peers:
-            command = [sys.executable, __file__, "--worker", peer]
-            for name in ("folder", "batch", "source", "target", "steps"):
-                command += [f"--{name}", str(getattr(args, name))]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                why = done.stderr.strip().splitlines() or ["killed"]
-                print(f"| {peer} | failed: {why[-1][:60]} | | | | |", flush=True)
-                continue
-            r = json.loads(done.stdout.strip().splitlines()[-1])
-            above = r["peak"] - STATE - r["base"]
-            print(
-                f"| {peer} | {r['step']:.1f} | {r['first']:.1f} "
-                f"| {r['peak'] / 1e9:.1f} | {r['base'] / 1e9:.1f} "
-                f"| {above / 1e9:.1f} |",
-                flush=True,
-            )
+        grow(args) if args.grow else compare(args)
 
 
 if __name__ == "__main__":

@@ -184,10 +184,13 @@ else:
 def megabytes(model):
     """Of all weights as they are held."""
     sizes = {"float32": 4, "int32": 4, "bfloat16": 2, "int8": 1}
-    return sum(
-        sizes[keras.backend.standardize_dtype(v.dtype)] * keras.ops.size(v)
-        for v in model.weights
-    ) / float(1e6)
+    return (
+        sum(
+            sizes[keras.backend.standardize_dtype(v.dtype)] * keras.ops.size(v)
+            for v in model.weights
+        )
+        / 1e6
+    )
 
 
 before = megabytes(model)
@@ -206,15 +209,16 @@ for old, new in zip(beams, int8, strict=True):
 # **2B-2B on one GPU.** `from_preset("t5gemma_2b_2b_prefixlm_it", dtype="bfloat16")`.
 # It has 5.6 billion parameters, 2 bytes each: 5.6 x 2 = 11.2 GB, so a card of 16 GB
 # does. With `quantize("int8")` it is 5.6 GB. The cache of a row is small beside that:
-# 52 x 2 arrays (self- and cross-attention of 26 layers) of 4 heads x 256 numbers x 2
-# bytes is 0.2 MB a token, 0.11 GB for 512 tokens. Eight rows: 0.9 GB.
+# keys and values of 26 layers, 4 heads x 256 numbers x 2 bytes, are 26 x 2 x 2,048
+# bytes = 0.1 MB for each token of the source and each of the answer. A row of 512 + 512
+# tokens takes 0.11 GB, eight such rows 0.9 GB.
 #
 # **9B-2B.** `from_preset("t5gemma_9b_2b_prefixlm_it", dtype="bfloat16")`. 12.3 billion
-# parameters: 12.3 x 2 = 24.6 GB, a card of 40 GB, or 12.3 GB in int8. Reading is done by
-# the 9B encoder, once; writing costs what the 2B decoder costs. That makes it a good
-# choice for long sources with short answers.
+# parameters: 12.3 x 2 = 24.6 GB, a card of 40 GB, or 12.3 GB in int8. The 9B encoder
+# reads, once; writing costs what the 2B decoder costs. That makes it a good choice for
+# long sources with short answers.
 #
-# The instruction-tuned presets (`_it`) expect turns around the text. Their preprocessor
-# puts them there: `Seq2SeqLMPreprocessor(..., template="instruction")`.
+# The instruction-tuned presets (`_it`) expect turns around the text. `from_preset`
+# knows that by their name and puts them there (`template="instruction"`).
 #
 # On the command line: `keras-t5gemma generate --preset NAME --sampler beam "A text"`.

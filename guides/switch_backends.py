@@ -42,7 +42,7 @@ Path("runs").mkdir(exist_ok=True)
 # target, and prints what it found as one line of JSON.
 
 # %%
-SCRIPT = '''
+SCRIPT = """
 import json
 import sys
 
@@ -65,7 +65,7 @@ result = {
 if save_to:
     model.save_to_preset(save_to)
 print(json.dumps(result))
-'''
+"""
 
 
 def run(backend, preset, save_to=""):
@@ -132,8 +132,8 @@ print(f"loaded model differs by at most {difference(first, loaded):.1e}")
 #
 # All three train and generate. JAX compiles most and is fastest once it has compiled;
 # it is the one for TPUs. PyTorch starts fastest and fits into PyTorch code and data
-# loaders. TensorFlow fits into `tf.data` and its export formats. `benchmarks/RESULTS.md`
-# has measurements of this package.
+# loaders. TensorFlow fits into `tf.data` and its export formats. Measurements are in
+# `benchmarks/RESULTS.md`.
 #
 # What stays the same: names, presets, saved files, answers. What differs: the stream of
 # random numbers (a seed gives the same sample again on the same backend, not on

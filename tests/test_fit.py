@@ -266,7 +266,7 @@ def test_empty_targets_are_reported_before_training(fresh):
         fresh.fit(SOURCES[:8], targets, batch_size=8, epochs=2, verbose=0)
     with pytest.warns(UserWarning, match=message):
         fresh.evaluate([(SOURCES[:8], targets)], verbose=0)
-    assert len(seen) == 1
+    assert sum("empty" in str(w.message) for w in seen) == 1
     fresh.score(SOURCES[0], "")
 
 

@@ -124,7 +124,7 @@ class DecoderBlock(_Block):
             memory: encoder output `(B, S, D of the encoder)`, or `None` when
                 `cross_cache` holds its keys and values.
             attention_mask: boolean self-attention mask, `(B, T, S)`.
-            cross_mask: boolean `(B, 1, S)`.
+            cross_mask: boolean, broadcastable to `(B, T, S)`.
             angles: rotary angles of the T new positions.
             cache: this layer's self-attention `(key, value)`, or `None`.
             cross_cache: this layer's cross-attention `(key, value)`, or `None`; B

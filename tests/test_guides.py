@@ -1,0 +1,168 @@
+"""The guides run as scripts and reach what they say; notebooks can be made of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_t5gemma as kt
+
+FOLDER = Path(__file__).parent.parent / "guides"
+GUIDES = sorted(path.stem for path in FOLDER.glob("*.py"))
+TIMEOUT = 600  # Seconds; a guide takes one to two minutes on a machine that is free.
+
+# The guides run on the backend that starts fastest, once.
+runs_here = pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="guides are run on PyTorch only"
+)
+
+
+def source(name):
+    return (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+
+
+def cells(name):
+    """`(kind, text)` of each cell of a guide in jupytext's percent format."""
+    parts = re.split(r"^# %%(.*)\n", source(name), flags=re.M)[1:]
+    kinds = ["markdown" if "[markdown]" in head else "code" for head in parts[::2]]
+    return list(zip(kinds, parts[1::2], strict=True))
+
+
+def run(name, folder, **environment):
+    """What a guide prints."""
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py")],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Ours, and those that tell a user to change something.
+    assert "UserWarning" not in done.stderr, done.stderr[-3000:]
+    return done.stdout
+
+
+def numbers(pattern, text):
+    """The numbers that the groups of a pattern found."""
+    match = re.search(pattern, text)
+    assert match, f"{pattern!r} is not in:\n{text[-2000:]}"
+    return [float(group) for group in match.groups()]
+
+
+@runs_here
+def test_generate(tmp_path):
+    printed = run("generate", tmp_path)
+    assert "same answer alone and in a batch: True" in printed
+    assert "best candidate: library to read and write JSON files" in printed
+    for prompt in ("library to", "tool that", "C code for"):
+        assert re.search(rf"^{prompt} \w+", printed, re.M)
+    before, after = numbers(r"([\d.]+) MB in float32, ([\d.]+) MB in int8", printed)
+    assert before == pytest.approx(4 * 9.44, abs=0.1)  # 9.44 million parameters.
+    assert after < 0.3 * before
+    drawn = (tmp_path / "runs/lengths.png").exists()
+    assert drawn != ("pip install matplotlib" in printed)
+
+
+@runs_here
+def test_finetune_summarisation(tmp_path):
+    printed = run("finetune_summarisation", tmp_path)
+    first, best = numbers(r"validation loss: ([\d.]+) .* ([\d.]+) at best", printed)
+    assert best < first
+    before, after = numbers(r"in house style: (\d+) % before, (\d+) % after", printed)
+    assert after >= before + 50
+    folder = tmp_path / "runs/summarisation"
+    kept = json.loads((folder / "best/best.json").read_text())
+    assert kept["value"] == pytest.approx(best, abs=0.006)  # Printed with two digits.
+    assert not (folder / "backup").exists()
+    drawn = (folder / "curves.png").exists()
+    assert drawn != ("pip install matplotlib" in printed)
+
+
+@runs_here
+def test_finetune_translation_lora(tmp_path):
+    printed = run("finetune_translation_lora", tmp_path)
+    first, last = numbers(r"training loss: ([\d.]+) .* ([\d.]+) in the last", printed)
+    assert last < 0.6 * first
+    assert "the preset is unchanged: True" in printed
+    assert "base with adapters answers alike: True" in printed
+    assert "merged preset answers alike: True" in printed
+    folder = tmp_path / "runs/translation"
+    assert (folder / "italian.lora.h5").stat().st_size < 10e6
+    assert (folder / "merged/config.json").exists()
+
+
+@runs_here
+def test_switch_backends(tmp_path):
+    printed = run("switch_backends", tmp_path)
+    assert "torch" in printed.splitlines()[0]
+    assert "answers agree: True" in printed
+    (difference,) = numbers(r"loaded model differs by at most (\S+)", printed)
+    assert difference < 1e-3
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_cells_are_whole_and_say_what_the_guide_shows(name):
+    found = cells(name)
+    kinds = [kind for kind, _ in found]
+    assert kinds[0] == "markdown" and {"markdown", "code"} == set(kinds)
+    for kind, text in found:
+        if kind == "code":
+            compile(text, name, "exec")  # A cell of a notebook runs by itself.
+        else:
+            assert all(line.startswith("#") for line in text.split("\n") if line)
+    prose = " ".join(text for kind, text in found if kind == "markdown")
+    for words in ("What this shows", "2B-2B on one GPU", "9B-2B", " GB"):
+        assert words in prose
+    for preset in re.findall(r"t5gemma_\w+b_\w+_\w+", prose):
+        assert preset in [entry.name for entry in kt.presets()]
+    assert f"[{name}.py]({name}.py)" in (FOLDER / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune_summarisation", "finetune_translation_lora"]
+)
+def test_data_of_ones_own(name, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"source": f"text {i}", "target": f"answer {i}"} for i in range(25)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (cell,) = [text for kind, text in cells(name) if "PAIRS = " in text]
+    names = {"os": os, "keras_t5gemma": kt}
+    exec(cell, names)
+    own = len(names["train"]["encoder_text"]) + len(names["valid"]["encoder_text"])
+    assert own == names["PAIRS"].count(" => ")
+    monkeypatch.setenv("GUIDE_DATA", str(file))
+    exec(cell, names)
+    together = names["train"]["decoder_text"] + names["valid"]["decoder_text"]
+    assert together == [row["target"] for row in rows]
+    held_out = names["VALID_ROWS"]
+    assert f"{25 - held_out} pairs to learn, {held_out}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_notebook_can_be_made(name):
+    jupytext = pytest.importorskip("jupytext")
+    notebook = jupytext.reads(source(name), fmt="py:percent")
+    made = [(c.cell_type, c.source.strip()) for c in notebook.cells]
+    assert [kind for kind, _ in made] == [kind for kind, _ in cells(name)]
+    for (kind, ours), (_, theirs) in zip(cells(name), made, strict=True):
+        if kind == "code":
+            assert ours.strip() == theirs
+    assert jupytext.writes(notebook, fmt="ipynb").startswith("{")
+
+
+def test_counts_in_the_text_are_those_of_the_models():
+    def billions(encoder, decoder):
+        return kt.T5GemmaConfig.pair(encoder, decoder).count_params() / 1e9
+
+    prose = {name: source(name) for name in GUIDES}
+    assert round(billions("2b", "2b"), 1) == 5.6
+    assert round(billions("9b", "2b"), 1) == 12.3
+    for text in prose.values():
+        assert "5.6" in text and "12.3" in text
