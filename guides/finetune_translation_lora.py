@@ -152,7 +152,7 @@ print(f"{learns:,} weights learn, beside {sum(map(np.size, before)):,} that do n
 # rate about ten times that of full fine-tuning, with a warm-up and a cosine to zero.
 
 # %%
-EPOCHS, BATCH = 15, 8
+EPOCHS, BATCH = 10, 8
 steps = EPOCHS * math.ceil(len(train["encoder_text"]) / BATCH)
 rate = keras.optimizers.schedules.CosineDecay(
     0.0, steps, warmup_target=3e-3, warmup_steps=steps // 10

@@ -31,7 +31,7 @@ from pathlib import Path
 
 backends = [
     name
-    for name in ("torch", "jax", "tensorflow")
+    for name in ("torch", "tensorflow", "jax")
     if importlib.util.find_spec(name) is not None
 ]
 print("installed:", ", ".join(backends))

@@ -8,6 +8,7 @@ import pytest
 from keras_t5gemma.text.batches import as_columns
 from keras_t5gemma.text.files import read_pairs
 
+pytestmark = pytest.mark.one_backend
 ROWS = [("A fox\nand a dog", 'say "hi"'), ("", "b, c\td"), ("Größe", "")]
 PAIRS = {"encoder_text": [s for s, _ in ROWS], "decoder_text": [t for _, t in ROWS]}
 OBJECTS = [{"source": s, "target": t, "id": i} for i, (s, t) in enumerate(ROWS)]

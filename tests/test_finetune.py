@@ -1,6 +1,7 @@
 import csv
 import inspect
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -29,6 +30,28 @@ OPTIONS = FIELDS | {
     "max_length": 6,
     "verbose": 0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """The runs below are of the same programs."""
+    if keras.config.backend() != "jax":
+        yield
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    kt.cache_compiled_programs(tmp_path_factory.mktemp("programs"))
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def write_rows(path, rows):
@@ -126,7 +149,7 @@ def test_a_stopped_run_goes_on(run, files, tmp_path, monkeypatch):
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             steps.append(batch)
-            if len(steps) == 5:
+            if len(steps) == 4:
                 raise KeyboardInterrupt
 
     steps = []
@@ -153,7 +176,7 @@ def test_a_stopped_run_goes_on(run, files, tmp_path, monkeypatch):
         patch.setattr(module, "_callbacks", lambda *args: [*make(*args), Stop()])
         with pytest.raises(OSError, match="the disk is full"):
             finetune(**arguments)
-    assert len(steps) == 5 + 2  # A backup was made after the fourth.
+    assert len(steps) == 4 + 4  # The last backup was made after the second.
     with monkeypatch.context() as patch:
         patch.setattr(module, "_answers", fail)
         with pytest.raises(OSError, match="the disk is full"):
@@ -170,6 +193,7 @@ def test_a_stopped_run_goes_on(run, files, tmp_path, monkeypatch):
         assert {k: v for k, v in row.items() if k not in speed} == {
             k: v for k, v in expected.items() if k not in speed
         }
+    assert folder.samples.read_text() == run.samples.read_text()
     with pytest.raises(ValueError, match="finished run; pass `overwrite`"):
         finetune(**arguments)
 
@@ -207,7 +231,7 @@ def logits(model):
     return numpy(model(x))
 
 
-def test_adapters_averaged_packed_accumulated(files, tmp_path, monkeypatch):
+def test_adapters_averaged_packed_accumulated(run, files, tmp_path, monkeypatch):
     """What is measured, what is kept and what was trained are one model."""
     base = tensors(files["preset"])
     saved = []
@@ -223,6 +247,7 @@ def test_adapters_averaged_packed_accumulated(files, tmp_path, monkeypatch):
         "lora_parts": ["decoder"],
         "batching": "packed",
         "batch_size": 1,
+        "steps_per_epoch": 3,
         "max_steps": 5,
         "gradient_accumulation_steps": 2,
         "ema_momentum": 0.5,
@@ -230,13 +255,18 @@ def test_adapters_averaged_packed_accumulated(files, tmp_path, monkeypatch):
         "schedule": "cosine",
         "label_smoothing": 0.1,
         "metrics": "bleu",
+        "monitor": "val_perplexity",
+        "overwrite": True,
     }
     arguments = files | OPTIONS | options
     del arguments["test"]
-    scores = finetune(**arguments, output=tmp_path)
-    folder = run_folder.RunFolder(tmp_path)
-    best = min(row["val_loss"] for row in read_log(folder))
-    assert scores["valid"]["loss"]["mean"] == pytest.approx(best, abs=1e-4)
+    folder = run_folder.RunFolder(tmp_path / "run")
+    shutil.copytree(run.path, folder.path)
+    scores = finetune(**arguments, output=folder.path)
+    log = read_log(folder)
+    assert [row["epoch"] for row in log] == [0, 1]
+    best = min(row["val_perplexity"] for row in log)
+    assert scores["valid"]["perplexity"]["mean"] == pytest.approx(best, rel=1e-4)
     assert set(scores) == {"valid"} and "bleu" in scores["valid"]
 
     merged = kt.Seq2SeqLM.from_preset(folder.preset)

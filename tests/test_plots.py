@@ -6,6 +6,7 @@ import pytest
 
 from keras_t5gemma.training.plots import plot_history
 
+pytestmark = pytest.mark.one_backend
 HISTORY = {
     "padding": [0.3, 0.3, 0.3],
     "accuracy": [0.1, 0.3, 0.4],

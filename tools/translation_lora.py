@@ -22,9 +22,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 
 import keras_t5gemma as kt
-from keras_t5gemma.training.backup import BackupAndRestore
-from keras_t5gemma.training.callbacks import GenerationMetrics
-from keras_t5gemma.training.text_metrics import score_texts
 
 PRESET = "t5gemma_mini_synopsis"
 PROJECTIONS = ["query", "key", "value", "output", "gate", "up", "down"]
@@ -93,9 +90,9 @@ def main():
         steps_per_epoch=args.steps // args.epochs,
         validation_data=tuple(column[:320] for column in valid),
         callbacks=[
-            GenerationMetrics(*valid, METRICS, max_rows=100, examples=3),
+            kt.callbacks.GenerationMetrics(*valid, METRICS, max_rows=100, examples=3),
             keras.callbacks.CSVLogger(str(args.run / "log.csv"), append=True),
-            BackupAndRestore(args.run / "backup", save_freq=100),
+            kt.callbacks.BackupAndRestore(args.run / "backup", save_freq=100),
         ],
         verbose=2,
     )
@@ -104,24 +101,36 @@ def main():
     model.save_to_preset(args.run / "preset")
     (args.run / "history.json").write_text(json.dumps(history.history))
 
-    answers = {
-        "copying the source": test[0],
-        "greedy": model.generate(test[0], batch_size=64),
-        "4 beams": model.generate(test[0], batch_size=64, num_beams=4),
+    evaluate(model, test, args, start)
+
+
+def evaluate(model, test, args, start):
+    """Scores of copying and of the model, printed and written as they come."""
+    sources, references = test
+    writers = {
+        "copying the source": lambda: sources,
+        "greedy": lambda: model.generate(sources, batch_size=64),
+        "4 beams": lambda: model.generate(sources, batch_size=64, num_beams=4),
     }
-    scores = {k: score_texts(v, test[1], METRICS) for k, v in answers.items()}
-    print(f"| {len(test[0])} test rows | BLEU | chrF |\n|---|---|---|")
-    for name, row in scores.items():
-        cells = [f"{s['mean']:.1f} ± {s['standard_error']:.1f}" for s in row.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
-    columns = zip(*test, answers["4 beams"], strict=True)
-    for source, reference, answer in list(columns)[:12]:
-        print(f"{source}\n  reference  {reference}\n  answer     {answer}")
-    minutes = [(time.time() - start[0]) / 60, (time.process_time() - start[1]) / 60]
-    print(f"{minutes[0]:.1f} minutes, {minutes[1]:.1f} of processor time")
-    report = {"settings": vars(args), "minutes": minutes, "scores": scores}
-    text = json.dumps(report | {"answers": answers["4 beams"]}, default=str, indent=1)
-    (args.run / "report.json").write_text(text)
+    report = {"settings": vars(args), "scores": {}}
+    print(f"| {len(sources)} test rows | BLEU | chrF |\n|---|---|---|", flush=True)
+    for name, write in writers.items():
+        answers = write()
+        scores = kt.score_texts(answers, references, METRICS)
+        cells = [
+            f"{s['mean']:.1f} ± {s['standard_error']:.1f}" for s in scores.values()
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        report["scores"][name] = scores
+        report["minutes"] = (time.time() - start[0]) / 60
+        report["processor minutes"] = (time.process_time() - start[1]) / 60
+        report["answers"] = list(zip(sources, references, answers, strict=True))
+        text = json.dumps(report, default=str, indent=1, ensure_ascii=False)
+        (args.run / "report.json").write_text(text, encoding="utf-8")
+    for row in report["answers"][:12]:
+        print("\n  ".join(row))
+    minutes = report["minutes"], report["processor minutes"]
+    print("{:.1f} minutes since the start, {:.1f} of processor time".format(*minutes))
 
 
 if __name__ == "__main__":

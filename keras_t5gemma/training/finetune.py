@@ -167,9 +167,9 @@ def _train(o, folder, data, config, clear):
         loss=TokenCrossEntropy(o.label_smoothing),
         rematerialize=o.rematerialize,
     )
+    folder.begin(config, clear)
     log = keras.callbacks.CSVLogger(folder.log, append=True)
     callbacks = _callbacks(o, folder, data.get("valid"), log)
-    folder.begin(config, clear)
     try:
         model.fit(
             data["train"],
@@ -296,13 +296,14 @@ def _score(o, folder, data, config):
     with contextlib.suppress(ImportError):  # `_report` says how to get it.
         plot_history(folder.log, folder.curves)
     dtype = None if o.quantize else o.dtype
-    scores = {}
-    if len(data) > 1:
+    scores, answers = {}, {}
+    measured = [split for split in data if split != "train"]
+    if measured:
         model = Seq2SeqLM.from_preset(folder.preset, dtype=dtype)
         model.compile(loss=TokenCrossEntropy(o.label_smoothing))
-    for split in [split for split in data if split != "train"]:
+    for split in measured:
         pairs = data[split]
-        answers = _answers(o, model, pairs["encoder_text"], split)
+        answers[split] = _answers(o, model, pairs["encoder_text"], split)
         logs = model.evaluate(
             pairs,
             batch_size=o.batch_size,
@@ -314,8 +315,9 @@ def _score(o, folder, data, config):
             name: {"mean": logs[name], "standard_error": None}
             for name in ("loss", "accuracy", "perplexity")
         }
-        scores[split] |= score_texts(answers, pairs["decoder_text"], o.metrics)
-        folder.add_samples(split, pairs, answers)
+        scores[split] |= score_texts(answers[split], pairs["decoder_text"], o.metrics)
+    for split in measured:
+        folder.add_samples(split, data[split], answers[split])
     write_model_card(folder.preset, **_card(o, config, scores))
     run_folder.write_json(folder.scores, scores)
     return scores

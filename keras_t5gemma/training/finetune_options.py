@@ -23,6 +23,7 @@ _CHOICES = {
     "quantize": (None, "int8", "int4"),
     "freeze": (None, "encoder", "decoder"),
     "mode": ("auto", "min", "max"),
+    "verbose": ("auto", 0, 1, 2),
 }
 _COUNTS = (
     "batch_size",
@@ -96,13 +97,19 @@ def check(o):
 
 
 def _check_monitor(o):
-    metrics = [o.metrics] if isinstance(o.metrics, str) else o.metrics
-    if callable(metrics) or any(map(callable, metrics)):
-        return  # What a user's function names its numbers is known when it has run.
-    scores = score_texts(["a"], ["a"], metrics)
-    known = [f"val_{name}" for name in ("loss", "accuracy", "perplexity", *scores)]
-    if o.monitor not in known:
-        raise ValueError(f"`monitor` must be one of {known}; got {o.monitor!r}.")
+    metrics = [o.metrics] if isinstance(o.metrics, str) or callable(o.metrics) else []
+    metrics = metrics or list(o.metrics)
+    named = [metric for metric in metrics if isinstance(metric, str)]
+    known = ["val_loss", "val_accuracy", "val_perplexity"]
+    if named:
+        known += [f"val_{name}" for name in score_texts(["a"], ["a"], named)]
+    # What a user's function calls its numbers is known when it has run.
+    is_theirs = len(named) < len(metrics) and o.mode != "auto"
+    if o.monitor not in known and not is_theirs:
+        raise ValueError(
+            f"`monitor` must be one of {known}, or with a `mode` a number of your own "
+            f"function; got {o.monitor!r}."
+        )
 
 
 def add_options(parser, function):

@@ -101,6 +101,25 @@ class RunFolder:
             for file in (self.scores, self.samples, self.curves, self.log, self.config):
                 file.unlink(missing_ok=True)
         write_json(self.config, config)
+        self._forget_what_comes_again()
+
+    def _forget_what_comes_again(self):
+        """Drop what was logged after the last backup, and a line that was cut off."""
+        if self.backup.is_dir():
+            finish(self.backup)
+        epoch = _read_json(self.backup / "progress.json").get("epoch", 0)
+
+        def stays(line):
+            try:
+                found = json.loads(line if line.startswith("{") else line.split(",")[0])
+            except ValueError:
+                return line.startswith("epoch,")  # The header of the log.
+            return (found["epoch"] if isinstance(found, dict) else found) < epoch
+
+        for path in (self.log, self.samples):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                _write(path, "".join(filter(stays, lines)) if epoch else "")
 
     def make_preset(self, model):
         """The result, all of it or none: the best model if one was kept, else this."""
@@ -200,10 +219,14 @@ def describe(options, data):
 
 def write_json(path, value):
     """A JSON file, replaced as a whole or not at all."""
+    _write(path, json.dumps(value, indent=4, ensure_ascii=False) + "\n")
+
+
+def _write(path, text):
     staged = path.with_name(f".{path.name}.saving")
     try:
         with open(staged, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=4, ensure_ascii=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
