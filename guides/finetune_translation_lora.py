@@ -21,7 +21,7 @@
 # an Italian word is several of its pieces. The few dozen pairs below are too few to
 # teach Italian. In a minute or two on two processor cores you see the machinery: the
 # loss falls, the base stays as it is, the adapters come and go. "On real data" below
-# says what the same code did with 42,000 pairs.
+# says what came of 42,000 pairs.
 #
 # `pip install sacrebleu` for the metrics; `pip install matplotlib` for the curves, if
 # you want to see them.
@@ -227,7 +227,20 @@ for name, other in (("base with adapters", base), ("merged preset", merged)):
 # %% [markdown]
 # ## On real data
 #
-# REAL
+# Adapters of rank 32 on all seven projections of every block and on the embeddings,
+# trained on synopses of Debian packages: 900 steps of 32 out of 42,405 pairs, learning
+# rate 2e-3, 23 minutes of one processor core with the evaluation. BLEU and chrF with
+# bootstrap standard errors on 1,000 test rows:
+#
+# | | BLEU | chrF |
+# |---|---|---|
+# | copying the source | 8.2 ± 0.5 | 38.7 ± 0.4 |
+# | LoRA, greedy | 15.2 ± 0.9 | 40.0 ± 0.6 |
+# | LoRA, 4 beams | 20.7 ± 0.7 | 42.6 ± 0.6 |
+#
+# Well above copying, and far from good: it knows the frequent phrases (`file di
+# sviluppo`, `documentazione`) and invents words for the rest. The script is
+# `tools/translation_lora.py`.
 #
 # ## Your own data
 #

@@ -75,10 +75,10 @@ def uninterrupted(proto):
     return values(model), numbers(history)
 
 
-# In the first epoch, between two backups; in the second, twice.
+# In the first epoch, between two backups and just before its end; in the second.
 def test_ends_in_the_same_bits(proto, uninterrupted, tmp_path):
     expected, history = uninterrupted
-    for place in ((0, 5), (1, 9)):
+    for place in ((0, 5), (0, 5), (1, 5)):
         with pytest.raises(KeyboardInterrupt):
             fit(make_model(proto), tmp_path, [Stop(*place)])
         assert (tmp_path / "state.h5").exists()

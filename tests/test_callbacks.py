@@ -255,7 +255,9 @@ def test_nan_stops_with_its_rows(steps_per_execution, message):
 def test_nan_of_the_token_loss(model):
     weights = np.ones(len(SOURCES))
     weights[6] = np.nan
-    with pytest.raises(FloatingPointError, match=r"batch 2 of epoch 1 \(rows 4, 5, 6, 7 of"):
+    with pytest.raises(
+        FloatingPointError, match=r"batch 2 of epoch 1 \(rows 4, 5, 6, 7 of"
+    ):
         fit(model, sample_weight=weights, callbacks=[StopOnNaN()])
 
 

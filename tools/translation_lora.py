@@ -51,13 +51,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path, help="folder of en-it.*.jsonl.gz")
     parser.add_argument("--run", type=Path, default=Path("runs/translation"))
-    parser.add_argument(
-        "--method", choices=("lora", "lora+embeddings", "full"), default="lora"
-    )
+    methods = ("lora", "lora+embeddings", "full")
+    parser.add_argument("--method", choices=methods, default="lora+embeddings")
     parser.add_argument("--kind", choices=("short", "para"), default="short")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--epochs", type=int, default=4, help="parts of the steps")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--epochs", type=int, default=3, help="parts of the steps")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3, help="highest")
     parser.add_argument("--test-rows", type=int, default=1000)

@@ -281,8 +281,8 @@ class Seq2SeqLM(TokenTask):
             callbacks.append(backup)  # It keeps what the others have logged.
         if isinstance(data["x"], Epochs):
             dataset, data["x"] = data["x"], any_width(data["x"])
-            first = [follow(dataset), TrainingReport(dataset), StopOnNaN(dataset)]
-            callbacks = first + callbacks
+            report = [TrainingReport(dataset), StopOnNaN(dataset)]
+            callbacks = [follow(dataset, data["x"]), *report, *callbacks]
         else:
             callbacks = [StopOnNaN(), *callbacks]
         with self._report_truncation():

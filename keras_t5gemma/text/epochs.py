@@ -104,11 +104,38 @@ def draw_seed():
     return int(np.random.randint(2**31))
 
 
-def follow(dataset):
-    """The callback of `fit` that tells a dataset which epoch comes."""
-    return keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: dataset.set_epoch(epoch)
-    )
+def follow(dataset, adapter=None):
+    """The callback of `fit` that tells a dataset which epoch comes.
+
+    Args:
+        dataset: an `Epochs`.
+        adapter: what `any_width` made of it.
+    """
+    return _Follow(dataset, adapter)
+
+
+class _Follow(keras.callbacks.Callback):
+    def __init__(self, dataset, adapter):
+        super().__init__()
+        self.dataset = dataset
+        self.adapter = None if adapter is dataset else adapter
+        self.has_stopped = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.dataset.set_epoch(epoch)
+
+    def on_train_batch_end(self, batch, logs=None):
+        # On TensorFlow Keras asks for the batches that are left out, and what it gets
+        # at the end of the data moves the weights once more.
+        is_short = self.dataset.skipped and self.adapter is not None
+        if is_short and batch + 1 >= self.dataset.num_batches:
+            self.has_stopped = not self.model.stop_training
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.has_stopped:
+            self.model.stop_training = self.has_stopped = False
+            self.adapter.on_epoch_end()
 
 
 def any_width(dataset):

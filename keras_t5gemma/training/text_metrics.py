@@ -138,7 +138,7 @@ def _of_corpus(name, kind):
     def score(predictions, references):
         result = metric.corpus_score(predictions, [references], n_bootstrap=_RESAMPLES)
         # Half the width of the 95 % interval is 1.96 standard errors.
-        error = result._ci / 1.96 if len(predictions) > 1 else None
+        error = float(result._ci) / 1.96 if len(predictions) > 1 else None
         return {name: {"mean": float(result.score), "standard_error": error}}
 
     return score

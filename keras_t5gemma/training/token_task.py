@@ -121,11 +121,11 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
         """Loss, accuracy and perplexity so far."""
         if not isinstance(y_pred, dict):
             return super().compute_metrics(x, y, y_pred, sample_weight)
-        weights = _weights(y_pred["losses"], sample_weight)
-        loss, accuracy, perplexity = self.token_metrics
-        loss.update_state(y_pred["losses"], weights)
-        accuracy.update_state(y_pred["hits"], weights)
-        perplexity.update_state(-y_pred["log_probs"], weights)
+        weights = ops.reshape(_weights(y_pred["losses"], sample_weight), (-1,))
+        values = (y_pred["losses"], y_pred["hits"], -y_pred["log_probs"])
+        for metric, value in zip(self.token_metrics, values, strict=True):
+            # One row: Keras would take the mean of each row first.
+            metric.update_state(ops.reshape(value, (-1,)), weights)
         return self.get_metrics_result()
 
 
