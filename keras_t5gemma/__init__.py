@@ -22,6 +22,7 @@ from keras_t5gemma.text.preprocessor import (
 )
 from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer
 from keras_t5gemma.training import callbacks as callbacks
+from keras_t5gemma.training.finetune import finetune as finetune
 from keras_t5gemma.training.losses import TokenCrossEntropy as TokenCrossEntropy
 from keras_t5gemma.training.plots import plot_history as plot_history
 from keras_t5gemma.training.text_metrics import score_texts as score_texts

@@ -201,6 +201,7 @@ def test_scores_of_a_corpus():
         resampled.append(sacrebleu.corpus_bleu(texts[0], [texts[1]]).score)
     assert scores["bleu"]["standard_error"] == pytest.approx(np.std(resampled), rel=0.2)
     assert scores == score_texts(predictions, references, ["bleu", "chrf"])
+    assert json.loads(json.dumps(scores)) == scores  # Numbers of Python's own.
 
 
 def test_metrics_of_a_user():

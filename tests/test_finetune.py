@@ -15,6 +15,8 @@ from keras_t5gemma.training import finetune as module
 from keras_t5gemma.training import run_folder
 from keras_t5gemma.training.finetune import finetune
 
+# Its parts have tests on every backend.
+pytestmark = pytest.mark.one_backend
 ROWS = [
     {"text": f"{s} {i}", "summary": s.split()[-1]} for i in range(2) for s in SENTENCES
 ]
