@@ -42,7 +42,7 @@ def test_dropout_changes_from_step_to_step():
     losses, _ = train(keras.optimizers.SGD(0.0), 0.2)
     assert abs(losses[0] - losses[1]) > 1e-4
     losses, _ = train(keras.optimizers.SGD(0.0))
-    assert losses[0] == losses[1]
+    assert abs(losses[0] - losses[1]) < 1e-5  # Rounding alone.
 
 
 def test_rematerialisation_is_saved_with_compile():
