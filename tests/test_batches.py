@@ -10,7 +10,6 @@ from keras_t5gemma.text.batches import (
     MappedBatches,
     StreamBatches,
     fit_arguments,
-    start_at,
 )
 from keras_t5gemma.text.epochs import any_width, follow
 from keras_t5gemma.text.text_batches import BATCHINGS, TextBatches
@@ -207,10 +206,10 @@ def test_fit_goes_on_in_the_middle_of_an_epoch(model, early):
 
     rows = Rows(batches)
     begin = keras.callbacks.LambdaCallback(
-        on_train_begin=lambda logs: start_at(batches, 1, 7)
+        on_train_begin=lambda logs: batches.start_at(1, 7)
     )
     if early:
-        start_at(batches, 1, 7)
+        batches.start_at(1, 7)
     keras.Model.fit(
         model,
         any_width(batches),
@@ -299,10 +298,10 @@ def test_shuffled_batches_of_a_user(preprocessor):
 def test_what_cannot_go_on_says_so(preprocessor):
     batches = TextBatches(preprocessor, PAIRS, batch_size=5)
     with pytest.raises(ValueError, match=r"`batch` must be in \[0, 7\).*got 7"):
-        start_at(batches, 0, 7)
+        batches.start_at(0, 7)
     generator = fit_arguments(preprocessor, 480, (b for b in stream_of_seven()))["x"]
-    with pytest.raises(ValueError, match="iterated over again; `x` is a generator"):
-        start_at(generator, 0, 1)
+    with pytest.raises(ValueError, match="gone through again; got generator"):
+        kt.callbacks.BackupAndRestore("nowhere").restore(None, generator)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import keras_hub
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.modeling import lora
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 
 
@@ -141,6 +142,18 @@ class Backbone(keras_hub.models.Backbone):
             super().quantize(mode, filters=filters, **kwargs)
         finally:
             gc.unfreeze()
+
+    def enable_lora(self, rank, target_layer_names=None, parts=None):
+        """Freeze the model and put adapters into it; see `Seq2SeqLM.enable_lora`."""
+        lora.enable(self, rank, target_layer_names, parts)
+
+    def save_lora_weights(self, filepath):
+        """Write the adapters alone, to a path that ends in `.lora.h5`."""
+        lora.save(self, filepath)
+
+    def load_lora_weights(self, filepath):
+        """Read adapters of `save_lora_weights`, onto the layers they came from."""
+        lora.load(self, filepath)
 
     def default_lora_layer_names(self):
         """Query and value projections, of self- and cross-attention."""

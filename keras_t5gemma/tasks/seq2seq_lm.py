@@ -17,7 +17,6 @@ from keras_t5gemma.modeling.backbone import Backbone, track_parameters
 from keras_t5gemma.text.batches import fit_arguments
 from keras_t5gemma.text.epochs import Epochs, any_width, follow
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
-from keras_t5gemma.training import lora
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
 from keras_t5gemma.training.losses import TokenCrossEntropy
@@ -537,16 +536,16 @@ class Seq2SeqLM(TokenTask):
         Raises:
             ValueError: for a rank below 1, or names that match no layer.
         """
-        lora.enable(self.backbone, rank, target_layer_names, parts)
+        self.backbone.enable_lora(rank, target_layer_names, parts)
         self._forget_compiled()
 
     def save_lora_weights(self, filepath):
         """Write the adapters alone, to a path that ends in `.lora.h5`."""
-        lora.save(self.backbone, filepath)
+        self.backbone.save_lora_weights(filepath)
 
     def load_lora_weights(self, filepath):
         """Read adapters of `save_lora_weights`, onto the layers they came from."""
-        lora.load(self.backbone, filepath)
+        self.backbone.load_lora_weights(filepath)
         self._forget_compiled()
 
     def quantize(self, mode=None, **kwargs):

@@ -223,20 +223,6 @@ def stream(preprocessor, batches, steps=None, name="x"):
     return (map_batch(preprocessor, batch) for batch in batches), steps
 
 
-def start_at(data, epoch, batch):
-    """`Epochs.start_at` of what `fit_arguments` made of a user's data.
-
-    Raises:
-        ValueError: for what cannot be started again.
-    """
-    if not isinstance(data, Epochs):
-        raise ValueError(
-            "Training can only go on in the middle of text pairs, or of batches that "
-            f"can be iterated over again; `x` is a {type(data).__name__}."
-        )
-    data.start_at(epoch, batch)
-
-
 def _length(batches, name):
     cardinality = getattr(batches, "cardinality", None)
     if cardinality is not None and int(cardinality()) == -1:

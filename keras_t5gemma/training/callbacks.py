@@ -334,10 +334,13 @@ class SaveBest(keras.callbacks.Callback):
         noted = {"monitor": self.monitor, "mode": self.mode}
         noted |= {"value": value, "epoch": epoch}
         with atomic_folder(self.folder) as staging:
-            self.model.save_to_preset(staging)
+            self._save(staging)
             text = json.dumps(noted, indent=4) + "\n"
             (staging / _BEST_FILE).write_text(text, encoding="utf-8")
         self.best = value
+
+    def _save(self, folder):
+        self.model.save_to_preset(folder)
 
     def _is_better(self, value):
         if self.best is None:

@@ -240,7 +240,6 @@ def _optimizer(o, steps):
             warmup_steps=o.warmup_steps,
         )
     arguments = {
-        "name": "optimizer",  # A backup knows its variables by it.
         "learning_rate": rate,
         "weight_decay": o.weight_decay or None,
     }

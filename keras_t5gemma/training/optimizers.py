@@ -29,8 +29,7 @@ def check_optimizer(optimizer, dtype):
 def update_in_place(optimizer):
     """On PyTorch, let its fused kernel do the arithmetic of Keras's Adam and AdamW.
 
-    Keras's own step holds four more copies of all weights, and takes six times as
-    long as it takes to read them.
+    Keras's own step works on whole lists of weights, with several more copies of them.
     """
     # Not a subclass's: its step may be another.
     is_adam = type(optimizer).__module__.endswith((".torch_adam", ".torch_adamw"))

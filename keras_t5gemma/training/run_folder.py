@@ -170,19 +170,8 @@ class MakePreset(keras.callbacks.Callback):
 class SaveBestOfRun(SaveBest):
     """`SaveBest`, that keeps the adapters too."""
 
-    def set_model(self, model):
-        super().set_model(_WithAdapters(model))
-
-
-class _WithAdapters:
-    def __init__(self, model):
-        self._model = model
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-    def save_to_preset(self, folder):
-        save_model(self._model, folder)
+    def _save(self, folder):
+        save_model(self.model, folder)
 
 
 def save_model(model, folder):
