@@ -1,4 +1,4 @@
-"""`fit` and `evaluate` of a task whose logits are never whole."""
+"""Training steps of a task whose logits are never whole."""
 
 import keras
 import keras_hub
