@@ -156,10 +156,12 @@ def test_full_disk_keeps_the_last_backup(proto, uninterrupted, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             fit(make_model(proto), tmp_path, [Stop(0, 7)])
     monkeypatch.undo()
+    (tmp_path / "notes.txt").write_text("not the backup's")
     model = make_model(proto)
     fit(model, tmp_path)
     for ours, value in zip(values(model), uninterrupted[0], strict=True):
         assert (ours == value).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_refuses(proto, tmp_path):
@@ -173,6 +175,9 @@ def test_refuses(proto, tmp_path):
     backup = BackupAndRestore(tmp_path)
     with pytest.raises(ValueError, match="other data"):
         make_model(proto).fit(SOURCES, TARGETS, batch_size=5, callbacks=[backup])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="must be a folder.*file is a file"):
+        fit(make_model(proto), tmp_path / "file")
     with pytest.raises(ValueError, match="known places.*generator"):
         batches = ((s, t) for s, t in [(SOURCES, TARGETS)])
         make_model(proto).fit(batches, callbacks=[backup], steps_per_epoch=1)

@@ -137,6 +137,9 @@ def test_refuses_adapters_of_another_place(tmp_path):
     with pytest.raises(ValueError, match="end in '.lora.h5'.*x.h5"):
         model.save_lora_weights(tmp_path / "x.h5")
     model.save_lora_weights(tmp_path / "x.lora.h5")
+    (tmp_path / "text.lora.h5").write_text("adapters")
+    with pytest.raises(ValueError, match="text.lora.h5' is no file of"):
+        model.load_lora_weights(tmp_path / "text.lora.h5")
     other = make_model()
     other.enable_lora(2, parts=["decoder"])
     with pytest.raises(ValueError, match="the file has 6 of rank"):

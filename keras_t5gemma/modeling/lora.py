@@ -1,5 +1,7 @@
 """Low-rank adapters (arXiv 2106.09685), by part of the model."""
 
+import os
+
 import h5py
 import keras
 
@@ -86,6 +88,8 @@ def load(backbone, path):
         ValueError: when the file's layers or ranks are not the model's.
     """
     layers = {_key(layer): layer for layer in _candidates(backbone)}
+    if os.path.exists(path) and not h5py.is_hdf5(path):
+        raise ValueError(f"{str(path)!r} is no file of `save_lora_weights`.")
     with h5py.File(path) as file:
         groups = {}
 

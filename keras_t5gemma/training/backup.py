@@ -1,8 +1,8 @@
 """A training that a kill interrupts goes on to the same weights."""
 
+import contextlib
 import json
 import math
-import shutil
 import warnings
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     Unlike Keras's callback of this name it also keeps the place in the data, the
     random state, the metrics of the epoch so far, and adapters apart from their base:
-    on the same backend a resumed run ends in the same bits. The folder is removed when
+    on the same backend a resumed run ends in the same bits. The backup is removed when
     the training ends. A backup happens as a whole or not at all; when the disk is
     full there is a warning, the last backup stays and the training goes on. After a
     NaN nothing is saved.
@@ -70,6 +70,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._unsaved, self._in_epoch, self._metrics = 0, 0, None
         if self.folder.is_dir():
             finish(self.folder)
+        elif self.folder.exists():
+            raise ValueError(f"`folder` must be a folder; {self.folder} is a file.")
         if not (self.folder / _PROGRESS).exists():
             return None
         text = (self.folder / _PROGRESS).read_text(encoding="utf-8")
@@ -118,7 +120,10 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._save(epoch + 1, 0)
 
     def on_train_end(self, logs=None):
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for name in (_STATE, _PROGRESS):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Other files may lie there.
+            self.folder.rmdir()
 
     def _save(self, epoch, batch):
         self._unsaved = 0
