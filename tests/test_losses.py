@@ -81,7 +81,7 @@ def value_and_gradients(function, states, table, **options):
     ],
 )
 def test_values_and_gradients_are_the_plain_losses(monkeypatch, part, options):
-    monkeypatch.setattr(losses, "_PART", part)
+    monkeypatch.setattr(losses, "_logits_at_once", lambda _: part)
     arrays = [ops.convert_to_tensor(a) for a in (STATES, TABLE)]
     got = value_and_gradients(losses.token_losses, *arrays, **options)
     expected = value_and_gradients(plain, *arrays, **options)
@@ -91,7 +91,7 @@ def test_values_and_gradients_are_the_plain_losses(monkeypatch, part, options):
 
 
 def test_bfloat16_to_its_precision(monkeypatch):
-    monkeypatch.setattr(losses, "_PART", TOKENS * 32)
+    monkeypatch.setattr(losses, "_logits_at_once", lambda _: TOKENS * 32)
     exact = [ops.convert_to_tensor(a) for a in (STATES, TABLE)]
     rounded = [ops.cast(a, "bfloat16") for a in exact]
     got = value_and_gradients(losses.token_losses, *rounded, cap=5.0)
@@ -120,7 +120,7 @@ def test_a_frozen_table_gets_no_gradient():
     [(256_000, 512, 8), (256_000, 65_536, 1024), (480, 16, 1), (8191, 2**20, 1)],
 )
 def test_parts_divide_the_vocabulary(size, tokens, parts):
-    assert losses._parts(size, tokens) == parts
+    assert losses._parts(size, tokens, 2**24) == parts
     assert size % parts == 0
 
 
@@ -130,7 +130,7 @@ def test_the_logits_are_never_whole(monkeypatch):
         pytest.skip("JAX tells what a program makes.")
     import jax
 
-    monkeypatch.setattr(losses, "_PART", TOKENS * 6)
+    monkeypatch.setattr(losses, "_logits_at_once", lambda _: TOKENS * 6)
 
     def total(states, table):
         return losses.token_losses(states, table, LABELS, cap=5.0)[0].sum()
@@ -186,7 +186,7 @@ def test_fit_and_evaluate_are_those_with_logits(make, monkeypatch, options, prep
     class OnLogits(kt.TokenCrossEntropy):
         """Of the same numbers; the task hands it the logits."""
 
-    monkeypatch.setattr(losses, "_PART", 2000)
+    monkeypatch.setattr(losses, "_logits_at_once", lambda _: 2000)
     results = []
     for loss in (kt.TokenCrossEntropy(**options), OnLogits(**options)):
         model = make(loss, prepare)

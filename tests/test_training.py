@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import enlarge, numpy, random_inputs, tiny_config
+from keras import ops
 
 import keras_t5gemma as kt
 from keras_t5gemma.training.optimizers import update_in_place
@@ -80,23 +81,23 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
         assert np.abs(ours - theirs).max() < 1e-5
 
 
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="PyTorch's kernel")
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="XLA fuses Keras's own")
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_fused_kernel_is_keras_adam(name):
     """Gradients as small as epsilon, where it matters what that is added to."""
-    import torch
 
     def run(fused):
         optimizer = getattr(keras.optimizers, name)(1e-2, weight_decay=0.1)
         if fused:
             update_in_place(optimizer)
-            assert "_backend_update_step" in vars(optimizer)
+            assert {"_backend_update_step", "update_step"} & set(vars(optimizer))
         rng = np.random.default_rng(0)
         values = rng.normal(size=(3, 50)).astype("float32")
         variables = [keras.Variable(value) for value in values]
         for _ in range(5):
             gradients = (1e-7 * rng.normal(size=(3, 50))).astype("float32")
-            optimizer.apply(list(torch.from_numpy(gradients)), variables)
+            gradients = [ops.convert_to_tensor(gradient) for gradient in gradients]
+            optimizer.apply(gradients, variables)
         return np.stack([v.numpy() for v in variables]) - values
 
     expected, found = run(False), run(True)
@@ -110,7 +111,7 @@ def test_only_kerass_own_adam_is_replaced():
 
     for optimizer in (Mine(), keras.optimizers.Adam(amsgrad=True)):
         update_in_place(optimizer)
-        assert "_backend_update_step" not in vars(optimizer)
+        assert not {"_backend_update_step", "update_step"} & set(vars(optimizer))
 
 
 def test_a_second_fit_with_moving_averages():

@@ -10,8 +10,6 @@ import math
 import keras
 from keras import ops
 
-_PART = 2**24  # Logits at a time: 64 MiB of float32.
-
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TokenCrossEntropy(keras.losses.Loss):
@@ -102,7 +100,7 @@ def token_losses(
         no other logit is above the label's.
     """
     size, width = table.shape
-    parts = _parts(size, states.shape[0])
+    parts = _parts(size, states.shape[0], _logits_at_once(states))
     step = size // parts
     labels = ops.cast(labels, "int32")
 
@@ -162,6 +160,8 @@ def token_losses(
         by_states, by_table = _loop(parts, add, start)
         return ops.cast(by_states, states.dtype), by_table
 
+    read, gradients = _compiled(read), _compiled(gradients)
+
     def compute(states, table=table):
         results, normaliser = read(states, table)
 
@@ -177,11 +177,38 @@ def token_losses(
     return tuple(results[:, i] for i in range(3))
 
 
-def _parts(size, tokens):
+def _logits_at_once(states):
+    """What a CPU's cache holds (4 MiB of float32), or what fills a GPU."""
+    if keras.config.backend() == "torch":
+        on_cpu = states.device.type == "cpu"
+    elif keras.config.backend() == "jax":
+        import jax
+
+        on_cpu = jax.default_backend() == "cpu"
+    else:
+        import tensorflow as tf
+
+        on_cpu = not tf.config.list_logical_devices("GPU")
+    return 2**20 if on_cpu else 2**24
+
+
+def _parts(size, tokens, at_once):
     """Into how many equal parts to cut a vocabulary: a power of two, if it can be."""
-    tokens = tokens or 2**13  # Unknown while a TensorFlow function is traced.
-    wanted = 1 << max(0, (tokens * size - 1) // _PART).bit_length()
+    tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
+    wanted = 1 << max(0, (tokens * size - 1) // at_once).bit_length()
     return math.gcd(size, wanted)
+
+
+def _compiled(function):
+    """By XLA where Keras is TensorFlow: on a CPU its other kernels take twice as long.
+
+    Keras itself asks for XLA on JAX, and on TensorFlow only where there is a GPU.
+    """
+    if keras.config.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def _loop(count, body, state):

@@ -27,18 +27,26 @@ def check_optimizer(optimizer, dtype):
 
 
 def update_in_place(optimizer):
-    """On PyTorch, let its fused kernel do the arithmetic of Keras's Adam and AdamW.
+    """Let the backend's fused kernel do the arithmetic of Keras's Adam and AdamW.
 
-    Keras's own step works on whole lists of weights, with several more copies of them.
+    Keras's own step makes several copies of the weights: on PyTorch of all of them, on
+    TensorFlow of one after the other. XLA fuses them by itself on JAX.
     """
+    kind = type(optimizer)
     # Not a subclass's: its step may be another.
-    is_adam = type(optimizer).__module__.endswith((".torch_adam", ".torch_adamw"))
-    if is_adam and not optimizer.amsgrad:
-        step = functools.partial(_fused_adam_step, optimizer)
+    is_adam = kind in (keras.optimizers.Adam, keras.optimizers.AdamW)
+    is_adam |= kind.__module__.endswith((".torch_adam", ".torch_adamw"))
+    if not is_adam or optimizer.amsgrad:
+        return
+    if keras.config.backend() == "torch":
+        step = functools.partial(_fused_adam_on_torch, optimizer)
         optimizer._backend_update_step = step
+    elif keras.config.backend() == "tensorflow":
+        step = functools.partial(_fused_adam_on_tensorflow, optimizer)
+        optimizer.update_step = step
 
 
-def _fused_adam_step(optimizer, gradients, variables, learning_rate):
+def _fused_adam_on_torch(optimizer, gradients, variables, learning_rate):
     import torch
 
     count = int(optimizer.iterations) + 1
@@ -61,6 +69,30 @@ def _fused_adam_step(optimizer, gradients, variables, learning_rate):
             amsgrad=False,
             maximize=False,
         )
+
+
+def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
+    import tensorflow as tf
+
+    if tf.distribute.has_strategy():  # Where a variable has no handle of its own.
+        return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
+    count = tf.cast(optimizer.iterations.value, "float32") + 1
+    numbers = {
+        "beta1_power": tf.pow(optimizer.beta_1, count),
+        "beta2_power": tf.pow(optimizer.beta_2, count),
+        "lr": learning_rate,
+        "beta1": optimizer.beta_1,
+        "beta2": optimizer.beta_2,
+        "epsilon": optimizer.epsilon,
+    }
+    place = optimizer._get_variable_index(variable)
+    tf.raw_ops.ResourceApplyAdam(
+        var=variable.handle,
+        m=optimizer._momentums[place].value.handle,
+        v=optimizer._velocities[place].value.handle,
+        grad=tf.cast(gradient, variable.dtype),
+        **{name: tf.cast(value, variable.dtype) for name, value in numbers.items()},
+    )
 
 
 def separate_averages(optimizer):
