@@ -135,6 +135,13 @@ def test_the_folder_of_a_run(run, files):
     best = min(log, key=lambda row: row["val_loss"])
     assert scores["valid"]["loss"]["mean"] == pytest.approx(best["val_loss"], abs=1e-4)
     assert scores["valid"]["rougeL"]["standard_error"] is not None
+    preprocessor = kt.Seq2SeqLMPreprocessor.from_preset(files["preset"])
+    base = kt.Seq2SeqLM.from_preset(files["preset"], preprocessor=preprocessor)
+    answers = base.generate([row["text"] for row in ROWS[:5]], 6)
+    before = kt.score_texts(answers, [row["summary"] for row in ROWS[:5]], ["rouge"])
+    before = before["rougeL"]["mean"]
+    assert scores["valid"]["rougeL"]["before"] == pytest.approx(before)
+    assert scores["valid"]["loss"]["before"] > scores["valid"]["loss"]["mean"]
     hits = [row["answer"].strip() == row["reference"] for row in samples[-3:]]
     assert scores["test"]["exact_match"]["mean"] == pytest.approx(100 * np.mean(hits))
     model = kt.Seq2SeqLM.from_preset(run.preset)
@@ -143,6 +150,7 @@ def test_the_folder_of_a_run(run, files):
 
     card = (run.preset / "README.md").read_text()
     assert "| batch_size | 4 |" in card and "| test rougeL |" in card
+    assert "| measure | value | standard error | base |" in card
     assert config["data"]["train"]["sha256"] in card
     assert str(run.path.parent) not in card and files["train"] not in card
 

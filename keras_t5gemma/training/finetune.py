@@ -126,7 +126,8 @@ def finetune(
 
     Returns:
         What is in `scores.json`: `{"valid": {"loss": {"mean": 1.2, "standard_error":
-        None}, ...}, "test": ...}`, of the files that were given.
+        None, "before": 3.4}, ...}, "test": ...}`, of the files that were given;
+        `before` is the mean of the preset that it started from.
 
     Raises:
         ValueError: for an option, a file or a folder that cannot be used, before
@@ -185,11 +186,16 @@ def _train(o, folder, data, config, clear):
         log.on_train_end()  # It leaves its file open when `fit` fails.
 
 
-def _load(o):
+def _base(o):
+    """The preset to start from, with the lengths of the training."""
     lengths = ("encoder_sequence_length", "decoder_sequence_length")
     lengths = {n: getattr(o, n) for n in lengths if getattr(o, n) is not None}
     preprocessor = Seq2SeqLMPreprocessor.from_preset(o.preset, **lengths)
-    model = Seq2SeqLM.from_preset(o.preset, dtype=o.dtype, preprocessor=preprocessor)
+    return Seq2SeqLM.from_preset(o.preset, dtype=o.dtype, preprocessor=preprocessor)
+
+
+def _load(o):
+    model = _base(o)
     if o.quantize is not None:
         model.quantize(o.quantize)
     if o.lora_rank is not None:
@@ -294,15 +300,30 @@ def _score(o, folder, data, config):
     """Measure the result, as anybody would load it; write all that tells of it."""
     with contextlib.suppress(ImportError):  # `_report` says how to get it.
         plot_history(folder.log, folder.curves)
-    dtype = None if o.quantize else o.dtype
-    scores, answers = {}, {}
-    measured = [split for split in data if split != "train"]
-    if measured:
+    data = {split: pairs for split, pairs in data.items() if split != "train"}
+    scores = {}
+    if data:
+        before, _ = _measure(o, _base(o), data, "of the preset as it was")
+        gc.collect()  # One model at a time.
+        dtype = None if o.quantize else o.dtype
         model = Seq2SeqLM.from_preset(folder.preset, dtype=dtype)
-        model.compile(loss=TokenCrossEntropy(o.label_smoothing))
-    for split in measured:
-        pairs = data[split]
-        answers[split] = _answers(o, model, pairs["encoder_text"], split)
+        scores, answers = _measure(o, model, data)
+    for split, pairs in data.items():
+        for name, score in scores[split].items():
+            score["before"] = before[split][name]["mean"]
+        folder.add_samples(split, pairs, answers[split])
+    write_model_card(folder.preset, **_card(o, config, scores))
+    run_folder.write_json(folder.scores, scores)
+    return scores
+
+
+def _measure(o, model, data, which=""):
+    """Scores, and the answers that they are of; a dict of the splits each."""
+    model.compile(loss=TokenCrossEntropy(o.label_smoothing))
+    scores, answers = {}, {}
+    for split, pairs in data.items():
+        title = f"Answers to {split} {which}".strip()
+        answers[split] = _answers(o, model, pairs["encoder_text"], title)
         logs = model.evaluate(
             pairs,
             batch_size=o.batch_size,
@@ -315,16 +336,11 @@ def _score(o, folder, data, config):
             for name in ("loss", "accuracy", "perplexity")
         }
         scores[split] |= score_texts(answers[split], pairs["decoder_text"], o.metrics)
-    for split in measured:
-        folder.add_samples(split, data[split], answers[split])
-    write_model_card(folder.preset, **_card(o, config, scores))
-    run_folder.write_json(folder.scores, scores)
-    return scores
+    return scores, answers
 
 
-def _answers(o, model, sources, split):
+def _answers(o, model, sources, title):
     answers = []
-    title = f"Answers to {split}"
     with progress_bar(title, len(sources), verbose=bool(o.verbose)) as advance:
         for start in range(0, len(sources), _ROWS_AT_ONCE):
             part = sources[start : start + _ROWS_AT_ONCE]
@@ -365,7 +381,7 @@ def _report(folder, scores):
         for name, score in measured.items():
             error = score["standard_error"]
             more = "" if error is None else f" ± {error:.2g}"
-            numbers.append(f"{name} {score['mean']:.4g}{more}")
+            numbers.append(f"{name} {score['before']:.4g} -> {score['mean']:.4g}{more}")
         lines.append(f"  {split}: {', '.join(numbers)}")
     if not folder.curves.exists():
         lines.append(

@@ -26,7 +26,8 @@ def write_model_card(folder, title, base, data, training, scores):
         data: list of dicts, one a file, such as `{"file": "train.jsonl", "rows": 100,
             "sha256": "..."}`; their keys are the columns of a table.
         training: dict of settings and their values.
-        scores: what `score_texts` returns, or a dict of numbers.
+        scores: what `score_texts` returns, or a dict of numbers. `before` in a score
+            is what the base had.
 
     Returns:
         The path of the file.
@@ -98,6 +99,8 @@ def _scores(scores):
         error = score.get("standard_error")
         row = {"measure": name, "value": f"{score['mean']:.4g}"}
         row["standard error"] = "" if error is None else f"{error:.2g}"
+        if "before" in score:
+            row["base"] = f"{score['before']:.4g}"
         rows.append(row)
     return _table(rows)
 
