@@ -88,31 +88,62 @@ def test_adapters_save_load_and_merge(tmp_path):
     assert np.abs(numpy(model(x)) - expected).max() == 0  # Saving changed nothing.
 
 
+PARTS = ["encoder", "decoder", "cross_attention", "mlp"]
+
+
+def start(quantize):
+    """A model to learn adapters on, compiled; and the adapters' first values."""
+    model = make_model(4.0)  # int8 rounds gently where soft caps are flat.
+    if quantize:
+        model.quantize(quantize)
+    model.enable_lora(4, parts=PARTS)
+    model.compile(optimizer=keras.optimizers.SGD(1.0))
+    rng = np.random.default_rng(0)
+    adapters = [rng.normal(0, 0.05, v.shape) for v in model.trainable_variables]
+    set_adapters(model, adapters)
+    return model, adapters
+
+
+def set_adapters(model, values):
+    for variable, value in zip(model.trainable_variables, values, strict=True):
+        variable.assign(value.astype("float32"))
+
+
+def data():
+    x = random_inputs()
+    y = x["decoder_token_ids"]
+    return {"x": x, "y": y, "sample_weight": np.ones(y.shape, "float32"), "verbose": 0}
+
+
+def gradient(quantize):
+    model, adapters = start(quantize)
+    keras.Model.fit(model, **data())
+    pairs = zip(adapters, model.trainable_variables, strict=True)
+    return [value - numpy(variable) for value, variable in pairs]
+
+
 def test_adapters_on_int8_have_the_gradient_of_float32():
     """Trap: through Keras's int8 logits it points nowhere."""
-
-    def step(quantize):
-        model = make_model(4.0)  # int8 rounds gently where soft caps are flat.
-        if quantize:
-            model.quantize("int8")
-        model.enable_lora(4, parts=["encoder", "decoder", "cross_attention", "mlp"])
-        rng = np.random.default_rng(0)
-        start = {}
-        for v in model.trainable_variables:
-            start[v.path] = rng.normal(0, 0.05, v.shape).astype("float32")
-            v.assign(start[v.path])
-        x = random_inputs()
-        weights = np.ones(x["decoder_token_ids"].shape, "float32")
-        model.compile(optimizer=keras.optimizers.SGD(1.0))
-        y = x["decoder_token_ids"]
-        keras.Model.fit(model, x, y, sample_weight=weights, verbose=0)
-        return np.concatenate(
-            [(numpy(v) - start[v.path]).ravel() for v in model.trainable_variables]
-        )
-
-    exact, quantised = step(False), step(True)
+    exact, quantised = (
+        np.concatenate([g.ravel() for g in gradient(quantize)])
+        for quantize in (None, "int8")
+    )
     cosine = exact @ quantised / np.linalg.norm(exact) / np.linalg.norm(quantised)
     assert cosine > 0.99
+
+
+def test_adapters_on_int4_have_the_gradient_of_their_loss():
+    """Four bits make another function of a model; its slope is what they learn by."""
+    slopes = gradient("int4")
+    norm = np.sqrt(sum((slope**2).sum() for slope in slopes))
+    model, adapters = start("int4")
+    losses = []
+    for step in (1e-2, -1e-2):
+        pairs = zip(adapters, slopes, strict=True)
+        set_adapters(model, [value + step / norm * slope for value, slope in pairs])
+        scores = keras.Model.evaluate(model, **data(), return_dict=True)
+        losses.append(scores["loss"])
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(norm, rel=0.01)
 
 
 @pytest.mark.parametrize(
