@@ -1,12 +1,11 @@
 """In-memory pairs as batches: tokenised once, then only put together."""
 
-import itertools
-
 import numpy as np
 
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text import packing
 from keras_t5gemma.text.epochs import Epochs, draw_seed
+from keras_t5gemma.text.ragged import Ragged
 from keras_t5gemma.text.tokenizer import as_texts
 
 BATCHINGS = ("bucketed", "packed", "fixed")
@@ -199,21 +198,6 @@ class TextBatches(Epochs):
         return np.concatenate([self.packs[row] for row in rows if row >= 0])
 
 
-class Ragged:
-    """Rows of ints of unequal length, `values` one after the other."""
-
-    def __init__(self, lengths, values):
-        self.lengths = lengths
-        self.values = values
-        self.ends = np.cumsum(lengths)
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __getitem__(self, i):
-        return self.values[self.ends[i] - self.lengths[i] : self.ends[i]]
-
-
 def _tokenise(preprocessor, columns, name):
     """Sources and targets as `Ragged` ids."""
     columns = {key: as_texts(column, key) for key, column in columns.items()}
@@ -232,18 +216,11 @@ def _tokenise(preprocessor, columns, name):
         for start in range(0, count, _TEXTS_AT_ONCE):
             here = slice(start, start + _TEXTS_AT_ONCE)
             part = {key: column[here] for key, column in columns.items()}
-            parts.append([_flat(rows) for rows in preprocessor.token_rows(part)])
+            parts.append(
+                [Ragged.from_rows(rows) for rows in preprocessor.token_rows(part)]
+            )
             advance(len(part["encoder_text"]))
-    return (
-        Ragged(*map(np.concatenate, zip(*side, strict=True)))
-        for side in zip(*parts, strict=True)
-    )
-
-
-def _flat(rows):
-    lengths = np.array([len(row) for row in rows], "int64")
-    values = itertools.chain.from_iterable(rows)
-    return lengths, np.fromiter(values, "int32", lengths.sum())
+    return (Ragged.concatenate(side) for side in zip(*parts, strict=True))
 
 
 def _weights(sample_weight, count):

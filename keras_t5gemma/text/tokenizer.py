@@ -191,6 +191,15 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         """Ids of the control tokens, in order."""
         return sorted(self.control_ids)
 
+    @property
+    def unused_ids(self):
+        """Ids of `<unused0>`, `<unused1>`, ..., by their numbers."""
+        found = {}
+        for id in self.control_ids:
+            if number := re.fullmatch(r"<unused(\d+)>", self.processor.IdToPiece(id)):
+                found[int(number[1])] = id
+        return [found[number] for number in sorted(found)]
+
     @classmethod
     def from_preset(cls, preset, **kwargs):
         """The tokenizer of a preset; see `Backbone.from_preset`."""

@@ -1,0 +1,48 @@
+"""Rows of unequal length in one array."""
+
+import itertools
+
+import numpy as np
+
+
+class Ragged:
+    """Rows of ints of unequal length, `values` one after the other.
+
+    Args:
+        lengths: int `(rows,)`.
+        values: ints `(sum of the lengths,)`.
+    """
+
+    def __init__(self, lengths, values):
+        self.lengths = lengths
+        self.values = values
+        self.ends = np.cumsum(lengths)
+
+    @classmethod
+    def from_rows(cls, rows):
+        """Of lists of ids, as int32."""
+        lengths = np.array([len(row) for row in rows], "int64")
+        values = itertools.chain.from_iterable(rows)
+        return cls(lengths, np.fromiter(values, "int32", lengths.sum()))
+
+    @classmethod
+    def concatenate(cls, parts):
+        """The rows of several."""
+        parts = list(parts)
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(lengths, np.concatenate([part.values for part in parts]))
+
+    @property
+    def starts(self):
+        """Where each row begins, int `(rows,)`."""
+        return self.ends - self.lengths
+
+    def row_numbers(self):
+        """The row of every value, int `(values,)`."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        return self.values[self.ends[i] - self.lengths[i] : self.ends[i]]
