@@ -18,6 +18,7 @@ from keras_t5gemma.modeling.backbone import Backbone as Backbone
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
 from keras_t5gemma.text import objectives as objectives
 from keras_t5gemma.text.files import read_pairs as read_pairs
+from keras_t5gemma.text.files import read_texts as read_texts
 from keras_t5gemma.text.preprocessor import (
     Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
 )

@@ -10,8 +10,9 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_t5gemma.text.corpus_batches import CorpusBatches
 from keras_t5gemma.text.epochs import Epochs, draw_seed
-from keras_t5gemma.text.files import read_pairs
+from keras_t5gemma.text.files import read_pairs, read_texts
 from keras_t5gemma.text.ids import INPUTS, check_ids
 from keras_t5gemma.text.text_batches import BATCHINGS, TextBatches
 
@@ -77,6 +78,39 @@ def as_columns(x, y=None):
     if y is not None:
         raise ValueError("`y` must be None when `x` holds the targets too.")
     return _no_single_strings(columns)
+
+
+def as_documents(x, y=None):
+    """In-memory texts for an objective as `{"text": [...]}`.
+
+    Args:
+        x: a list of strings; or a dict or a `datasets.Dataset` with `"text"`; or a
+            `pathlib.Path`, see `read_texts`.
+        y: must be `None`.
+
+    Returns:
+        The dict, or `None` when `x` is not in-memory text.
+
+    Raises:
+        ValueError: when `y` is given, or `x` holds pairs.
+    """
+    if y is not None:
+        raise ValueError("`y` must be None: the preprocessor's objective makes it.")
+    if isinstance(x, str | bytes):
+        raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
+    if isinstance(x, Path):
+        return {"text": read_texts(x)}
+    names = getattr(x, "column_names", x if isinstance(x, dict) else ())
+    if "text" in names and hasattr(x, "__len__"):
+        return _no_single_strings({"text": list(x["text"])})
+    if set(TEXT_KEYS) & set(names):
+        raise ValueError(
+            "`x` must be plain texts, a list or a column `text`, since the "
+            f"preprocessor has an objective; got {sorted(names)}. For pairs set "
+            "`preprocessor.objective = None`."
+        )
+    is_list = isinstance(x, list | tuple | np.ndarray) and len(x)
+    return {"text": x} if is_list and isinstance(x[0], str | bytes) else None
 
 
 def _no_single_strings(columns):
@@ -245,17 +279,20 @@ def _endless(name):
 def map_batch(preprocessor, batch):
     """One batch of text through the preprocessor; of arrays, as it is."""
     columns, weight = batch, None
-    if isinstance(batch, list | tuple):
+    has_objective = preprocessor.objective is not None
+    if has_objective and (texts := as_documents(batch)):
+        columns = texts
+    elif isinstance(batch, list | tuple):
         if len(batch) and isinstance(batch[0], dict):
             columns = batch[0]
             weight = batch[2] if len(batch) > 2 else None
         elif len(batch) == 2:
             columns = dict(zip(TEXT_KEYS, batch, strict=True))
     if not isinstance(columns, dict):
-        raise ValueError(
-            f"A batch must be a dict with keys {TEXT_KEYS}, or a pair (sources, "
-            f"targets) of lists; got {type(batch).__name__}."
-        )
+        wanted = f"a dict with keys {TEXT_KEYS}, or a pair (sources, targets) of lists"
+        if has_objective:
+            wanted = "a list of texts, or a dict with the key 'text'"
+        raise ValueError(f"A batch must be {wanted}; got {type(batch).__name__}.")
     if "encoder_token_ids" in columns:
         return batch
     for key, column in columns.items():
@@ -278,7 +315,7 @@ def fit_arguments(
     steps=None,
     name="x",
     validation_split=0.0,
-    batching="bucketed",
+    batching=None,
     like=None,
 ):
     """Keyword arguments of `keras.Model.fit` for the data of a user.
@@ -294,7 +331,8 @@ def fit_arguments(
         steps: batches an epoch, for what is endless.
         name: the argument's name, for messages.
         validation_split: share of in-memory data to hold out, from its end.
-        batching: of `TextBatches`.
+        batching: of `TextBatches`; `None` is `"packed"` with an objective, else
+            `"bucketed"`.
         like: the training data that this data validates; its widths are taken.
 
     Returns:
@@ -309,11 +347,18 @@ def fit_arguments(
         )
     common = {"shuffle": shuffle, "steps_per_epoch": steps}
     whole = {"shuffle": False, "steps_per_epoch": None}  # `Epochs` do both.
-    columns = None if preprocessor is None else as_columns(x, y)
+    columns, make = None, TextBatches
+    if preprocessor is not None and preprocessor.objective is not None:
+        columns, make = as_documents(x, y), CorpusBatches
+        if columns is not None:
+            batching = batching or "packed"
+    elif preprocessor is not None:
+        columns = as_columns(x, y)
+    batching = batching or "bucketed"
     if columns is not None:
 
         def batches(rows, shuffle, steps=None, like=None):
-            return TextBatches(
+            return make(
                 preprocessor,
                 {key: column[rows] for key, column in columns.items()},
                 None if sample_weight is None else sample_weight[rows],
@@ -325,11 +370,11 @@ def fit_arguments(
                 name,
             )
 
-        rows = len(columns["encoder_text"])
+        rows = len(next(iter(columns.values())))
         cut = rows - int(rows * validation_split)
         if validation_split and cut == rows:
             raise ValueError(
-                f"`validation_split` {validation_split} of {rows} pairs is none."
+                f"`validation_split` {validation_split} of {rows} rows is none."
             )
         data = {"x": batches(slice(cut), shuffle, steps, like), **whole}
         if validation_split:

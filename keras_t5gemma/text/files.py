@@ -1,6 +1,7 @@
-"""Text pairs from files: JSON lines, CSV, TSV, Parquet."""
+"""Texts and pairs of them from files: lines, JSON lines, CSV, TSV, Parquet."""
 
 import csv
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -26,15 +27,40 @@ def read_pairs(path, source="source", target="target"):
             or has something else than a string in it, with its line.
         ImportError: for `.parquet` without pyarrow.
     """
+    columns = _read(path, (source, target), _READERS)
+    return dict(zip(("encoder_text", "decoder_text"), columns, strict=True))
+
+
+def read_texts(path, field="text"):
+    """Read the texts of a file into memory, one document each.
+
+    Args:
+        path: a UTF-8 file: `.txt`, one document a line, empty lines left out; or a file
+            of rows as `read_pairs` takes it; text also with `.gz` behind it.
+        field: name of the field or column of the text, in a file of rows.
+
+    Returns:
+        A list of strings.
+
+    Raises:
+        ValueError: as `read_pairs`.
+        ImportError: for `.parquet` without pyarrow.
+    """
+    readers = {**_READERS, ".txt": functools.partial(_lines, field=field)}
+    return _read(path, (field,), readers)[0]
+
+
+def _read(path, names, readers):
+    """The columns of these names, as lists of strings."""
     path = Path(path)
     kind = path.with_suffix("") if path.suffix == ".gz" else path
-    read = _READERS.get(kind.suffix.lower())
+    read = readers.get(kind.suffix.lower())
     if read is None or (read is _parquet and kind is not path):
         raise ValueError(
-            f"`path` must end in one of {sorted(_READERS)}, text also in .gz after it; "
+            f"`path` must end in one of {sorted(readers)}, text also in .gz after it; "
             f"got {str(path)!r}."
         )
-    names, columns = (source, target), ([], [])
+    columns = [[] for _ in names]
     try:
         for place, row in read(path, names):
             for name, column in zip(names, columns, strict=True):
@@ -45,7 +71,7 @@ def read_pairs(path, source="source", target="target"):
         raise ValueError(f"{path} ends too early: it was cut off.") from error
     if not columns[0]:
         raise ValueError(f"{path} has no rows.")
-    return {"encoder_text": columns[0], "decoder_text": columns[1]}
+    return columns
 
 
 def _text(row, name, place):
@@ -62,6 +88,13 @@ def _text(row, name, place):
 def _open(path):
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _lines(path, names, field):
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if text := line.strip():
+                yield f"line {number}", {field: text}
 
 
 def _json_lines(path, names):
@@ -119,7 +152,8 @@ def _parquet(path, names):
             for row in batch.to_pylist():
                 number += 1
                 # Those that were not read are named too, for a message.
-                yield f"row {number}", row if len(wanted) == 2 else dict.fromkeys(there)
+                all_there = len(wanted) == len(names)
+                yield f"row {number}", row if all_there else dict.fromkeys(there)
 
 
 _READERS.update(

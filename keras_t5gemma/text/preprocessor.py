@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import warnings
+import zlib
 
 import keras
 import keras_hub
@@ -10,6 +11,8 @@ import numpy as np
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.text.objectives import Objective
+from keras_t5gemma.text.ragged import Ragged
 from keras_t5gemma.text.tokenizer import Tokenizer, as_texts
 
 INSTRUCTION_TEMPLATE = (
@@ -39,9 +42,13 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         pad_to_multiple_of: `None` pads every batch to the full lengths; n pads
             it to its longest row, rounded up to a multiple of n (fewer wasted
             tokens, more compiled shapes on JAX and TensorFlow).
+        objective: an `objectives.PrefixLM` or `UL2` makes the pairs, out of plain
+            text: `fit` takes texts then, and adapts. It is not saved with the
+            rest: a preset is used, and fine-tuned, without it.
 
     Raises:
-        ValueError: for a length below 1, or a template without `{text}`.
+        ValueError: for a length below 1, a template without `{text}`, or lengths
+            that leave no room for the objective's pairs.
     """
 
     backbone_cls = Backbone
@@ -54,10 +61,16 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         decoder_sequence_length=512,
         template=None,
         pad_to_multiple_of=None,
+        objective=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.built = True
+        if objective is not None and not isinstance(objective, Objective):
+            raise ValueError(
+                "`objective` must be a PrefixLM or UL2 of `keras_t5gemma.objectives`; "
+                f"got {objective!r}."
+            )
         for name, value, least in (
             ("encoder_sequence_length", encoder_sequence_length, 1),
             ("decoder_sequence_length", decoder_sequence_length, 2),
@@ -79,6 +92,15 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         self.decoder_sequence_length = decoder_sequence_length
         self.template = template
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.objective = objective
+        if objective is not None and template is not None:
+            raise ValueError("`template` must be None with an `objective`.")
+        if objective is not None and self.longest_text < 3:
+            raise ValueError(
+                f"`encoder_sequence_length` {encoder_sequence_length} and "
+                f"`decoder_sequence_length` {decoder_sequence_length} are too short "
+                "for the `objective`: a text of 3 tokens does not fit."
+            )
         self._counts = None
 
     def call(self, x, y=None, sample_weight=None):
@@ -86,7 +108,8 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
 
         Args:
             x: dict with `"encoder_text"` and `"decoder_text"`, each a list of
-                strings (or one string: a batch of one).
+                strings (or one string: a batch of one). With an objective a list of
+                texts, or `{"text": [...]}`; what is drawn comes from the text.
             y: must be `None`: the target is the decoder text.
             sample_weight: `None`, or one weight a pair, `(batch,)`.
 
@@ -128,12 +151,67 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         Raises:
             ValueError: as in `call`.
         """
+        if self.objective is not None:
+            return self._objective_rows(x)
         sources, targets = self._pair(x)
         with self.report_truncation():
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
             self._count("empty", sum(len(row) == 1 for row in rows), len(rows))
             rows = self._cut(rows, self.decoder_sequence_length, "decoder")
             return self._encoder_rows(sources), rows
+
+    def _objective_rows(self, x):
+        """Pairs of texts, in lists of ids; a text below two tokens gives none."""
+        texts = x["text"] if isinstance(x, dict) and set(x) == {"text"} else x
+        texts = as_texts([texts] if isinstance(texts, str) else texts, "x")
+        rows = self.tokenizer.tokenize(texts)
+        longest = self.longest_text
+        with self.report_truncation():
+            self._count("text", sum(len(row) > longest for row in rows), len(rows))
+        whole = np.array([len(row) <= longest for row in rows], bool)
+        rows = [row[:longest] for row in rows]
+        long = [i for i, row in enumerate(rows) if len(row) > 1]
+        seeds = [zlib.crc32(np.array(rows[i], "int32").tobytes()) for i in long]
+        pieces = Ragged.from_rows([rows[i] for i in long])
+        made = self.make_pairs(pieces, np.array(seeds, "int64"), whole[long])
+        pairs = [[[] for _ in rows] for _ in made]
+        for side, ragged in zip(pairs, made, strict=True):
+            for place, i in enumerate(long):
+                side[i] = ragged[place].tolist()
+        return pairs
+
+    @property
+    def longest_text(self):
+        """Most tokens of a text whose pairs fit, whatever the objective draws."""
+        return self.objective.longest_text(
+            self.encoder_sequence_length, self.decoder_sequence_length - 1
+        )
+
+    def make_pairs(self, texts, seeds, is_last, epoch=0):
+        """Sources and targets of texts by the objective.
+
+        Args:
+            texts: a `Ragged` of ids, 2 to `longest_text` each.
+            seeds: int `(rows,)`, what is drawn for each.
+            is_last: bool `(rows,)`, whether the document ends with the text.
+            epoch: int.
+
+        Returns:
+            `(sources, targets)`, a `Ragged` each. A target ends in the end token,
+            unless it is the end of a text which goes on.
+        """
+        sources, targets = self.objective(texts, seeds, epoch)
+        ends = self._has_end(seeds, is_last)
+        values = np.insert(targets.values, targets.ends[ends], self.end_id)
+        return sources, Ragged(targets.lengths + ends, values)
+
+    def pair_lengths(self, lengths, seeds, is_last):
+        """The lengths of `make_pairs`, of texts of so many tokens."""
+        sources, targets = self.objective.lengths(lengths, seeds)
+        return sources, targets + self._has_end(seeds, is_last)
+
+    def _has_end(self, seeds, is_last):
+        return is_last | ~self.objective.ends_with_the_text(seeds)
 
     def generate_preprocess(self, x, sequence_length=None):
         """Arrays of a batch of sources, with a start of the answer or without.
@@ -233,6 +311,13 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
                 warnings.warn(
                     f"{empty} of {total} targets are empty: they teach the model to "
                     "answer nothing. Leave such pairs out if that is not meant.",
+                    stacklevel=3,
+                )
+            cut, total = counts.pop("text", (0, 0))
+            if cut:
+                warnings.warn(
+                    f"{cut} of {total} texts were longer than {self.longest_text} "
+                    "tokens and were cut. In memory, `fit` takes all their pieces.",
                     stacklevel=3,
                 )
             for side, (cut, total) in counts.items():

@@ -41,6 +41,14 @@ class Ragged:
         """The row of every value, int `(values,)`."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def take(self, rows):
+        """Some of the rows, as a `Ragged`."""
+        lengths, starts = self.lengths[rows], self.starts[rows]
+        part = Ragged(lengths, None)
+        inside = np.arange(lengths.sum()) - np.repeat(part.starts, lengths)
+        part.values = self.values[np.repeat(starts, lengths) + inside]
+        return part
+
     def __len__(self):
         return len(self.lengths)
 

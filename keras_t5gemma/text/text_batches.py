@@ -81,8 +81,8 @@ class TextBatches(Epochs):
         self.batching = batching
         self.seed = draw_seed() if shuffle else 0
         self._plan = (None, None)
-        self.sources, self.targets = _tokenise(preprocessor, columns, name)
-        self.weights = _weights(sample_weight, len(self.sources))
+        self.lengths = self._read(columns, name)
+        self.weights = _weights(sample_weight, len(self.lengths[0]))
         self._arrange(widths)
         self._all = -(-len(self.packs) // batch_size)
         if steps is not None and not 1 <= steps <= self._all:
@@ -93,9 +93,20 @@ class TextBatches(Epochs):
             )
         self._steps = steps or self._all
 
+    def _read(self, columns, name):
+        """Tokenise; the lengths of the sources and of the targets."""
+        token_rows = self.preprocessor.token_rows
+        columns = tokenise(self.preprocessor, columns, name, token_rows)
+        self.sources, self.targets = columns
+        return self.sources.lengths, self.targets.lengths
+
+    def _tokens(self, pairs, epoch):
+        """Sources and targets of so many pairs, rows of ids each."""
+        return [self.sources[i] for i in pairs], [self.targets[i] for i in pairs]
+
     def _arrange(self, widths):
         """Which pairs share a row, and the widths that rows are padded to."""
-        sources, targets = self.sources.lengths, self.targets.lengths
+        sources, targets = self.lengths
         pairs = np.arange(len(sources))
         limits = (
             self.preprocessor.encoder_sequence_length,
@@ -127,19 +138,22 @@ class TextBatches(Epochs):
         """Batches of a whole epoch."""
         return self._steps
 
+    def _pass(self, step):
+        """How often all pairs have been gone through before a batch."""
+        return self._position(step) // self._all
+
     def _batch(self, step):
         """Row numbers, -1 where there is none, and the widths of a batch."""
-        epoch, index = divmod(self._position(step), self._all)
-        key = (self.seed, epoch)
+        key = (self.seed, self._pass(step))
         if self._plan[0] != key:
             self._plan = (key, self._order(*key))
-        rows = self._plan[1][index]
+        rows = self._plan[1][self._position(step) % self._all]
         if self.batching == "fixed":
             rows = rows[rows >= 0]
             multiple = self.preprocessor.pad_to_multiple_of
             if multiple is None:
                 return rows, self.widths[0]
-            used = [x.lengths[rows].max() for x in (self.sources, self.targets)]
+            used = [lengths[rows].max() for lengths in self.lengths]
             return rows, _round_up(used, multiple, self.widths[0])
         if self.batching == "packed":
             return rows, self.widths[0]
@@ -169,11 +183,12 @@ class TextBatches(Epochs):
         }
         labels, weights = np.zeros(shapes[1], "int32"), np.zeros(shapes[1], "float32")
         start = self.preprocessor.tokenizer.start_token_id
+        tokens = zip(*self._tokens(self._pairs(rows), self._pass(index)), strict=True)
         for row, pack in enumerate(rows):
             encoder = decoder = 0
             pairs = self.packs[pack] if pack >= 0 else ()
             for number, pair in enumerate(pairs, 1):
-                source, target = self.sources[pair], self.targets[pair]
+                source, target = next(tokens)
                 here = row, slice(encoder, encoder + len(source))
                 x["encoder_token_ids"][here] = source
                 x["encoder_padding_mask"][here] = number
@@ -188,7 +203,7 @@ class TextBatches(Epochs):
     def counts(self, step):
         rows, widths = self._batch(step)
         pairs = self._pairs(rows)
-        tokens = self.sources.lengths[pairs].sum() + self.targets.lengths[pairs].sum()
+        tokens = sum(lengths[pairs].sum() for lengths in self.lengths)
         return int(tokens), len(rows) * sum(widths)
 
     def rows(self, step):
@@ -198,29 +213,27 @@ class TextBatches(Epochs):
         return np.concatenate([self.packs[row] for row in rows if row >= 0])
 
 
-def _tokenise(preprocessor, columns, name):
-    """Sources and targets as `Ragged` ids."""
+def tokenise(preprocessor, columns, name, token_rows):
+    """What `token_rows` makes of columns of text, as a list of `Ragged`."""
     columns = {key: as_texts(column, key) for key, column in columns.items()}
     lengths = {key: len(column) for key, column in columns.items()}
-    if len(set(lengths.values())) != 1 or not min(lengths.values()):
+    count = min(lengths.values())
+    if len(set(lengths.values())) != 1 or not count:
         raise ValueError(
             f"`{name}` must have as many rows in every column, and at least one; "
             f"got {lengths}."
         )
-    count = min(lengths.values())
     parts = []
     with (
         preprocessor.report_truncation(),
         progress_bar("Tokenising", count, verbose=count >= _MANY) as advance,
     ):
         for start in range(0, count, _TEXTS_AT_ONCE):
-            here = slice(start, start + _TEXTS_AT_ONCE)
+            here = slice(start, min(start + _TEXTS_AT_ONCE, count))
             part = {key: column[here] for key, column in columns.items()}
-            parts.append(
-                [Ragged.from_rows(rows) for rows in preprocessor.token_rows(part)]
-            )
-            advance(len(part["encoder_text"]))
-    return (Ragged.concatenate(side) for side in zip(*parts, strict=True))
+            parts.append([Ragged.from_rows(rows) for rows in token_rows(part)])
+            advance(here.stop - here.start)
+    return [Ragged.concatenate(side) for side in zip(*parts, strict=True)]
 
 
 def _weights(sample_weight, count):

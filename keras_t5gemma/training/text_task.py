@@ -31,7 +31,7 @@ class TextTask(TokenTask):
         steps_per_epoch=None,
         validation_steps=None,
         validation_batch_size=None,
-        batching="bucketed",
+        batching=None,
         callbacks=None,
         **kwargs,
     ):
@@ -48,7 +48,10 @@ class TextTask(TokenTask):
                 `pathlib.Path` (see `read_pairs`); or batches of such: a generator,
                 a `keras.utils.PyDataset`, `tf.data.Dataset`, Grain dataset or
                 loader, PyTorch `DataLoader`; or the arrays that
-                `preprocessor(...)` returns.
+                `preprocessor(...)` returns. With an objective in the preprocessor
+                plain text in place of pairs: a list of strings, a dict or
+                `datasets.Dataset` with `"text"`, a `pathlib.Path` (see
+                `read_texts`), or batches of such.
             y: the list of target strings, or target ids.
             batch_size: pairs a step, for in-memory data; 32 when `None`.
             epochs: passes over the data.
@@ -66,7 +69,8 @@ class TextTask(TokenTask):
                 so at most four programs are compiled for training. `"packed"`:
                 several pairs in a row of the preprocessor's lengths, which do not
                 see each other. `"fixed"`: every batch padded to the preprocessor's
-                lengths. The loss is the same.
+                lengths. The loss is the same. `None`: packed with an objective, else
+                bucketed.
             callbacks: of `keras.Model.fit`, or of `keras_t5gemma.callbacks`. A NaN loss
                 stops the training always, see `StopOnNaN`.
             **kwargs: further arguments of `keras.Model.fit`.
@@ -142,7 +146,7 @@ class TextTask(TokenTask):
         batch_size=None,
         sample_weight=None,
         steps=None,
-        batching="bucketed",
+        batching=None,
         **kwargs,
     ):
         """Loss and metrics on pairs; the data arguments of `fit`."""

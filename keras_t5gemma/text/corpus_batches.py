@@ -1,0 +1,64 @@
+"""Plain text as training batches, by an objective."""
+
+import numpy as np
+
+from keras_t5gemma.text.ragged import Ragged
+from keras_t5gemma.text.text_batches import TextBatches, tokenise
+
+
+class CorpusBatches(TextBatches):
+    """Batches of what a preprocessor's objective makes of documents.
+
+    A document that is too long for the preprocessor's lengths, whatever is drawn, is
+    cut into pieces that are not. Every piece is a pair of its own: none crosses from
+    one document into the next, and packed pairs do not see each other. What is drawn
+    for a piece comes from its number and the epoch's; its lengths stay the same.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
+        columns: `{"text": [...]}`, the documents; those below two tokens are left out.
+        **kwargs: further arguments of `TextBatches`.
+
+    Raises:
+        ValueError: as `TextBatches`, or without a document of two tokens.
+    """
+
+    def _read(self, columns, name):
+        def token_rows(part):
+            return [self.preprocessor.tokenizer.tokenize(part["text"])]
+
+        (documents,) = tokenise(self.preprocessor, columns, name, token_rows)
+        documents = documents.take(np.flatnonzero(documents.lengths >= 2))
+        if not len(documents):
+            raise ValueError(f"`{name}` must hold a text of two tokens or more.")
+        lengths, self.is_last = cut(documents.lengths, self.preprocessor.longest_text)
+        self.pieces = Ragged(lengths, documents.values)
+        numbers = np.arange(len(lengths))
+        return self.preprocessor.pair_lengths(lengths, numbers, self.is_last)
+
+    def _tokens(self, pairs, epoch):
+        pieces, is_last = self.pieces.take(pairs), self.is_last[pairs]
+        return self.preprocessor.make_pairs(pieces, pairs, is_last, epoch)
+
+
+def cut(lengths, longest):
+    """Cut texts into pieces of at least 2 tokens, and at most so many.
+
+    Args:
+        lengths: int `(texts,)`, at least 2.
+        longest: int, at least 3.
+
+    Returns:
+        `(lengths, is_last)` of the pieces, those of a text one after the other:
+        ints, and whether the text ends with the piece.
+    """
+    counts = -(-lengths // longest)
+    last = np.cumsum(counts) - 1
+    pieces = np.full(counts.sum(), longest)
+    pieces[last] = lengths - (counts - 1) * longest
+    lonely = last[pieces[last] == 1]
+    pieces[lonely] += 1
+    pieces[lonely - 1] -= 1
+    is_last = np.zeros(len(pieces), bool)
+    is_last[last] = True
+    return pieces, is_last
