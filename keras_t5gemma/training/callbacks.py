@@ -14,6 +14,7 @@ from keras_t5gemma.generation.options import options_of_sampler
 from keras_t5gemma.text.batches import as_columns
 from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
 from keras_t5gemma.training.text_metrics import text_metrics
+from keras_t5gemma.training.warmup import CrossAttentionWarmUp as CrossAttentionWarmUp
 
 _BEST_FILE = "best.json"
 

@@ -1,5 +1,7 @@
 """Training steps of a task whose logits are never whole."""
 
+import functools
+
 import keras
 import keras_hub
 from keras import ops
@@ -50,12 +52,21 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
         return super().metrics if self.loss_in_parts is None else self.token_metrics
 
     def make_train_function(self, force=False):
-        """Keras's; on JAX, of arrays that a step may overwrite."""
-        if keras.config.backend() == "jax" and self.train_function is None:
+        """Keras's; on JAX, of arrays that a step may overwrite, and traced anew."""
+        if keras.config.backend() != "jax":
+            return super().make_train_function(force)
+        if self.train_function is None:
             for variable in self.trainable_variables:
                 # A loaded array is NumPy's memory: JAX would keep it beside the next.
                 variable._value = variable._value.copy()
-        return super().make_train_function(force)
+        # A model's method is always the same function to JAX, which would take the
+        # program it has although `CrossAttentionWarmUp` wants another.
+        step = functools.partial(type(self).train_step, self)
+        object.__setattr__(self, "train_step", step)
+        try:
+            return super().make_train_function(force)
+        finally:
+            object.__delattr__(self, "train_step")
 
     def train_step(self, *args):
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
