@@ -90,6 +90,12 @@ def tiny_config(vocabulary_size=480, **kwargs):
     )
 
 
+def one_block_config(**kwargs):
+    """For tests of what is around the network: it compiles in half the time."""
+    stack = kt.StackConfig(1, 16, 32, 2, 1, 8, sliding_window=8)
+    return kt.T5GemmaConfig(stack, stack, 480, **kwargs)
+
+
 def enlarge(model, factor=12.0):
     """The same weights on every backend, large enough that soft caps bite."""
     rng = np.random.default_rng(0)

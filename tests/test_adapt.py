@@ -171,6 +171,7 @@ def test_a_live_model_with_lora_is_adapted_merged(small):
     assert max_difference(kernel, plain) > 0.01
 
 
+@pytest.mark.one_backend
 def test_choices_are_arguments(big, small):
     copied = kt.adapt_gemma2(big, cross_norms="zeros")
     assert (numpy(copied.decoder.blocks[0].pre_cross_norm.scale) == 0).all()
@@ -188,6 +189,7 @@ def test_choices_are_arguments(big, small):
         kt.adapt_gemma2(big, initializer_std=0)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_file_to_file_equals_in_memory(folders, tmp_path, dtype):
     out = tmp_path / "out"
@@ -214,6 +216,7 @@ def test_file_to_file_equals_in_memory(folders, tmp_path, dtype):
         assert max_difference(a, b) == 0
 
 
+@pytest.mark.one_backend
 def test_written_config_is_what_keras_serialises(folders, tmp_path):
     out = tmp_path / "out"
     lineage, report = adapt.adapt_to_folder(folders / "big", folder=out)
@@ -321,6 +324,7 @@ def test_a_quantised_source_is_refused(tmp_path):
         kt.adapt_gemma2(tmp_path / "int8")
 
 
+@pytest.mark.one_backend
 def test_an_output_that_exists_is_kept(folders, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -8,7 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import SENTENCES, numpy, tiny_config
+from conftest import SENTENCES, numpy, one_block_config
 
 import keras_t5gemma as kt
 
@@ -21,7 +21,7 @@ EPOCHS, BATCH = 2, 4
 def make_model(proto, lora=True, **settings):
     keras.utils.set_random_seed(7)
     preprocessor = kt.Seq2SeqLMPreprocessor(kt.Tokenizer(proto), 32, 8)
-    model = kt.Seq2SeqLM(kt.Backbone(tiny_config(dropout=0.1)), preprocessor)
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config(dropout=0.1)), preprocessor)
     if lora:
         model.enable_lora(2, parts=["decoder", "mlp"])
     optimizer = keras.optimizers.AdamW(1e-2, **settings)
@@ -140,6 +140,7 @@ def test_ten_kills(uninterrupted, tmp_path):
         assert (found[name] == value).all()
 
 
+@pytest.mark.one_backend
 def test_full_disk_keeps_the_last_backup(proto, uninterrupted, tmp_path, monkeypatch):
     from keras_t5gemma.training import backup
 
@@ -164,6 +165,7 @@ def test_full_disk_keeps_the_last_backup(proto, uninterrupted, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.one_backend
 def test_refuses(proto, tmp_path):
     for save_freq in (0, "batch", 1.5):
         with pytest.raises(ValueError, match="`save_freq`"):

@@ -189,6 +189,7 @@ def test_shapes_of_the_tables_are_the_models(backbone):
     assert model_shapes(backbone.config) == shapes
 
 
+@pytest.mark.one_backend
 def test_built_models_count_what_is_published():
     """S-S and B-B, built without values: only shapes are counted."""
     for size, total in (("s", 312_517_632), ("b", 591_490_560)):
@@ -249,6 +250,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(backbone, tmp_path, monkeyp
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.one_backend
 def test_a_full_disk_while_adapting_leaves_nothing(tmp_path):
     """The kernel's own refusal, by a limit on the size of files."""
     code = f"""
@@ -372,6 +374,7 @@ def test_killed_at_random_moments_it_is_complete_or_refuses(tmp_path):
     assert not (out / atomic.SAVING).exists()
 
 
+@pytest.mark.one_backend
 def test_compare_finds_what_differs(backbone, tmp_path):
     backbone.save_to_preset(tmp_path / "a")
     backbone.save_to_huggingface(tmp_path / "b")

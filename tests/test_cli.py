@@ -21,6 +21,7 @@ def run(capsys, *argv):
     return status, out.out, out.err
 
 
+@pytest.mark.one_backend
 def test_generate_from_arguments_a_file_and_a_pipe(
     preset, capsys, tmp_path, monkeypatch
 ):
@@ -35,6 +36,7 @@ def test_generate_from_arguments_a_file_and_a_pipe(
         assert run(capsys, "generate", *options)[1] == out
 
 
+@pytest.mark.one_backend
 def test_generate_lines_keeps_order(preset, capsys, tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text("A board\nThe quick fox\nA board\n")
@@ -44,6 +46,7 @@ def test_generate_lines_keeps_order(preset, capsys, tmp_path):
     assert len(lines) == 4 and lines[0] == lines[2]
 
 
+@pytest.mark.one_backend
 def test_generate_takes_the_options_of_python(preset, capsys):
     import keras_t5gemma
 
