@@ -63,7 +63,6 @@ def without_tensorflow(session, backend):
         "tests/test_preprocessor.py",
         "tests/test_generate.py",
         "tests/test_fit.py",
-        "tests/test_batches.py",
         "tests/test_files.py",
         "tests/test_presets.py",
         "tests/test_cli.py",
