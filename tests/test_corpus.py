@@ -137,6 +137,20 @@ def test_texts_from_files_and_streams(tokenizer, tmp_path):
 
 
 @pytest.mark.one_backend
+def test_lines_of_tensorflow(tokenizer, tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    rows = SENTENCES[:4]
+    (tmp_path / "a.txt").write_text("\n".join(rows))
+    model = tiny_model(tokenizer)
+    model.preprocessor = make(tokenizer, lengths=(200, 200))
+    model.compile()
+    expected = model.evaluate(iter([rows[:2], rows[2:]]), steps=2, verbose=0)
+    lines = tf.data.TextLineDataset(str(tmp_path / "a.txt")).batch(2)
+    for data in (lines, lines.map(lambda text: {"text": text})):
+        assert model.evaluate(data, verbose=0) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.one_backend
 def test_one_batch(tokenizer):
     preprocessor = make(tokenizer, lengths=(200, 200))
     x, labels, weights = preprocessor(TEXTS[:9])
@@ -167,5 +181,12 @@ def test_refuses(tokenizer):
         model.fit(["a"], ["b"])
     with pytest.raises(ValueError, match="a text of two tokens or more"):
         model.fit(["a", ""])
-    with pytest.raises(ValueError, match="a list of texts, or a dict with the key"):
+    with pytest.raises(ValueError, match="`x` must be a string or a list.*3"):
         model.fit(iter([3]), steps_per_epoch=1)
+    ids = model.preprocessor(TEXTS[1:3])  # Arrays pass.
+    model.fit(iter([ids]), steps_per_epoch=1, verbose=0)
+    with pytest.raises(ValueError, match="has an objective"):
+        model.fit(iter([{"encoder_text": ["a"]}]), steps_per_epoch=1)
+    with pytest.raises(ValueError, match=r"in \[0, 480\); got ids from 9 to 480"):
+        model.preprocessor.objective = UL2(sentinels=[9, 480])
+    assert model.preprocessor.objective is None

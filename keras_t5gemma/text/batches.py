@@ -102,7 +102,8 @@ def as_documents(x, y=None):
         return {"text": read_texts(x)}
     names = getattr(x, "column_names", x if isinstance(x, dict) else ())
     if "text" in names and hasattr(x, "__len__"):
-        return _no_single_strings({"text": list(x["text"])})
+        texts = x["text"] if isinstance(x, dict) else list(x["text"])
+        return _no_single_strings({"text": texts})
     if set(TEXT_KEYS) & set(names):
         raise ValueError(
             "`x` must be plain texts, a list or a column `text`, since the "
@@ -279,9 +280,10 @@ def _endless(name):
 def map_batch(preprocessor, batch):
     """One batch of text through the preprocessor; of arrays, as it is."""
     columns, weight = batch, None
-    has_objective = preprocessor.objective is not None
-    if has_objective and (texts := as_documents(batch)):
-        columns = texts
+    first = batch[0] if isinstance(batch, list | tuple) and len(batch) else batch
+    is_ids = isinstance(first, dict) and "encoder_token_ids" in first
+    if preprocessor.objective is not None and not is_ids:
+        columns = as_documents(batch) or {"text": batch}
     elif isinstance(batch, list | tuple):
         if len(batch) and isinstance(batch[0], dict):
             columns = batch[0]
@@ -289,10 +291,10 @@ def map_batch(preprocessor, batch):
         elif len(batch) == 2:
             columns = dict(zip(TEXT_KEYS, batch, strict=True))
     if not isinstance(columns, dict):
-        wanted = f"a dict with keys {TEXT_KEYS}, or a pair (sources, targets) of lists"
-        if has_objective:
-            wanted = "a list of texts, or a dict with the key 'text'"
-        raise ValueError(f"A batch must be {wanted}; got {type(batch).__name__}.")
+        raise ValueError(
+            f"A batch must be a dict with keys {TEXT_KEYS}, or a pair (sources, "
+            f"targets) of lists; got {type(batch).__name__}."
+        )
     if "encoder_token_ids" in columns:
         return batch
     for key, column in columns.items():

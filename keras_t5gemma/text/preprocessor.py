@@ -66,11 +66,6 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
     ):
         super().__init__(**kwargs)
         self.built = True
-        if objective is not None and not isinstance(objective, Objective):
-            raise ValueError(
-                "`objective` must be a PrefixLM or UL2 of `keras_t5gemma.objectives`; "
-                f"got {objective!r}."
-            )
         for name, value, least in (
             ("encoder_sequence_length", encoder_sequence_length, 1),
             ("decoder_sequence_length", decoder_sequence_length, 2),
@@ -93,15 +88,45 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         self.template = template
         self.pad_to_multiple_of = pad_to_multiple_of
         self.objective = objective
-        if objective is not None and template is not None:
-            raise ValueError("`template` must be None with an `objective`.")
-        if objective is not None and self.longest_text < 3:
-            raise ValueError(
-                f"`encoder_sequence_length` {encoder_sequence_length} and "
-                f"`decoder_sequence_length` {decoder_sequence_length} are too short "
-                "for the `objective`: a text of 3 tokens does not fit."
-            )
         self._counts = None
+
+    @property
+    def objective(self):
+        """What makes pairs out of plain text, or `None`."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, objective):
+        self._objective = objective
+        if objective is None:
+            return
+        try:
+            self._check_objective(objective)
+        except ValueError:
+            self._objective = None
+            raise
+
+    def _check_objective(self, objective):
+        if not isinstance(objective, Objective):
+            raise ValueError(
+                "`objective` must be a PrefixLM or UL2 of `keras_t5gemma.objectives`; "
+                f"got {objective!r}."
+            )
+        if self.template is not None:
+            raise ValueError("`template` must be None with an `objective`.")
+        ids = [*objective.sentinels.tolist(), *objective.mode_tokens.values()]
+        size = self.tokenizer.vocabulary_size()
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise ValueError(
+                "`sentinels` and `mode_tokens` of the objective must be ids in "
+                f"[0, {size}); got ids from {min(ids)} to {max(ids)}."
+            )
+        if self.longest_text < 3:
+            raise ValueError(
+                f"`encoder_sequence_length` {self.encoder_sequence_length} and "
+                f"`decoder_sequence_length` {self.decoder_sequence_length} are too "
+                "short for the `objective`: a text of 3 tokens does not fit."
+            )
 
     def call(self, x, y=None, sample_weight=None):
         """Training arrays of a batch of pairs.
