@@ -7,6 +7,7 @@ import pytest
 from conftest import SENTENCES, tiny_model
 
 import keras_t5gemma as kt
+from keras_t5gemma.text import objective_pairs
 from keras_t5gemma.text.corpus_batches import CorpusBatches, cut
 from keras_t5gemma.text.objectives import UL2, PrefixLM
 
@@ -55,7 +56,7 @@ def test_halves_in_their_order_are_the_documents(tokenizer):
     whole = [row for row in whole if len(row) > 1]
     # A piece that ends its document ends in eos; the others go on.
     assert sum(row[-1] == end for row in ids) == len(whole)
-    longest = preprocessor.longest_text
+    longest = objective_pairs.longest_text(preprocessor)
     assert len(found) == sum(-(-len(row) // longest) for row in whole) > len(whole)
     expected = []
     for row in whole:

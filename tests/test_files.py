@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from keras_t5gemma.text.batches import as_columns
+from keras_t5gemma.text.columns import as_columns
 from keras_t5gemma.text.files import read_pairs
 
 pytestmark = pytest.mark.one_backend

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_t5gemma.text import objective_pairs
 from keras_t5gemma.text.ragged import Ragged
 from keras_t5gemma.text.text_batches import TextBatches, tokenise
 
@@ -31,14 +32,17 @@ class CorpusBatches(TextBatches):
         documents = documents.take(np.flatnonzero(documents.lengths >= 2))
         if not len(documents):
             raise ValueError(f"`{name}` must hold a text of two tokens or more.")
-        lengths, self.is_last = cut(documents.lengths, self.preprocessor.longest_text)
+        longest = objective_pairs.longest_text(self.preprocessor)
+        lengths, self.is_last = cut(documents.lengths, longest)
         self.pieces = Ragged(lengths, documents.values)
         numbers = np.arange(len(lengths))
-        return self.preprocessor.pair_lengths(lengths, numbers, self.is_last)
+        return objective_pairs.lengths(
+            self.preprocessor, lengths, numbers, self.is_last
+        )
 
     def _tokens(self, pairs, epoch):
         pieces, is_last = self.pieces.take(pairs), self.is_last[pairs]
-        return self.preprocessor.make_pairs(pieces, pairs, is_last, epoch)
+        return objective_pairs.make(self.preprocessor, pieces, pairs, is_last, epoch)
 
 
 def cut(lengths, longest):

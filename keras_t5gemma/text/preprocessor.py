@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import warnings
-import zlib
 
 import keras
 import keras_hub
@@ -11,8 +10,7 @@ import numpy as np
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
-from keras_t5gemma.text.objectives import Objective
-from keras_t5gemma.text.ragged import Ragged
+from keras_t5gemma.text import objective_pairs
 from keras_t5gemma.text.tokenizer import Tokenizer, as_texts
 
 INSTRUCTION_TEMPLATE = (
@@ -101,32 +99,10 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         if objective is None:
             return
         try:
-            self._check_objective(objective)
+            objective_pairs.check(self)
         except ValueError:
             self._objective = None
             raise
-
-    def _check_objective(self, objective):
-        if not isinstance(objective, Objective):
-            raise ValueError(
-                "`objective` must be a PrefixLM or UL2 of `keras_t5gemma.objectives`; "
-                f"got {objective!r}."
-            )
-        if self.template is not None:
-            raise ValueError("`template` must be None with an `objective`.")
-        ids = [*objective.sentinels.tolist(), *objective.mode_tokens.values()]
-        size = self.tokenizer.vocabulary_size()
-        if ids and not 0 <= min(ids) <= max(ids) < size:
-            raise ValueError(
-                "`sentinels` and `mode_tokens` of the objective must be ids in "
-                f"[0, {size}); got ids from {min(ids)} to {max(ids)}."
-            )
-        if self.longest_text < 3:
-            raise ValueError(
-                f"`encoder_sequence_length` {self.encoder_sequence_length} and "
-                f"`decoder_sequence_length` {self.decoder_sequence_length} are too "
-                "short for the `objective`: a text of 3 tokens does not fit."
-            )
 
     def call(self, x, y=None, sample_weight=None):
         """Training arrays of a batch of pairs.
@@ -177,66 +153,17 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             ValueError: as in `call`.
         """
         if self.objective is not None:
-            return self._objective_rows(x)
+            with self.report_truncation():
+                rows = self.tokenizer.tokenize(_texts(x))
+                longest = objective_pairs.longest_text(self)
+                self._count("text", sum(len(row) > longest for row in rows), len(rows))
+                return objective_pairs.of_rows(self, rows)
         sources, targets = self._pair(x)
         with self.report_truncation():
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
             self._count("empty", sum(len(row) == 1 for row in rows), len(rows))
             rows = self._cut(rows, self.decoder_sequence_length, "decoder")
             return self._encoder_rows(sources), rows
-
-    def _objective_rows(self, x):
-        """Pairs of texts, in lists of ids; a text below two tokens gives none."""
-        texts = x["text"] if isinstance(x, dict) and set(x) == {"text"} else x
-        texts = as_texts([texts] if isinstance(texts, str) else texts, "x")
-        rows = self.tokenizer.tokenize(texts)
-        longest = self.longest_text
-        with self.report_truncation():
-            self._count("text", sum(len(row) > longest for row in rows), len(rows))
-        whole = np.array([len(row) <= longest for row in rows], bool)
-        rows = [row[:longest] for row in rows]
-        long = [i for i, row in enumerate(rows) if len(row) > 1]
-        seeds = [zlib.crc32(np.array(rows[i], "int32").tobytes()) for i in long]
-        pieces = Ragged.from_rows([rows[i] for i in long])
-        made = self.make_pairs(pieces, np.array(seeds, "int64"), whole[long])
-        pairs = [[[] for _ in rows] for _ in made]
-        for side, ragged in zip(pairs, made, strict=True):
-            for place, i in enumerate(long):
-                side[i] = ragged[place].tolist()
-        return pairs
-
-    @property
-    def longest_text(self):
-        """Most tokens of a text whose pairs fit, whatever the objective draws."""
-        return self.objective.longest_text(
-            self.encoder_sequence_length, self.decoder_sequence_length - 1
-        )
-
-    def make_pairs(self, texts, seeds, is_last, epoch=0):
-        """Sources and targets of texts by the objective.
-
-        Args:
-            texts: a `Ragged` of ids, 2 to `longest_text` each.
-            seeds: int `(rows,)`, what is drawn for each.
-            is_last: bool `(rows,)`, whether the document ends with the text.
-            epoch: int.
-
-        Returns:
-            `(sources, targets)`, a `Ragged` each. A target ends in the end token,
-            unless it is the end of a text which goes on.
-        """
-        sources, targets = self.objective(texts, seeds, epoch)
-        ends = self._has_end(seeds, is_last)
-        values = np.insert(targets.values, targets.ends[ends], self.end_id)
-        return sources, Ragged(targets.lengths + ends, values)
-
-    def pair_lengths(self, lengths, seeds, is_last):
-        """The lengths of `make_pairs`, of texts of so many tokens."""
-        sources, targets = self.objective.lengths(lengths, seeds)
-        return sources, targets + self._has_end(seeds, is_last)
-
-    def _has_end(self, seeds, is_last):
-        return is_last | ~self.objective.ends_with_the_text(seeds)
 
     def generate_preprocess(self, x, sequence_length=None):
         """Arrays of a batch of sources, with a start of the answer or without.
@@ -340,9 +267,10 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
                 )
             cut, total = counts.pop("text", (0, 0))
             if cut:
+                longest = objective_pairs.longest_text(self)
                 warnings.warn(
-                    f"{cut} of {total} texts were longer than {self.longest_text} "
-                    "tokens and were cut. In memory, `fit` takes all their pieces.",
+                    f"{cut} of {total} texts were longer than {longest} tokens "
+                    "and were cut. In memory, `fit` takes all their pieces.",
                     stacklevel=3,
                 )
             for side, (cut, total) in counts.items():
@@ -421,6 +349,11 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             "template": self.template,
             "pad_to_multiple_of": self.pad_to_multiple_of,
         }
+
+
+def _texts(x):
+    texts = x["text"] if isinstance(x, dict) and set(x) == {"text"} else x
+    return as_texts([texts] if isinstance(texts, str) else texts, "x")
 
 
 def round_up(rows, limit, multiple=None):

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
 from keras_t5gemma.generation.options import options_of_sampler
-from keras_t5gemma.text.batches import as_columns
+from keras_t5gemma.text.columns import as_columns
 from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
 from keras_t5gemma.training.text_metrics import text_metrics
 from keras_t5gemma.training.warmup import CrossAttentionWarmUp as CrossAttentionWarmUp

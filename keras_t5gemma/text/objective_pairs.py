@@ -1,0 +1,96 @@
+"""What an objective makes for a preprocessor: pairs that fit, with their ends."""
+
+import zlib
+
+import numpy as np
+
+from keras_t5gemma.text.objectives import Objective
+from keras_t5gemma.text.ragged import Ragged
+
+
+def check(preprocessor):
+    """Raise `ValueError` when a preprocessor cannot work with its objective."""
+    objective = preprocessor.objective
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            "`objective` must be a PrefixLM or UL2 of `keras_t5gemma.objectives`; "
+            f"got {objective!r}."
+        )
+    if preprocessor.template is not None:
+        raise ValueError("`template` must be None with an `objective`.")
+    ids = [*objective.sentinels.tolist(), *objective.mode_tokens.values()]
+    size = preprocessor.tokenizer.vocabulary_size()
+    if ids and not 0 <= min(ids) <= max(ids) < size:
+        raise ValueError(
+            "`sentinels` and `mode_tokens` of the objective must be ids in "
+            f"[0, {size}); got ids from {min(ids)} to {max(ids)}."
+        )
+    if longest_text(preprocessor) < 3:
+        raise ValueError(
+            "`encoder_sequence_length` "
+            f"{preprocessor.encoder_sequence_length} and `decoder_sequence_length` "
+            f"{preprocessor.decoder_sequence_length} are too short for the "
+            "`objective`: a text of 3 tokens does not fit."
+        )
+
+
+def longest_text(preprocessor):
+    """Most tokens of a text whose pairs fit, whatever the objective draws."""
+    return preprocessor.objective.longest_text(
+        preprocessor.encoder_sequence_length,
+        preprocessor.decoder_sequence_length - 1,  # The end token.
+    )
+
+
+def make(preprocessor, texts, seeds, is_last, epoch=0):
+    """Sources and targets of texts.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
+        texts: a `Ragged` of ids, 2 to `longest_text` each.
+        seeds: int `(rows,)`, what is drawn for each.
+        is_last: bool `(rows,)`, whether the document ends with the text.
+        epoch: int.
+
+    Returns:
+        `(sources, targets)`, a `Ragged` each. A target ends in the end token, unless
+        it is the end of a text which goes on.
+    """
+    sources, targets = preprocessor.objective(texts, seeds, epoch)
+    ends = _has_end(preprocessor, seeds, is_last)
+    values = np.insert(targets.values, targets.ends[ends], preprocessor.end_id)
+    return sources, Ragged(targets.lengths + ends, values)
+
+
+def lengths(preprocessor, lengths, seeds, is_last):
+    """The lengths of what `make` makes, of texts of so many tokens."""
+    sources, targets = preprocessor.objective.lengths(lengths, seeds)
+    return sources, targets + _has_end(preprocessor, seeds, is_last)
+
+
+def _has_end(preprocessor, seeds, is_last):
+    return is_last | ~preprocessor.objective.ends_with_the_text(seeds)
+
+
+def of_rows(preprocessor, rows):
+    """Pairs of single texts, what is too long cut, drawn by what a text says.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
+        rows: lists of ids; one below two tokens gives an empty pair.
+
+    Returns:
+        `(sources, targets)`, a list of ids each row.
+    """
+    longest = longest_text(preprocessor)
+    is_whole = np.array([len(row) <= longest for row in rows], bool)
+    rows = [row[:longest] for row in rows]
+    long = [i for i, row in enumerate(rows) if len(row) > 1]
+    seeds = [zlib.crc32(np.array(rows[i], "int32").tobytes()) for i in long]
+    texts = Ragged.from_rows([rows[i] for i in long])
+    made = make(preprocessor, texts, np.array(seeds, "int64"), is_whole[long])
+    pairs = [[[] for _ in rows] for _ in made]
+    for side, ragged in zip(pairs, made, strict=True):
+        for place, i in enumerate(long):
+            side[i] = ragged[place].tolist()
+    return pairs
