@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from keras_t5gemma.text import seeded
 from keras_t5gemma.text.ragged import Ragged
 
 
@@ -141,7 +142,7 @@ class Objective:
         lengths = token_ids.lengths
         kind, taken, spans = self._sizes(lengths, seeds)
         marked = self._is_spans[kind]  # Rows whose spans have sentinels.
-        draws = Ragged(lengths, _draws(seeds, lengths, epoch + 1))
+        draws = Ragged(lengths, seeded.draws(seeds, lengths, epoch + 1))
         span = _compose(taken, spans, draws)
         gap = _gaps(lengths - taken, spans, draws, taken - 1, at_end=~marked)
         out, first = _lay_out(gap, span)
@@ -188,7 +189,7 @@ class Objective:
 
     def ends_with_the_text(self, seeds):
         """Whether the target of a row goes on where its text does, bool `(rows,)`."""
-        return ~self._is_spans[self._kinds(_draws(seeds, 3, 0))]
+        return ~self._is_spans[self._kinds(seeded.draws(seeds, 3, 0))]
 
     def longest_text(self, encoder_length, decoder_length):
         """Tokens of a text whose pairs fit the lengths, whatever is drawn."""
@@ -227,7 +228,7 @@ class Objective:
                 f"`seeds` must be one for each of the {len(lengths)} rows; got "
                 f"{len(seeds)}."
             )
-        draws = _draws(seeds, 3, 0)
+        draws = seeded.draws(seeds, 3, 0)
         kind = self._kinds(draws)
         taken, spans = self._round(kind, lengths, *draws.reshape(-1, 3)[:, 1:].T)
         most = np.where(self._is_spans[kind], spans, 0).max(initial=0)
@@ -329,28 +330,6 @@ class UL2(Objective):
             )
         modes = dict(zip(modes, unused, strict=False))
         return cls(mixture, unused[len(modes) :][::-1], modes)
-
-
-def _draws(seeds, counts, stream):
-    """Uniform float32 in [0, 1), so many of each seed, one after the other.
-
-    By SplitMix64 (doi 10.1145/2714064.2660195), where any number of a sequence can be
-    had at once: a generator of NumPy's for every row takes longer than all the rest.
-    """
-    seeds = np.asarray(seeds, "uint64")
-    draws = Ragged(np.broadcast_to(counts, len(seeds)), None)
-    row = draws.row_numbers()
-    index = (np.arange(len(row)) - draws.starts[row]).astype("uint64")
-    start = _mix(_mix(seeds) + np.uint64(stream))
-    bits = _mix(start[row] + (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-    return (bits >> np.uint64(40)).astype("float32") / np.float32(2**24)
-
-
-def _mix(bits):
-    """Every bit of uint64 `bits` changes about half of those of the result."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
 
 
 def _compose(totals, parts, draws, skip=0):
