@@ -24,9 +24,14 @@ from keras_t5gemma.text.preprocessor import (
 )
 from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer
 from keras_t5gemma.training import callbacks as callbacks
+from keras_t5gemma.training.distillation import Distillation as Distillation
 from keras_t5gemma.training.finetune import finetune as finetune
 from keras_t5gemma.training.losses import TokenCrossEntropy as TokenCrossEntropy
 from keras_t5gemma.training.plots import plot_history as plot_history
+from keras_t5gemma.training.teacher_scores import TeacherScores as TeacherScores
+from keras_t5gemma.training.teacher_scores import (
+    write_teacher_scores as write_teacher_scores,
+)
 from keras_t5gemma.training.text_metrics import score_texts as score_texts
 
 __version__ = "0.1.0"

@@ -214,6 +214,7 @@ def fit_arguments(
     validation_split=0.0,
     batching=None,
     like=None,
+    teacher=None,
 ):
     """Keyword arguments of `keras.Model.fit` for the data of a user.
 
@@ -231,6 +232,7 @@ def fit_arguments(
         batching: of `TextBatches`; `None` is `"packed"` with an objective, else
             `"bucketed"`.
         like: the training data that this data validates; its widths are taken.
+        teacher: of `CorpusBatches`; `None` for pairs and batches.
 
     Returns:
         The dict; with a split of text, `"held_out"` is the dict for validation.
@@ -252,9 +254,14 @@ def fit_arguments(
     elif preprocessor is not None:
         columns = as_columns(x, y)
     batching = batching or "bucketed"
+    if teacher is not None and (columns is None or make is TextBatches):
+        raise ValueError(
+            f"Distillation needs plain text in memory as `{name}` (a list of strings, "
+            "a Dataset, a path) and a preprocessor with an `objective`."
+        )
     if columns is not None:
 
-        def batches(rows, shuffle, steps=None, like=None):
+        def batches(rows, shuffle, steps=None, like=None, **kwargs):
             return make(
                 preprocessor,
                 {key: column[rows] for key, column in columns.items()},
@@ -265,6 +272,7 @@ def fit_arguments(
                 steps,
                 like.widths if isinstance(like, TextBatches) else None,
                 name,
+                **kwargs,
             )
 
         rows = len(next(iter(columns.values())))
@@ -273,7 +281,9 @@ def fit_arguments(
             raise ValueError(
                 f"`validation_split` {validation_split} of {rows} rows is none."
             )
-        data = {"x": batches(slice(cut), shuffle, steps, like), **whole}
+        with_teacher = {} if teacher is None else {"teacher": teacher}
+        training = batches(slice(cut), shuffle, steps, like, **with_teacher)
+        data = {"x": training, **whole}
         if validation_split:
             held_out = batches(slice(cut, None), False, None, data["x"])
             data["held_out"] = {"x": held_out}

@@ -20,29 +20,73 @@ class CorpusBatches(TextBatches):
         columns: `{"text": [...]}`, the documents; those below two tokens are left out.
         **kwargs: further arguments of `TextBatches`.
 
+        teacher: whose view of the texts comes with them: a `TeacherInMemory`, a
+            `TeacherScores`, or `None`.
+
     Raises:
-        ValueError: as `TextBatches`, or without a document of two tokens.
+        ValueError: as `TextBatches`, without a document of two tokens, or for a teacher
+            of another vocabulary or other texts.
     """
 
-    def _read(self, columns, name):
-        def token_rows(part):
-            return [self.preprocessor.tokenizer.tokenize(part["text"])]
+    def __init__(self, *args, teacher=None, **kwargs):
+        self.teacher = teacher
+        super().__init__(*args, **kwargs)
+        if teacher is not None:
+            teacher.check(self)
 
-        (documents,) = tokenise(self.preprocessor, columns, name, token_rows)
-        documents = documents.take(np.flatnonzero(documents.lengths >= 2))
-        if not len(documents):
-            raise ValueError(f"`{name}` must hold a text of two tokens or more.")
-        longest = objective_pairs.longest_text(self.preprocessor)
-        lengths, self.is_last = cut(documents.lengths, longest)
-        self.pieces = Ragged(lengths, documents.values)
+    def _read(self, columns, name):
+        self.pieces, self.is_last = read_pieces(self.preprocessor, columns, name)
+        lengths = self.pieces.lengths
         numbers = np.arange(len(lengths))
         return objective_pairs.lengths(
             self.preprocessor, lengths, numbers, self.is_last
         )
 
+    def most_pieces(self):
+        """More pieces are in no batch, however they are shuffled."""
+        return int(np.sort(self.packs.lengths)[-self.batch_size :].sum())
+
+    def __getitem__(self, index):
+        x, labels, weights = super().__getitem__(index)
+        if self.teacher is not None:
+            rows, widths = self._batch(index)
+            pairs = self._pairs(rows)
+            lengths, is_last = self.pieces.lengths, self.is_last[pairs]
+            places = objective_pairs.places(
+                self.preprocessor, lengths[pairs], pairs, is_last, self._pass(index)
+            )
+            mask = x["decoder_padding_mask"]
+            width = min(lengths.max(), sum(widths))
+            x |= self.teacher.inputs(self, pairs, places, mask, width)
+        return x, labels, weights
+
     def _tokens(self, pairs, epoch):
         pieces, is_last = self.pieces.take(pairs), self.is_last[pairs]
         return objective_pairs.make(self.preprocessor, pieces, pairs, is_last, epoch)
+
+
+def read_pieces(preprocessor, columns, name):
+    """Documents, tokenised and cut to a preprocessor's lengths.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
+        columns: `{"text": [...]}`.
+        name: of the argument that `columns` came by.
+
+    Returns:
+        `(pieces, is_last)`: a `Ragged`, and whether a document ends with each.
+    """
+
+    def token_rows(part):
+        return [preprocessor.tokenizer.tokenize(part["text"])]
+
+    (documents,) = tokenise(preprocessor, columns, name, token_rows)
+    documents = documents.take(np.flatnonzero(documents.lengths >= 2))
+    if not len(documents):
+        raise ValueError(f"`{name}` must hold a text of two tokens or more.")
+    longest = objective_pairs.longest_text(preprocessor)
+    lengths, is_last = cut(documents.lengths, longest)
+    return Ragged(lengths, documents.values), is_last
 
 
 def cut(lengths, longest):

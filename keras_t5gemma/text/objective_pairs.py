@@ -62,6 +62,34 @@ def make(preprocessor, texts, seeds, is_last, epoch=0):
     return sources, Ragged(targets.lengths + ends, values)
 
 
+def places(preprocessor, lengths, seeds, is_last, epoch=0):
+    """Where in its text every token of a target is that `make` makes.
+
+    Args:
+        preprocessor: as in `make`.
+        lengths: int `(rows,)`, of the texts.
+        seeds: as in `make`.
+        is_last: as in `make`.
+        epoch: as in `make`.
+
+    Returns:
+        A `Ragged` of the lengths of the targets: 0 for the first token of the text, as
+        much as its length for the end token after it, -1 for what is not of the text.
+    """
+    lengths = np.asarray(lengths)
+    texts = Ragged(lengths, None)
+    inside = np.arange(lengths.sum()) - np.repeat(texts.starts, lengths)
+    # The objective moves ids about, whatever they are, and adds some of its own.
+    size = preprocessor.tokenizer.vocabulary_size()
+    texts.values = inside + size
+    _, targets = preprocessor.objective(texts, seeds, epoch)
+    values = np.maximum(targets.values.astype("int64") - size, -1)
+    ends = _has_end(preprocessor, seeds, is_last)
+    in_text = preprocessor.objective.ends_with_the_text(seeds)
+    last = np.where(in_text, lengths, -1)[ends]
+    return Ragged(targets.lengths + ends, np.insert(values, targets.ends[ends], last))
+
+
 def lengths(preprocessor, lengths, seeds, is_last):
     """The lengths of what `make` makes, of texts of so many tokens."""
     sources, targets = preprocessor.objective.lengths(lengths, seeds)

@@ -8,6 +8,7 @@ from keras_t5gemma.text.batches import fit_arguments
 from keras_t5gemma.text.epochs import Epochs, any_width, follow
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
+from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.optimizers import separate_averages
 from keras_t5gemma.training.token_task import TokenTask
 
@@ -97,6 +98,7 @@ class TextTask(TokenTask):
                 steps_per_epoch,
                 validation_split=validation_split,
                 batching=batching,
+                teacher=self._teacher(),
             )
             valid = data.pop("held_out", {})
             if validation_data is not None:
@@ -180,6 +182,17 @@ class TextTask(TokenTask):
                 steps=data["steps_per_epoch"],
                 **kwargs,
             )
+
+    def _teacher(self):
+        """That of a `Distillation` loss, or `None`."""
+        if not isinstance(self.loss_in_parts, Distillation):
+            return None
+        if self.loss_in_parts.teacher is None:
+            raise ValueError(
+                "The `Distillation` that this model was saved with has lost its "
+                "teacher: compile again, with one."
+            )
+        return self.loss_in_parts.teacher
 
     def _data(self, *args, **kwargs):
         """`fit_arguments` of a user's data for this model."""

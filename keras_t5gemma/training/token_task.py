@@ -6,7 +6,10 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy, token_losses
+from keras_t5gemma.training.distillation import INPUTS as TEACHER_INPUTS
+from keras_t5gemma.training.distillation import Distillation
+from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy
+from keras_t5gemma.training.token_losses import token_losses
 
 
 class TokenTask(keras_hub.models.Seq2SeqLM):
@@ -22,8 +25,14 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
     def compile(self, *, loss, metrics=None, weighted_metrics="auto", **kwargs):
         """`keras.Model.compile`; `weighted_metrics="auto"` is accuracy, perplexity."""
         own = weighted_metrics == "auto"
-        in_parts = own and metrics is None and type(loss) is TokenCrossEntropy
+        known = type(loss) in (TokenCrossEntropy, Distillation)
+        in_parts = own and metrics is None and known
         in_parts = in_parts and loss.reduction == "mean_with_sample_weight"
+        if isinstance(loss, Distillation) and not in_parts:
+            raise ValueError(
+                "`Distillation` is computed without logits: `metrics` and "
+                "`weighted_metrics` must be left as they are."
+            )
         if own:
             accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
             weighted_metrics = None if in_parts else [accuracy]
@@ -50,6 +59,18 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
         the batches' means, however many tokens those have.
         """
         return super().metrics if self.loss_in_parts is None else self.token_metrics
+
+    @property
+    def non_trainable_variables(self):
+        """Keras's; on JAX with those of a teacher in memory.
+
+        Keras hands these to a compiled step. It would take others for constants.
+        """
+        own = super().non_trainable_variables
+        teacher = getattr(self.loss_in_parts, "teacher", None)
+        if keras.config.backend() != "jax" or not hasattr(teacher, "variables"):
+            return own
+        return [*own, *teacher.variables]
 
     def make_train_function(self, force=False):
         """Keras's; on JAX, of arrays that a step may overwrite, and traced anew."""
@@ -89,14 +110,19 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
 
         Its entries are those of `token_losses`, `(B, T)` each.
         """
+        inputs = dict(inputs)
+        names = [name for name in inputs if name.startswith(TEACHER_INPUTS)]
+        seen_by_teacher = {name: inputs.pop(name) for name in names}
         if "labels" not in inputs:
             return super().call(inputs, training=training, mask=mask)
-        inputs = dict(inputs)
         labels = inputs.pop("labels")
         shape = ops.shape(labels)
         states = self.backbone(inputs, training=training)["decoder_sequence_output"]
         decoder, loss = self.backbone.decoder, self.loss_in_parts or TokenCrossEntropy()
         table = decoder.logit_table()
+        teacher = loss.targets(seen_by_teacher) if seen_by_teacher else None
+        if table is None and teacher is not None:
+            raise ValueError("A model with int4 embeddings cannot be distilled into.")
         if table is None:
             logits = ops.cast(self.backbone.logits(states), "float32")
             results = (
@@ -113,6 +139,7 @@ class TokenTask(keras_hub.models.Seq2SeqLM):
                 loss.label_smoothing,
                 loss.z_loss,
                 learn_table=bool(decoder.token_embedding.trainable_variables),
+                teacher=teacher,
             )
         names = ("losses", "log_probs", "hits")
         return {n: ops.reshape(r, shape) for n, r in zip(names, results, strict=True)}

@@ -1,0 +1,143 @@
+"""Time and peak memory of a distilled training step, against the plain one.
+
+    python benchmarks/distill.py [--folder F] [--backends torch jax tensorflow]
+
+The model and the measures of benchmarks/train.py (S-S, 256,000 tokens of vocabulary,
+float32, AdamW). `live` learns from the whole distribution of a random Gemma 2 of two
+layers, width 512, that runs in the step; `scores` from 64 choices a token, as
+`TeacherScores` gives them. A teacher's weights count as `base`, not as `above`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import load
+import numpy as np
+import train
+
+KINDS = ("plain", "live", "scores")
+CHOICES = 64
+
+
+def make_teacher():
+    import keras_hub
+
+    backbone = keras_hub.models.GemmaBackbone(
+        vocabulary_size=256_000,
+        num_layers=2,
+        num_query_heads=8,
+        num_key_value_heads=4,
+        hidden_dim=512,
+        intermediate_dim=2048,
+        head_dim=64,
+        query_head_dim_normalize=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=50.0,
+        final_logit_soft_cap=30.0,
+    )
+    return keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+
+
+def teacher_arrays(kind, x):
+    """What `CorpusBatches` would add to the arrays of pairs."""
+    shape = x["decoder_token_ids"].shape
+    rng = np.random.default_rng(0)
+    if kind == "scores":
+        return {
+            "teacher_ids": rng.integers(4, 256_000, (*shape, CHOICES), "int32"),
+            "teacher_log_probs": -rng.random((*shape, CHOICES), "float32"),
+            "teacher_places": np.zeros(shape, "int32"),
+        }
+    text = np.concatenate([x["encoder_token_ids"], x["decoder_token_ids"]], axis=1)
+    return {"teacher_token_ids": text, "teacher_padding_mask": np.ones_like(text)}
+
+
+def measure(kind, args):
+    """Train in this process; print the results as JSON."""
+    import keras
+
+    import keras_t5gemma
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.ends = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.ends.append(time.perf_counter())
+
+    loss = keras_t5gemma.TokenCrossEntropy()
+    if kind == "live":
+        loss = keras_t5gemma.Distillation(make_teacher())
+    base = load.peak()
+    x, y = train.make_batches(1 + args.steps, args)
+    if kind != "plain":
+        x |= teacher_arrays(kind, x)
+    if kind == "scores":
+        # The files themselves are tested elsewhere: the step sees arrays.
+        loss = keras_t5gemma.Distillation(None, top_k=CHOICES)
+    if kind == "live":
+        width = x["teacher_token_ids"].shape[1]
+        first = np.arange(args.batch * (1 + args.steps)) % args.batch * width
+        inside = args.source + np.arange(args.target)
+        x["teacher_places"] = (first[:, None] + inside).astype("int32")
+    backbone = keras_t5gemma.Backbone.from_preset(args.folder)
+    model = keras_t5gemma.Seq2SeqLM(backbone)
+    model.compile(optimizer=keras.optimizers.AdamW(1e-4), loss=loss)
+    clock = Clock()
+    keras.Model.fit(
+        model, x, y, batch_size=args.batch, callbacks=[clock], shuffle=False, verbose=0
+    )
+    seconds = (clock.ends[-1] - clock.ends[0]) / args.steps
+    print(json.dumps({"step": seconds, "peak": load.peak(), "base": base}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--backends", nargs="+", default=["torch", "jax", "tensorflow"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--source", type=int, default=256, help="tokens")
+    parser.add_argument("--target", type=int, default=128, help="tokens")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        measure(args.worker, args)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.folder is None:
+            args.folder = Path(scratch)
+            load.make_folder(args.folder)
+        print("| backend | step | s a step | base GB | above GB | x plain, peak |")
+        print("|---" * 6 + "|")
+        for backend in args.backends:
+            plain = None
+            for kind in KINDS:
+                command = [sys.executable, __file__, "--worker", kind]
+                for name in ("folder", "batch", "source", "target", "steps"):
+                    command += [f"--{name}", str(getattr(args, name))]
+                environment = {**os.environ, "KERAS_BACKEND": backend}
+                done = subprocess.run(
+                    command, capture_output=True, text=True, env=environment
+                )
+                if done.returncode:
+                    raise SystemExit(done.stderr)
+                r = json.loads(done.stdout.strip().splitlines()[-1])
+                above = r["peak"] - r["base"]  # With weights, gradients, two moments.
+                plain = plain or above
+                print(
+                    f"| {backend} | {kind} | {r['step']:.1f} | {r['base'] / 1e9:.1f} "
+                    f"| {(above - train.STATE) / 1e9:.1f} | {above / plain:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

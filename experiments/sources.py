@@ -1,0 +1,164 @@
+"""Decoder-only Gemma 2 models of three sizes, trained with KerasHub's GemmaCausalLM.
+
+    KERAS_BACKEND=jax python experiments/sources.py small --data DATA --runs RUNS
+
+Started again, it goes on from its last round.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import corpus
+import keras
+import keras_hub
+import numpy as np
+
+from keras_t5gemma.training.token_losses import token_losses
+
+WIDTHS = {"small": 64, "medium": 128, "large": 192}
+LAYERS = {"small": 2, "medium": 3, "large": 3}
+FEED_FORWARD = {"small": 192, "medium": 384, "large": 512}
+HEAD_DIM = 32
+LEARNING_RATES = {"small": 4e-3, "medium": 3e-3, "large": 2e-3}
+LENGTH, ROWS, ROUND = 256, 8, 200  # Tokens a row, rows a step, steps a round.
+
+
+def make_source(size, dtype="float32"):
+    """An untrained GemmaCausalLM with everything that makes it a Gemma 2."""
+    heads = WIDTHS[size] // HEAD_DIM
+    backbone = keras_hub.models.GemmaBackbone(
+        vocabulary_size=corpus.tokenizer().vocabulary_size(),
+        num_layers=LAYERS[size],
+        num_query_heads=heads,
+        num_key_value_heads=heads,
+        hidden_dim=WIDTHS[size],
+        intermediate_dim=2 * FEED_FORWARD[size],  # KerasHub counts both of its halves.
+        head_dim=HEAD_DIM,
+        query_head_dim_normalize=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=50.0,
+        final_logit_soft_cap=30.0,
+        use_sliding_window_attention=True,
+        sliding_window_size=4096,
+        dtype=dtype,
+    )
+    return keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+
+
+class TokenLosses(keras.losses.Loss):
+    """Cross-entropy from the states of a GemmaBackbone, without its logits.
+
+    Twice as fast, at these sizes, as Keras's loss from the logits, and the same number.
+    """
+
+    def __init__(self, backbone):
+        super().__init__(name="token_losses")
+        self.embedding = backbone.token_embedding
+
+    def call(self, labels, states):
+        losses, _, _ = token_losses(
+            keras.ops.reshape(states, (-1, states.shape[-1])),
+            keras.ops.convert_to_tensor(self.embedding.embeddings),
+            keras.ops.reshape(labels, (-1,)),
+            self.embedding.logit_soft_cap,
+        )
+        return keras.ops.reshape(losses, keras.ops.shape(labels))
+
+
+def trainer(source, rate, steps):
+    """A model of the same weights that gives states, compiled for training."""
+    model = keras.Model(source.backbone.input, source.backbone.output)
+    model.compile(optimizer(rate, steps), TokenLosses(source.backbone))
+    return model
+
+
+def inputs(rows):
+    """`x` and `y` of rows of one token more than is predicted."""
+    ids = rows[:, :-1]
+    return {"token_ids": ids, "padding_mask": np.ones_like(ids)}, rows[:, 1:]
+
+
+def optimizer(rate, steps):
+    """Adam, warm-up over a twentieth, cosine to a tenth, global clip 1."""
+    warmup = steps // 20
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warmup, 0.1, warmup_target=rate, warmup_steps=warmup
+    )
+    return keras.optimizers.Adam(schedule, beta_2=0.98, global_clipnorm=1.0)
+
+
+class Rounds:
+    """Training in rounds of `fit`, each kept with all that is needed to go on."""
+
+    def __init__(self, folder, model):
+        self.file, self.model = Path(folder) / "state.npz", model
+        self.log = []
+        model.optimizer.build(model.trainable_variables)
+        if self.file.exists():
+            state = np.load(self.file)
+            self.log = json.loads(str(state["log"]))
+            for i, variable in enumerate(self._variables()):
+                variable.assign(state[str(i)])
+
+    def _variables(self):
+        return [*self.model.variables, *self.model.optimizer.variables]
+
+    def keep(self, entry):
+        """Write the state and an entry of the log, both or neither."""
+        self.log.append(entry)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        arrays = [keras.ops.convert_to_numpy(v) for v in self._variables()]
+        arrays = {str(i): array for i, array in enumerate(arrays)}
+        new = self.file.with_name("new.npz")
+        np.savez(new, log=json.dumps(self.log), **arrays)
+        os.replace(new, self.file)
+
+
+def pretrain(size, data, runs, million_tokens):
+    """To `runs/sources/SIZE`: `preset/`, KerasHub's, and `log.json`."""
+    folder = Path(runs) / f"sources/{size}"
+    if (folder / "log.json").exists():
+        return
+    keras.utils.set_random_seed(0)
+    rows = corpus.chunks(corpus.for_sources(data), LENGTH)
+    held_out = inputs(corpus.chunks(corpus.held_out(data), LENGTH))
+    a_round = ROUND * ROWS
+    rounds = int(million_tokens * 1e6) // (a_round * LENGTH)
+    source = make_source(size)
+    model = trainer(source, LEARNING_RATES[size], rounds * ROUND)
+    state = Rounds(folder, model)
+    print(f"{size}: {model.count_params():,} parameters, {len(rows) * LENGTH:,} tokens")
+    while len(state.log) < rounds:
+        done, start = len(state.log), time.perf_counter()
+        chosen = np.arange(done * a_round, (done + 1) * a_round) % len(rows)
+        history = model.fit(
+            *inputs(rows[chosen]), batch_size=ROWS, shuffle=False, verbose=0
+        )
+        seconds = time.perf_counter() - start
+        entry = {
+            "tokens": (done + 1) * a_round * LENGTH,
+            "loss": history.history["loss"][0],
+            "held_out_loss": model.evaluate(*held_out, batch_size=ROWS, verbose=0),
+            "seconds": seconds,
+        }
+        state.keep(entry)
+        print(size, json.dumps(entry), flush=True)
+    source.backbone.save_to_preset(str(folder / "preset"))
+    assets = folder / "preset/assets/tokenizer"
+    assets.mkdir(parents=True, exist_ok=True)
+    (assets / "vocabulary.spm").write_bytes(corpus.tokenizer().proto)
+    (folder / "log.json").write_text(json.dumps(state.log, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("size", choices=WIDTHS)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--million-tokens", type=float, default=5.5)
+    args = parser.parse_args()
+    pretrain(args.size, args.data, args.runs, args.million_tokens)

@@ -1,0 +1,135 @@
+"""A decoder-only model that reads the texts of each batch."""
+
+import contextlib
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.text.tokenizer import Tokenizer
+
+
+class TeacherInMemory:
+    """A KerasHub causal LM that reads the texts of every batch.
+
+    Args:
+        model: the `keras_hub.models.CausalLM`.
+
+    Raises:
+        ValueError: for another model, or one whose logits are no product with a table.
+    """
+
+    most_choices = None  # All.
+
+    def __init__(self, model):
+        is_causal = isinstance(model, keras_hub.models.CausalLM)
+        if not is_causal or isinstance(model, keras_hub.models.Seq2SeqLM):
+            raise ValueError(
+                "`teacher` must be a keras_hub.models.CausalLM, which reads from left "
+                f"to right; got {type(model).__name__}."
+            )
+        embedding = getattr(model.backbone, "token_embedding", None)
+        if not isinstance(embedding, keras.layers.ReversibleEmbedding) or (
+            embedding.quantization_mode or embedding.lora_enabled
+        ):
+            raise ValueError(
+                "`teacher` must have a `backbone.token_embedding` that makes the "
+                "logits, a ReversibleEmbedding, neither quantised nor with adapters; "
+                f"{model.name} has none."
+            )
+        self.model = model
+        self.embedding = embedding
+
+    @property
+    def variables(self):
+        """All of the model, none of which moves."""
+        return self.model.backbone.variables
+
+    def read(self, token_ids, padding_mask):
+        """States `(rows, length, E)`, logit table `(V, E)` and soft cap."""
+        with no_gradients():
+            states = self.model.backbone(
+                {"token_ids": token_ids, "padding_mask": padding_mask}, training=False
+            )
+            if self.embedding.tie_weights:
+                table = ops.convert_to_tensor(self.embedding.embeddings)
+            else:
+                table = ops.transpose(self.embedding.reverse_embeddings)
+            table = ops.cast(table, states.dtype)
+        states, table = ops.stop_gradient(states), ops.stop_gradient(table)
+        return states, table, self.embedding.logit_soft_cap
+
+    def check(self, batches):
+        """Raise `ValueError` when it has another vocabulary than the student."""
+        tokenizer = batches.preprocessor.tokenizer
+        check_vocabulary(self.model, tokenizer)
+
+    def inputs(self, batches, pairs, places, mask, width):
+        """What it reads for a batch, and where in that each label's state is.
+
+        Args:
+            batches: a `CorpusBatches`.
+            pairs: the numbers of the pieces in the batch, in their order.
+            places: a `Ragged` of their `objective_pairs.places`.
+            mask: the decoder's padding mask, `(rows, length)`.
+            width: most tokens of a piece of this batch.
+
+        Returns:
+            `teacher_token_ids` and `teacher_padding_mask`, int32 `(texts, width + 1)`,
+            and `teacher_places`, int32 `(rows, length)`: positions in the former,
+            flattened, or -1.
+        """
+        pieces = batches.pieces.take(pairs)
+        shape = (batches.most_pieces(), -(-(width + 1) // 8) * 8)
+        ids, read = np.zeros(shape, "int32"), np.zeros(shape, "int32")
+        ids[: len(pieces), 0] = batches.preprocessor.tokenizer.start_token_id
+        row = pieces.row_numbers()
+        column = np.arange(len(row)) - pieces.starts[row] + 1
+        ids[row, column] = pieces.values
+        read[: len(pieces), 0] = read[row, column] = 1
+        start = places.row_numbers() * shape[1]
+        flat = np.where(places.values < 0, -1, start + places.values)
+        return {
+            "teacher_token_ids": ids,
+            "teacher_padding_mask": read,
+            "teacher_places": spread(flat.astype("int32"), mask, -1),
+        }
+
+
+def check_vocabulary(model, tokenizer):
+    """Raise `ValueError` when a KerasHub model does not write a tokenizer's tokens."""
+    size = model.backbone.token_embedding.input_dim
+    own = tokenizer.vocabulary_size()
+    theirs = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    proto = getattr(theirs, "proto", None)
+    differs = size < own
+    if not differs and proto is not None and proto != tokenizer.proto:
+        differs = Tokenizer(proto).get_vocabulary() != tokenizer.get_vocabulary()
+    if differs:
+        raise ValueError(
+            f"`teacher` must have the vocabulary of the student, {own} pieces; "
+            f"{model.name} has another one, of {size}."
+        )
+
+
+def spread(values, mask, fill):
+    """One value a token into an array of rows: `(rows, length, ...)`.
+
+    Args:
+        values: `(tokens, ...)`, row after row.
+        mask: `(rows, length)`, above 0 where a token is.
+        fill: what is elsewhere.
+    """
+    out = np.full((*mask.shape, *values.shape[1:]), fill, values.dtype)
+    out[mask > 0] = values
+    return out
+
+
+def no_gradients():
+    """A context in which PyTorch keeps nothing for a backward pass."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    return contextlib.nullcontext()

@@ -1,0 +1,197 @@
+"""What a teacher thinks of texts, on disk."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.progress import progress_bar
+from keras_t5gemma.text.columns import as_documents
+from keras_t5gemma.text.corpus_batches import read_pieces
+from keras_t5gemma.training.teacher_in_memory import (
+    TeacherInMemory,
+    check_vocabulary,
+    spread,
+)
+from keras_t5gemma.training.token_losses import top_choices
+
+IDS, LOG_PROBS, ABOUT = "ids.npy", "log_probs.npy", "teacher.json"
+_BLOCK = 2**24  # Bytes that are hashed at once.
+
+
+class TeacherScores:
+    """The most likely next tokens of a teacher, for every token of some texts.
+
+    They belong to the texts, not to an objective: whatever is drawn as a target, in
+    whatever epoch, finds its rows, as long as the texts are cut alike. Written by
+    `write_teacher_scores`; read from disk row by row, as they are needed.
+
+    Args:
+        folder: path.
+        check: compare the files with their checksums first, which reads them once.
+
+    Attributes:
+        most_choices: tokens in a row.
+
+    Raises:
+        ValueError: when the folder holds no scores, or others than were written.
+    """
+
+    def __init__(self, folder, check=True):
+        self.folder = Path(folder)
+        try:
+            about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
+            self.ids = np.load(self.folder / IDS, mmap_mode="r")
+            self.log_probs = np.load(self.folder / LOG_PROBS, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{folder} holds no teacher's scores: {error}. Write them with "
+                "`keras_t5gemma.write_teacher_scores`."
+            ) from error
+        for name, digest in about["sha256"].items() if check else ():
+            if digest != _sha256(self.folder / name):
+                raise ValueError(
+                    f"{self.folder / name} is not what was written: its checksum "
+                    "differs. Write the scores again."
+                )
+        self.texts = about["texts"]
+        self.most_choices = self.ids.shape[1]
+
+    def check(self, batches):
+        """Raise `ValueError` when these are the scores of other texts."""
+        if fingerprint(batches.pieces) != self.texts:
+            raise ValueError(
+                f"The scores in {self.folder} are of other texts, or of texts cut at "
+                "other lengths. `fit` needs the preprocessor and the texts they were "
+                "written with, in the same order."
+            )
+
+    def inputs(self, batches, pairs, places, mask, width):
+        """Scores of a batch; see `TeacherInMemory.inputs` for the arguments.
+
+        Returns:
+            `teacher_ids`, int32, and `teacher_log_probs`, float32, `(rows, length, K)`;
+            and `teacher_places`, int32 `(rows, length)`, -1 where there are none.
+        """
+        first = (batches.pieces.starts[pairs] + pairs)[places.row_numbers()]
+        rows = first + np.maximum(places.values, 0)
+        return {
+            "teacher_ids": spread(self.ids[rows].astype("int32"), mask, 0),
+            "teacher_log_probs": spread(
+                self.log_probs[rows].astype("float32"), mask, 0
+            ),
+            "teacher_places": spread(places.values.astype("int32"), mask, -1),
+        }
+
+
+def write_teacher_scores(
+    folder, teacher, preprocessor, texts, top_k=64, batch_size=8, verbose="auto"
+):
+    """Let a teacher read texts once, and keep its most likely next tokens.
+
+    On disk 6 bytes a choice: 384 bytes a token for 64 of them. The folder appears when
+    all is written.
+
+    Args:
+        folder: path; an earlier one is replaced.
+        teacher: a `keras_hub.models.CausalLM` of the same vocabulary.
+        preprocessor: the `Seq2SeqLMPreprocessor` of the training, with its objective:
+            its lengths say how texts are cut.
+        texts: what `fit` will get: a list of strings, or a dict or
+            `datasets.Dataset` with `"text"`, or a `pathlib.Path`.
+        top_k: choices a token.
+        batch_size: texts that the teacher reads at once.
+        verbose: 0 silent, 1 a progress bar, "auto" is 1 on a terminal.
+
+    Returns:
+        The `TeacherScores`.
+
+    Raises:
+        ValueError: for a teacher of another vocabulary, or texts that `fit` would not
+            take.
+    """
+    if preprocessor.objective is None:
+        raise ValueError("`preprocessor` must have an `objective`; it has none.")
+    in_memory = TeacherInMemory(teacher)
+    size = in_memory.embedding.input_dim
+    if not isinstance(top_k, int) or not 1 <= top_k <= size:
+        raise ValueError(f"`top_k` must be in [1, {size}]; got {top_k!r}.")
+    columns = as_documents(texts)
+    if columns is None:
+        raise ValueError(
+            f"`texts` must be texts in memory, or a file; got {type(texts).__name__}."
+        )
+    pieces, _ = read_pieces(preprocessor, columns, "texts")
+    check_vocabulary(teacher, preprocessor.tokenizer)
+    choose = _Chooser(in_memory, top_k)
+    start = preprocessor.tokenizer.start_token_id
+    shape = (len(pieces.values) + len(pieces), top_k)
+    with atomic_folder(folder) as staging:
+        new = np.lib.format.open_memmap
+        ids = new(staging / IDS, "w+", "uint32", shape)
+        log_probs = new(staging / LOG_PROBS, "w+", "float16", shape)
+        order = np.argsort(-pieces.lengths, kind="stable")
+        with progress_bar("Teacher", len(order), verbose=verbose != 0) as advance:
+            for first in range(0, len(order), batch_size):
+                numbers = order[first : first + batch_size]
+                _write(pieces, numbers, batch_size, start, choose, ids, log_probs)
+                advance(len(numbers))
+        ids.flush(), log_probs.flush()
+        about = {
+            "teacher": teacher.name,
+            "texts": fingerprint(pieces),
+            "sha256": {name: _sha256(staging / name) for name in (IDS, LOG_PROBS)},
+        }
+        (staging / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return TeacherScores(folder, check=False)
+
+
+class _Chooser(keras.Model):
+    """A teacher's most likely next tokens, compiled as any Keras model is."""
+
+    def __init__(self, teacher, top_k):
+        super().__init__(name="chooser")
+        self.teacher, self.top_k = teacher, top_k
+        self.backbone = teacher.model.backbone  # For Keras to know its variables.
+
+    def call(self, inputs):
+        states, table, cap = self.teacher.read(**inputs)
+        shape = keras.ops.shape(states)
+        states = keras.ops.reshape(states, (-1, states.shape[-1]))
+        found = top_choices(states, table, cap, self.top_k)
+        return [keras.ops.reshape(x, (*shape[:2], self.top_k)) for x in found]
+
+
+def _write(pieces, numbers, batch_size, start, choose, ids, log_probs):
+    """Scores of some pieces, which are filled up to the size of a batch."""
+    lengths = pieces.lengths[numbers]
+    width = -(-(lengths.max() + 1) // 64) * 64  # Few different ones: few programs.
+    token_ids = np.zeros((batch_size, width), "int32")
+    mask = np.zeros((batch_size, width), "int32")
+    for row, number in enumerate(numbers):
+        token_ids[row, 0] = start
+        token_ids[row, 1 : lengths[row] + 1] = pieces[number]
+        mask[row, : lengths[row] + 1] = 1
+    found = choose.predict_on_batch({"token_ids": token_ids, "padding_mask": mask})
+    for row, number in enumerate(numbers):
+        here = pieces.starts[number] + number
+        here = slice(here, here + lengths[row] + 1)
+        ids[here], log_probs[here] = (x[row, : lengths[row] + 1] for x in found)
+
+
+def fingerprint(pieces):
+    """What identifies texts as token ids, and how they are cut."""
+    digest = hashlib.sha256(np.asarray(pieces.lengths, "int64").tobytes())
+    digest.update(np.asarray(pieces.values, "int32").tobytes())
+    return digest.hexdigest()
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
