@@ -159,6 +159,6 @@ if __name__ == "__main__":
     parser.add_argument("size", choices=WIDTHS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--million-tokens", type=float, default=5.5)
+    parser.add_argument("--million-tokens", type=float, default=4)
     args = parser.parse_args()
     pretrain(args.size, args.data, args.runs, args.million_tokens)

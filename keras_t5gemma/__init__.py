@@ -28,6 +28,7 @@ from keras_t5gemma.training.distillation import Distillation as Distillation
 from keras_t5gemma.training.finetune import finetune as finetune
 from keras_t5gemma.training.losses import TokenCrossEntropy as TokenCrossEntropy
 from keras_t5gemma.training.plots import plot_history as plot_history
+from keras_t5gemma.training.pretrain import pretrain as pretrain
 from keras_t5gemma.training.teacher_scores import TeacherScores as TeacherScores
 from keras_t5gemma.training.teacher_scores import (
     write_teacher_scores as write_teacher_scores,

@@ -1,6 +1,7 @@
 """The `keras-t5gemma` command."""
 
 import argparse
+import functools
 import inspect
 import os
 import sys
@@ -90,16 +91,21 @@ def make_parser():
     generate.set_defaults(run=run_generate)
 
     from keras_t5gemma.training.finetune import finetune
-    from keras_t5gemma.training.finetune_options import add_options
+    from keras_t5gemma.training.pretrain import pretrain
+    from keras_t5gemma.training.run_options import add_options
 
-    training = commands.add_parser(
-        "finetune",
-        help="train a preset on text pairs from files",
-        description="Text pairs from files in, a preset out. A run that was stopped "
-        "goes on when the same command is given again.",
-    )
-    add_options(training, finetune)
-    training.set_defaults(run=run_finetune)
+    for name, function, data, what in (
+        ("pretrain", pretrain, "plain text", "continue the training of an adapted"),
+        ("finetune", finetune, "text pairs", "train a"),
+    ):
+        training = commands.add_parser(
+            name,
+            help=f"{what} preset on {data} from files",
+            description=f"{data.capitalize()} from files in, a preset out. A run that "
+            "was stopped goes on when the same command is given again.",
+        )
+        add_options(training, function)
+        training.set_defaults(run=functools.partial(run_training, function))
 
     listing = commands.add_parser("presets", help="list the named presets")
     listing.set_defaults(run=run_presets)
@@ -216,13 +222,11 @@ def run_generate(args):
                 print(" ".join(text.split()) if args.lines else text, flush=True)
 
 
-def run_finetune(args):
-    """`finetune` with the options that were given."""
-    from keras_t5gemma.training.finetune import finetune
-
-    names = inspect.signature(finetune).parameters
+def run_training(function, args):
+    """`finetune` or `pretrain` with the options that were given."""
+    names = inspect.signature(function).parameters
     try:
-        finetune(**{name: getattr(args, name) for name in names})
+        function(**{name: getattr(args, name) for name in names})
     except KeyboardInterrupt:
         print("\nThe same command goes on from the last backup.", file=sys.stderr)
         raise
@@ -310,11 +314,15 @@ def run_adapt(args):
         print(f"  {line}")
     if lineage["needs_warm_up"]:
         print(
-            "Its cross-attention is random: train that alone for the first steps (the "
-            "paper: 1,000), then everything."
+            "Its cross-attention is random: that is trained alone for the first steps "
+            "(the paper: 1,000), then everything."
         )
     else:
-        print("Its cross-attention is a copy: continue training, all of it.")
+        print("Its cross-attention is a copy: all of it is trained from the start.")
+    print(
+        f"Next:\n  keras-t5gemma pretrain --preset {args.output} --train texts.txt "
+        "--output RUN"
+    )
 
 
 def run_convert(args):

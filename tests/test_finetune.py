@@ -12,7 +12,7 @@ import keras_t5gemma as kt
 from keras_t5gemma import cli
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.training import finetune as module
-from keras_t5gemma.training import run_folder
+from keras_t5gemma.training import run_folder, runs
 from keras_t5gemma.training.finetune import finetune
 
 # Its parts have tests on every backend.
@@ -325,10 +325,10 @@ def make_options(**options):
 def test_learning_rates():
     def rates(steps, **options):
         options = make_options(learning_rate=0.5, **options)
-        rate = module._optimizer(options, steps)._learning_rate
+        rate = runs.make_optimizer(options, steps)._learning_rate
         return [float(rate(step)) for step in range(5)]
 
-    assert float(module._optimizer(make_options(), 9).learning_rate) == pytest.approx(
+    assert float(runs.make_optimizer(make_options(), 9).learning_rate) == pytest.approx(
         1e-4
     )
     expected = [0.5 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(5)]
@@ -343,10 +343,10 @@ def test_learning_rates():
 @pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "muon"])
 def test_optimizers(name):
     options = make_options(optimizer=name, weight_decay=0.25, global_clipnorm=0)
-    optimizer = module._optimizer(options, 9)
+    optimizer = runs.make_optimizer(options, 9)
     assert (type(optimizer).__name__.lower(), optimizer.weight_decay) == (name, 0.25)
     assert optimizer.global_clipnorm is None
-    assert module._optimizer(make_options(optimizer=name), 9).global_clipnorm == 1
+    assert runs.make_optimizer(make_options(optimizer=name), 9).global_clipnorm == 1
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def fit_arguments(
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None`: only arrays are taken.
         vocabulary_size: the bound of ids in arrays.
-        x: in-memory text, arrays, or an iterable of batches.
+        x: in-memory text, arrays, an iterable of batches, or a `TextBatches`.
         y: targets, where `x` does not hold them.
         sample_weight: one weight a pair.
         batch_size: rows a batch of in-memory text; 32 when `None`.
@@ -246,6 +246,8 @@ def fit_arguments(
         )
     common = {"shuffle": shuffle, "steps_per_epoch": steps}
     whole = {"shuffle": False, "steps_per_epoch": None}  # `Epochs` do both.
+    if isinstance(x, TextBatches):  # Made before, with all that is asked for here.
+        return {"x": x, **whole}
     columns, make = None, TextBatches
     if preprocessor is not None and preprocessor.objective is not None:
         columns, make = as_documents(x, y), CorpusBatches

@@ -84,14 +84,23 @@ class TextBatches(Epochs):
         self.lengths = self._read(columns, name)
         self.weights = _weights(sample_weight, len(self.lengths[0]))
         self._arrange(widths)
-        self._all = -(-len(self.packs) // batch_size)
-        if steps is not None and not 1 <= steps <= self._all:
+        self._all = self._steps = -(-len(self.packs) // batch_size)
+        if steps is not None:
+            self.limit(steps, name)
+
+    def limit(self, steps, name="x"):
+        """Make epochs of so many batches, one going on where the other ends.
+
+        Raises:
+            ValueError: for more than there are.
+        """
+        if not 1 <= steps <= self._all:
             raise ValueError(
-                f"`{name}` has {self._all} batches of {batch_size} rows: "
+                f"`{name}` has {self._all} batches of {self.batch_size} rows: "
                 f"{steps} steps an epoch cannot be had. Leave the steps out to go "
                 "through all of it."
             )
-        self._steps = steps or self._all
+        self._steps = steps
 
     def _read(self, columns, name):
         """Tokenise; the lengths of the sources and of the targets."""

@@ -2,10 +2,8 @@
 
 import contextlib
 import gc
-import os
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import keras
@@ -13,18 +11,16 @@ import keras
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM
 from keras_t5gemma.text.files import read_pairs
-from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.text.text_batches import TextBatches
-from keras_t5gemma.training import run_folder
+from keras_t5gemma.training import run_folder, runs
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import GenerationMetrics
-from keras_t5gemma.training.finetune_options import OPTIMIZERS, check
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.model_card import write_model_card
 from keras_t5gemma.training.plots import plot_history
-from keras_t5gemma.training.text_metrics import score_texts
+from keras_t5gemma.training.run_options import check_values
+from keras_t5gemma.training.text_metrics import score_texts, text_metrics
 
-_SPLITS = ("train", "valid", "test")
 _ROWS_AT_ONCE = 512  # Of a file that answers are written for.
 
 
@@ -140,22 +136,58 @@ def finetune(
     o = SimpleNamespace(**options)
     if o.verbose == "auto":
         o.verbose = 1 if sys.stdout.isatty() else 2
-    check(o)
+    _check(o)
     data = {
         split: read_pairs(options[split], source, target)
-        for split in _SPLITS
+        for split in runs.SPLITS
         if options[split] is not None
     }
     folder = run_folder.RunFolder(output)
-    config = run_folder.describe(options, data)
+    files = {k: (options[k], len(v["encoder_text"])) for k, v in data.items()}
+    config = run_folder.describe(options, files)
     clear = folder.must_be_cleared(config, overwrite)
     if clear or not folder.is_trained():
         _train(o, folder, data, config, clear)
         gc.collect()  # The model that was trained, before another one is loaded.
     scores = _score(o, folder, data, config)
     if o.verbose:
-        print("\n".join(_report(folder, scores)))
+        command = f"keras-t5gemma generate --preset {folder.preset} 'a text'"
+        print("\n".join(runs.report(folder, scores, [command])))
     return scores
+
+
+def _check(o):
+    check_values(o)
+    if o.warmup_steps is None:
+        raise ValueError("`warmup_steps` must be a whole number; got None.")
+    for name in ("lora_parts", "quantize"):
+        if getattr(o, name) is not None and o.lora_rank is None:
+            raise ValueError(f"`{name}` needs `lora_rank`: only adapters are trained.")
+    if o.freeze is not None and o.lora_rank is not None:
+        raise ValueError(
+            "`freeze` is for training without adapters; with `lora_rank`, `lora_parts` "
+            "says what is trained."
+        )
+    if o.valid is not None or o.test is not None:
+        text_metrics(o.metrics)
+    if o.valid is not None:
+        _check_monitor(o)
+
+
+def _check_monitor(o):
+    metrics = [o.metrics] if isinstance(o.metrics, str) or callable(o.metrics) else []
+    metrics = metrics or list(o.metrics)
+    named = [metric for metric in metrics if isinstance(metric, str)]
+    known = ["val_loss", "val_accuracy", "val_perplexity"]
+    if named:
+        known += [f"val_{name}" for name in score_texts(["a"], ["a"], named)]
+    # What a user's function calls its numbers is known when it has run.
+    is_theirs = len(named) < len(metrics) and o.mode != "auto"
+    if o.monitor not in known and not is_theirs:
+        raise ValueError(
+            f"`monitor` must be one of {known}, or with a `mode` a number of your own "
+            f"function; got {o.monitor!r}."
+        )
 
 
 def _train(o, folder, data, config, clear):
@@ -164,7 +196,7 @@ def _train(o, folder, data, config, clear):
     model = _load(o)
     epochs, steps = _plan(o, model, data["train"])
     model.compile(
-        optimizer=_optimizer(o, epochs * steps),
+        optimizer=runs.make_optimizer(o, epochs * steps),
         loss=TokenCrossEntropy(o.label_smoothing),
         rematerialize=o.rematerialize,
     )
@@ -186,16 +218,8 @@ def _train(o, folder, data, config, clear):
         log.on_train_end()  # It leaves its file open when `fit` fails.
 
 
-def _base(o):
-    """The preset to start from, with the lengths of the training."""
-    lengths = ("encoder_sequence_length", "decoder_sequence_length")
-    lengths = {n: getattr(o, n) for n in lengths if getattr(o, n) is not None}
-    preprocessor = Seq2SeqLMPreprocessor.from_preset(o.preset, **lengths)
-    return Seq2SeqLM.from_preset(o.preset, dtype=o.dtype, preprocessor=preprocessor)
-
-
 def _load(o):
-    model = _base(o)
+    model = runs.load_base(o)
     if o.quantize is not None:
         model.quantize(o.quantize)
     if o.lora_rank is not None:
@@ -228,40 +252,6 @@ def _plan(o, model, pairs):
     return epochs, min(steps, o.max_steps // epochs)
 
 
-def _optimizer(o, steps):
-    """Of `steps` training steps in all."""
-    updates = steps // o.gradient_accumulation_steps
-    if o.warmup_steps and o.warmup_steps >= updates:
-        raise ValueError(
-            f"`warmup_steps` must be below the {updates} updates of the training; got "
-            f"{o.warmup_steps}."
-        )
-    rate = o.learning_rate
-    if o.warmup_steps or o.schedule == "cosine":
-        rate = keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if o.warmup_steps else rate,
-            decay_steps=max(updates - o.warmup_steps, 1),
-            alpha=0.0 if o.schedule == "cosine" else 1.0,  # Of 1: it stays.
-            warmup_target=rate if o.warmup_steps else None,
-            warmup_steps=o.warmup_steps,
-        )
-    arguments = {
-        "learning_rate": rate,
-        "weight_decay": o.weight_decay or None,
-    }
-    if o.optimizer == "adamw":
-        arguments["weight_decay"] = o.weight_decay  # It does not take `None`.
-    if o.optimizer == "muon":
-        arguments["adam_weight_decay"] = o.weight_decay
-    if o.global_clipnorm:
-        arguments["global_clipnorm"] = o.global_clipnorm
-    if o.gradient_accumulation_steps > 1:
-        arguments["gradient_accumulation_steps"] = o.gradient_accumulation_steps
-    if o.ema_momentum is not None:
-        arguments |= {"use_ema": True, "ema_momentum": o.ema_momentum}
-    return OPTIMIZERS[o.optimizer](**arguments)
-
-
 def _callbacks(o, folder, valid, log):
     """In the order of an epoch's end; what is there after a stop comes last."""
     callbacks = []
@@ -277,18 +267,9 @@ def _callbacks(o, folder, valid, log):
         best = run_folder.SaveBestOfRun(folder.best, o.monitor, o.mode)
         callbacks = [generation, best]
         if o.ema_momentum is not None:
-            callbacks = _with_average(callbacks)
+            callbacks = runs.with_average(callbacks)
     backup = BackupAndRestore(folder.backup, o.save_freq)
     return [*callbacks, log, run_folder.MakePreset(folder), backup]
-
-
-def _with_average(callbacks):
-    """Let them see the moving average of the weights, as the validation does."""
-    swap = keras.callbacks.SwapEMAWeights()
-    Lambda = keras.callbacks.LambdaCallback
-    before = Lambda(on_epoch_end=lambda epoch, logs: swap.on_test_begin())
-    after = Lambda(on_epoch_end=lambda epoch, logs: swap.on_test_end())
-    return [swap, before, *callbacks, after]
 
 
 def _generate_options(o):
@@ -303,7 +284,7 @@ def _score(o, folder, data, config):
     data = {split: pairs for split, pairs in data.items() if split != "train"}
     scores = {}
     if data:
-        before, _ = _measure(o, _base(o), data, "of the preset as it was")
+        before, _ = _measure(o, runs.load_base(o), data, "of the preset as it was")
         gc.collect()  # One model at a time.
         dtype = None if o.quantize else o.dtype
         model = Seq2SeqLM.from_preset(folder.preset, dtype=dtype)
@@ -312,7 +293,8 @@ def _score(o, folder, data, config):
         for name, score in scores[split].items():
             score["before"] = before[split][name]["mean"]
         folder.add_samples(split, pairs, answers[split])
-    write_model_card(folder.preset, **_card(o, config, scores))
+    card = runs.model_card(o.preset, config, scores, "fine-tuned")
+    write_model_card(folder.preset, **card)
     run_folder.write_json(folder.scores, scores)
     return scores
 
@@ -347,50 +329,3 @@ def _answers(o, model, sources, title):
             answers += model.generate(part, **_generate_options(o))
             advance(len(part))
     return answers
-
-
-def _card(o, config, scores):
-    """Arguments of `write_model_card`."""
-    # A folder of the user's says nothing to others.
-    base = Path(o.preset).name if os.path.isdir(o.preset) else o.preset
-    left_out = {"preset", "output", "overwrite", "verbose", "save_freq", *_SPLITS}
-    training = {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in config["options"].items()
-        if name not in left_out and value is not None
-    }
-    versions = ("keras_t5gemma", "keras", "keras_hub", "backend")
-    return {
-        "title": f"{base}, fine-tuned on {config['data']['train']['file']}",
-        "base": base,
-        "data": [{"split": k, **file} for k, file in config["data"].items()],
-        "training": training | {name: config[name] for name in versions},
-        "scores": {
-            f"{split} {name}": score
-            for split, measured in scores.items()
-            for name, score in measured.items()
-        },
-    }
-
-
-def _report(folder, scores):
-    """Lines that say what there is, and what to do next."""
-    lines = ["", f"{folder.preset}: {folder.which_model()}."]
-    for split, measured in scores.items():
-        numbers = []
-        for name, score in measured.items():
-            error = score["standard_error"]
-            more = "" if error is None else f" ± {error:.2g}"
-            numbers.append(f"{name} {score['before']:.4g} -> {score['mean']:.4g}{more}")
-        lines.append(f"  {split}: {', '.join(numbers)}")
-    if not folder.curves.exists():
-        lines.append(
-            f"No {folder.curves.name} without matplotlib: pip install matplotlib, then "
-            f"keras_t5gemma.plot_history({str(folder.log)!r}, {str(folder.curves)!r})."
-        )
-    lines += [
-        "Next:",
-        f"  keras-t5gemma generate --preset {folder.preset} 'a text'",
-        f"  {folder.preset / 'README.md'}: a model card, to be completed by hand",
-    ]
-    return lines

@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning: what lies in it, and whether to go on in it."""
+"""The folder of a training: what lies in it, and whether to go on in it."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,8 @@ class RunFolder:
         samples: JSON lines, answers to some of the validation pairs every epoch, and
             to all pairs in the end.
         backup: folder to go on from after a stop.
-        best: preset of the best epoch so far.
+        best: preset of the best epoch so far, or the mean of the last.
+        last: presets of the last epochs, until there is their mean.
         preset: the result; there once the training is finished.
         scores: JSON of what was measured; written last.
     """
@@ -41,6 +42,7 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self.backup = self.path / "backup"
         self.best = self.path / "best"
+        self.last = self.path / "last"
         self.preset = self.path / "preset"
         self.scores = self.path / "scores.json"
 
@@ -67,8 +69,8 @@ class RunFolder:
             return False
         if "keras_t5gemma" not in _read_json(self.config):
             raise ValueError(
-                f"`output` {self.path} holds something else than a run of finetune; "
-                "take another folder."
+                f"`output` {self.path} holds something else than a run of finetune "
+                "or pretrain; take another folder."
             )
         if not self._has_begun():
             return False  # It was stopped before there was anything to lose.
@@ -96,7 +98,7 @@ class RunFolder:
         """Make the folder, empty if it is to be cleared, and note the run in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         if clear:  # What says that it is a run goes last.
-            for folder in (self.backup, self.best, self.preset):
+            for folder in (self.backup, self.best, self.last, self.preset):
                 shutil.rmtree(folder, ignore_errors=True)
             for file in (self.scores, self.samples, self.curves, self.log, self.config):
                 file.unlink(missing_ok=True)
@@ -139,6 +141,8 @@ class RunFolder:
     def which_model(self):
         """What the result is, in words."""
         best = _read_json(self.best / "best.json")
+        if "mean_of" in best:
+            return f"the mean of the models after epochs {best['mean_of']}"
         if not best:
             return "the model after the last epoch"
         return (
@@ -181,12 +185,12 @@ def save_model(model, folder):
         model.save_lora_weights(str(Path(folder) / ADAPTERS_FILE))
 
 
-def describe(options, data):
+def describe(options, files):
     """What config.json says of a run.
 
     Args:
         options: dict of all options.
-        data: `{"train": pairs, ...}`, of the files that the options name.
+        files: `{"train": (path, rows), ...}`, what it reads.
 
     Returns:
         A dict of JSON values.
@@ -201,7 +205,7 @@ def describe(options, data):
         "keras_hub": keras_hub.__version__,
         "backend": keras.config.backend(),
         "options": options,
-        "data": {split: _file(options[split], pairs) for split, pairs in data.items()},
+        "data": {split: _file(*file) for split, file in files.items()},
     }
     return json.loads(json.dumps(config, default=_name))
 
@@ -231,10 +235,9 @@ def _read_json(path):
     return value if isinstance(value, dict) else {}
 
 
-def _file(path, pairs):
+def _file(path, rows):
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = len(pairs["encoder_text"])
     return {"file": Path(path).name, "rows": rows, "sha256": digest}
 
 

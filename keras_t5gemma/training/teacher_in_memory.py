@@ -1,12 +1,14 @@
 """A decoder-only model that reads the texts of each batch."""
 
 import contextlib
+from pathlib import Path
 
 import keras
 import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.text.tokenizer import Tokenizer
 
 
@@ -15,6 +17,7 @@ class TeacherInMemory:
 
     Args:
         model: the `keras_hub.models.CausalLM`.
+        proto: bytes of its SentencePiece model, where the model has no preprocessor.
 
     Raises:
         ValueError: for another model, or one whose logits are no product with a table.
@@ -22,7 +25,7 @@ class TeacherInMemory:
 
     most_choices = None  # All.
 
-    def __init__(self, model):
+    def __init__(self, model, proto=None):
         is_causal = isinstance(model, keras_hub.models.CausalLM)
         if not is_causal or isinstance(model, keras_hub.models.Seq2SeqLM):
             raise ValueError(
@@ -40,6 +43,20 @@ class TeacherInMemory:
             )
         self.model = model
         self.embedding = embedding
+        tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+        self.proto = proto or getattr(tokenizer, "proto", None)
+
+    @classmethod
+    def from_preset(cls, preset):
+        """Of a name, folder or handle that KerasHub knows; without TensorFlow."""
+        model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None)
+        try:
+            path = presets.get_file(
+                preset, f"assets/tokenizer/{presets.VOCABULARY_FILE}"
+            )
+        except Exception:  # KerasHub raises what the hub's library does.
+            return cls(model)
+        return cls(model, Path(path).read_bytes())
 
     @property
     def variables(self):
@@ -61,9 +78,21 @@ class TeacherInMemory:
         return states, table, self.embedding.logit_soft_cap
 
     def check(self, batches):
-        """Raise `ValueError` when it has another vocabulary than the student."""
-        tokenizer = batches.preprocessor.tokenizer
-        check_vocabulary(self.model, tokenizer)
+        """Raise `ValueError` when it does not write the tokens of some batches."""
+        self.check_vocabulary(batches.preprocessor.tokenizer)
+
+    def check_vocabulary(self, tokenizer):
+        """Raise `ValueError` when it does not write the tokens of a `Tokenizer`."""
+        size, own = self.embedding.input_dim, tokenizer.vocabulary_size()
+        differs = size < own
+        if not differs and self.proto not in (None, tokenizer.proto):
+            theirs = Tokenizer(self.proto).get_vocabulary()
+            differs = theirs != tokenizer.get_vocabulary()
+        if differs:
+            raise ValueError(
+                f"`teacher` must have the vocabulary of the student, {own} pieces; "
+                f"{self.model.name} has another one, of {size}."
+            )
 
     def inputs(self, batches, pairs, places, mask, width):
         """What it reads for a batch, and where in that each label's state is.
@@ -95,22 +124,6 @@ class TeacherInMemory:
             "teacher_padding_mask": read,
             "teacher_places": spread(flat.astype("int32"), mask, -1),
         }
-
-
-def check_vocabulary(model, tokenizer):
-    """Raise `ValueError` when a KerasHub model does not write a tokenizer's tokens."""
-    size = model.backbone.token_embedding.input_dim
-    own = tokenizer.vocabulary_size()
-    theirs = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
-    proto = getattr(theirs, "proto", None)
-    differs = size < own
-    if not differs and proto is not None and proto != tokenizer.proto:
-        differs = Tokenizer(proto).get_vocabulary() != tokenizer.get_vocabulary()
-    if differs:
-        raise ValueError(
-            f"`teacher` must have the vocabulary of the student, {own} pieces; "
-            f"{model.name} has another one, of {size}."
-        )
 
 
 def spread(values, mask, fill):

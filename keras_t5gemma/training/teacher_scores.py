@@ -11,11 +11,7 @@ from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text.columns import as_documents
 from keras_t5gemma.text.corpus_batches import read_pieces
-from keras_t5gemma.training.teacher_in_memory import (
-    TeacherInMemory,
-    check_vocabulary,
-    spread,
-)
+from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, spread
 from keras_t5gemma.training.token_losses import top_choices
 
 IDS, LOG_PROBS, ABOUT = "ids.npy", "log_probs.npy", "teacher.json"
@@ -115,8 +111,9 @@ def write_teacher_scores(
     """
     if preprocessor.objective is None:
         raise ValueError("`preprocessor` must have an `objective`; it has none.")
-    in_memory = TeacherInMemory(teacher)
-    size = in_memory.embedding.input_dim
+    if not isinstance(teacher, TeacherInMemory):
+        teacher = TeacherInMemory(teacher)
+    size = teacher.embedding.input_dim
     if not isinstance(top_k, int) or not 1 <= top_k <= size:
         raise ValueError(f"`top_k` must be in [1, {size}]; got {top_k!r}.")
     columns = as_documents(texts)
@@ -125,8 +122,8 @@ def write_teacher_scores(
             f"`texts` must be texts in memory, or a file; got {type(texts).__name__}."
         )
     pieces, _ = read_pieces(preprocessor, columns, "texts")
-    check_vocabulary(teacher, preprocessor.tokenizer)
-    choose = _Chooser(in_memory, top_k)
+    teacher.check_vocabulary(preprocessor.tokenizer)
+    choose = _Chooser(teacher, top_k)
     start = preprocessor.tokenizer.start_token_id
     shape = (len(pieces.values) + len(pieces), top_k)
     with atomic_folder(folder) as staging:
@@ -141,7 +138,7 @@ def write_teacher_scores(
                 advance(len(numbers))
         ids.flush(), log_probs.flush()
         about = {
-            "teacher": teacher.name,
+            "teacher": teacher.model.name,
             "texts": fingerprint(pieces),
             "sha256": {name: _sha256(staging / name) for name in (IDS, LOG_PROBS)},
         }

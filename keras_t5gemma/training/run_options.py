@@ -1,4 +1,4 @@
-"""Options of `finetune`: what they may be, and how a command gets them."""
+"""Options of `finetune` and `pretrain`: their values, and how a command gets them."""
 
 import inspect
 import re
@@ -7,7 +7,6 @@ import keras
 
 from keras_t5gemma.text.text_batches import BATCHINGS
 from keras_t5gemma.training.losses import TokenCrossEntropy
-from keras_t5gemma.training.text_metrics import score_texts, text_metrics
 
 OPTIMIZERS = {
     "adafactor": keras.optimizers.Adafactor,
@@ -16,8 +15,11 @@ OPTIMIZERS = {
     "muon": keras.optimizers.Muon,
 }
 
+OBJECTIVES = ("prefixlm", "prefixlm_random", "t5gemma2", "ul2")
+
 _CHOICES = {
     "batching": BATCHINGS,
+    "objective": OBJECTIVES,
     "optimizer": tuple(OPTIMIZERS),
     "schedule": ("constant", "cosine"),
     "quantize": (None, "int8", "int4"),
@@ -35,38 +37,42 @@ _COUNTS = (
     "sample_rows",
     "num_beams",
     "max_length",
+    "top_k",
+    "average_last",
 )
 _LARGEST = 2**31 - 1
 _RANGES = {
     **dict.fromkeys(_COUNTS, (1, _LARGEST)),
     "warmup_steps": (0, _LARGEST),
+    "cross_attention_steps": (0, _LARGEST),
     "seed": (0, _LARGEST),
     "learning_rate": (0.0, 1e3),
     "weight_decay": (0.0, 1e3),
     "global_clipnorm": (0.0, 1e9),
     "ema_momentum": (0.0, 1.0),
+    "temperature": (0.01, 100.0),
+    "label_weight": (0.0, 1.0),
 }
 _MAY_BE_NONE = ("steps_per_epoch", "max_steps", "lora_rank", "num_beams", "max_length")
-_MAY_BE_NONE += ("ema_momentum",)
+_MAY_BE_NONE += ("ema_momentum", "average_last", "top_k", "cross_attention_steps")
+_MAY_BE_NONE += ("warmup_steps",)
 
 
-def check(o):
-    """Raise for an option of `finetune` that cannot be, by its name.
+def check_values(o):
+    """Raise for an option that cannot be, by its name.
 
     Args:
-        o: an object with the options as attributes.
+        o: an object with options as attributes, those above or some of them.
 
     Raises:
-        ValueError: for what is not among the choices, out of its range, or contradicts
-            another option.
-        ImportError: for a metric whose library is not installed.
+        ValueError: for what is not among the choices, or out of its range.
     """
     for name, accepted in _CHOICES.items():
-        value = getattr(o, name)
+        value = getattr(o, name, accepted[0])
         if value not in accepted:
             raise ValueError(f"`{name}` must be one of {accepted}; got {value!r}.")
     for name, (low, high) in _RANGES.items():
-        value = getattr(o, name)
+        value = getattr(o, name, low)
         if value is None and name in _MAY_BE_NONE:
             continue
         kinds = int if isinstance(low, int) else int | float
@@ -81,35 +87,7 @@ def check(o):
         raise ValueError(
             f"`save_freq` must be 'epoch' or a number of steps; got {o.save_freq!r}."
         )
-    for name in ("lora_parts", "quantize"):
-        if getattr(o, name) is not None and o.lora_rank is None:
-            raise ValueError(f"`{name}` needs `lora_rank`: only adapters are trained.")
-    if o.freeze is not None and o.lora_rank is not None:
-        raise ValueError(
-            "`freeze` is for training without adapters; with `lora_rank`, `lora_parts` "
-            "says what is trained."
-        )
     TokenCrossEntropy(o.label_smoothing)
-    if o.valid is not None or o.test is not None:
-        text_metrics(o.metrics)
-    if o.valid is not None:
-        _check_monitor(o)
-
-
-def _check_monitor(o):
-    metrics = [o.metrics] if isinstance(o.metrics, str) or callable(o.metrics) else []
-    metrics = metrics or list(o.metrics)
-    named = [metric for metric in metrics if isinstance(metric, str)]
-    known = ["val_loss", "val_accuracy", "val_perplexity"]
-    if named:
-        known += [f"val_{name}" for name in score_texts(["a"], ["a"], named)]
-    # What a user's function calls its numbers is known when it has run.
-    is_theirs = len(named) < len(metrics) and o.mode != "auto"
-    if o.monitor not in known and not is_theirs:
-        raise ValueError(
-            f"`monitor` must be one of {known}, or with a `mode` a number of your own "
-            f"function; got {o.monitor!r}."
-        )
 
 
 def add_options(parser, function):

@@ -1,0 +1,342 @@
+"""Make the runs of the experiment, one process each; those that are done are kept.
+
+    KERAS_BACKEND=jax python experiments/run.py --data DATA --runs RUNS [--minutes N]
+        [--only TEXT]
+
+First the decoder-only sources (sources.py), then the plan (plan.py). A run that was
+stopped goes on where its last backup was. What a run measured is written to
+`experiments/results/`, from which report.py makes tables and pictures.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import plan
+
+RESULTS = Path(__file__).parent / "results"
+ENCODER, DECODER, ROWS_A_STEP = 128, 128, 8
+SOURCE, TARGET = 256, 40  # Lengths of the synopsis pairs.
+TEST_ROWS = 500  # Of the synopsis test that answers are scored on.
+TIMED_ROWS = 50
+
+
+def write_texts(data, runs):
+    """The corpus as files: `train.txt` and `valid.txt`, a document a line."""
+    import corpus
+
+    folder = Path(runs) / "texts"
+    for name, make in (
+        ("train", lambda: corpus.for_adaptation(data)),
+        ("valid", lambda: corpus.held_out(data)),
+    ):
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"text": text}) + "\n" for text in make()]
+            new = path.with_suffix(".new")
+            new.write_text("".join(lines), encoding="utf-8")
+            new.rename(path)
+    return folder
+
+
+def start_preset(run, runs):
+    """The folder of the preset that a run starts from, made if it is not there."""
+    runs = Path(runs)
+    if "/" in run.start:
+        return runs / run.start / "preset"
+    folder = runs / f"start/{run.pair}-{run.start}"
+    if (folder / "config.json").exists():
+        return folder
+    import keras
+
+    import keras_t5gemma as kt
+    from keras_t5gemma.checkpoints.adapt import adapt_to_folder
+
+    encoder, decoder = (
+        str(runs / f"sources/{size}/preset") for size in plan.PAIRS[run.pair]
+    )
+    options = {}
+    if run.start == "random-cross":
+        options["cross_attention"] = "random"
+    adapt_to_folder(encoder, decoder, folder=folder, overwrite=True, **options)
+    if run.start == "scratch":
+        adapted = kt.Seq2SeqLM.from_preset(folder)
+        keras.utils.set_random_seed(0)
+        backbone = kt.Backbone(adapted.backbone.config)
+        kt.Seq2SeqLM(backbone, adapted.preprocessor).save_to_preset(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def encoder_mask(causal):
+    """Let encoders see to the left only, if asked for."""
+    from keras import ops
+
+    from keras_t5gemma.modeling import masks, towers
+
+    call = towers.Encoder.call
+
+    def left_only(queries, keys):
+        positions = ops.arange(queries.shape[1])
+        causal_mask = masks.causal_mask(positions, positions)
+        return ops.logical_and(masks.segment_mask(queries, keys), causal_mask)
+
+    def patched(self, *args, **kwargs):
+        towers.segment_mask = left_only
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            towers.segment_mask = masks.segment_mask
+
+    if causal:
+        towers.Encoder.call = patched
+    try:
+        yield
+    finally:
+        towers.Encoder.call = call
+
+
+def pretrain(run, args):
+    """Continue pretraining; the loss on held-out texts, against tokens seen."""
+    import keras_t5gemma as kt
+
+    texts = write_texts(args.data, args.runs)
+    options = dict(run.options)
+    if "teacher" in options:
+        teacher = Path(args.runs) / f"sources/{options['teacher']}/preset"
+        options["teacher"] = str(teacher)
+        options["teacher_scores"] = str(Path(args.runs) / "teacher-scores")
+        options.pop("teacher") if Path(options["teacher_scores"]).exists() else None
+    folder = Path(args.runs) / run.name
+    # A slice of the corpus that all runs share: what they see, not in which order.
+    part = texts / "adaptation.jsonl"
+    if not part.exists():
+        lines = (texts / "train.jsonl").read_text(encoding="utf-8").splitlines(True)
+        part.write_text("".join(lines[:9000]), encoding="utf-8")
+    scores = kt.pretrain(
+        str(start_preset(run, args.runs)),
+        [str(part)],
+        str(folder),
+        [str(texts / "valid.jsonl")],
+        encoder_sequence_length=ENCODER,
+        decoder_sequence_length=DECODER,
+        batch_size=ROWS_A_STEP,
+        max_steps=plan.STEPS,
+        steps_per_epoch=plan.STEPS // 10,
+        learning_rate=3e-3,
+        optimizer="adamw",
+        seed=run.seed,
+        overwrite=True,
+        verbose=0,
+        **options,
+    )
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        log = [
+            {"epoch": int(r["epoch"]), "loss": float(r["loss"])}
+            | {"val_loss": float(r["val_loss"])}
+            for r in csv.DictReader(file)
+        ]
+    a_step = ROWS_A_STEP * (ENCODER + DECODER)
+    for row in log:
+        row["tokens"] = (row["epoch"] + 1) * plan.STEPS // 10 * a_step
+    return {"log": log, "scores": scores}
+
+
+def synopsis(run, args):
+    """Fine-tune on synopses; loss of validation and test, ROUGE, latency."""
+    import corpus
+    import keras
+
+    import keras_t5gemma as kt
+
+    keras.utils.set_random_seed(run.seed)
+    preprocessor = kt.Seq2SeqLMPreprocessor(corpus.tokenizer(), SOURCE, TARGET)
+    preset = start_preset(run, args.runs)
+    model = kt.Seq2SeqLM.from_preset(preset, preprocessor=preprocessor)
+    train = corpus.read_synopsis(args.data, "train")
+    rows = {key: column[: plan.ROWS] for key, column in train.items()}
+    steps = plan.ROWS // 32
+    import sources
+
+    model.compile(optimizer=sources.optimizer(2e-3, steps))
+    history = model.fit(rows, batch_size=32, verbose=0)
+    valid = corpus.read_synopsis(args.data, "valid")
+    logs = model.evaluate(valid, return_dict=True, verbose=0)
+    test = corpus.read_synopsis(args.data, "test")
+    texts = test["encoder_text"][:TEST_ROWS]
+    answers = model.generate(texts)
+    scores = kt.score_texts(answers, test["decoder_text"][:TEST_ROWS], "rouge")
+    one = lambda text: model.generate(text)  # noqa: E731
+    return {
+        "loss": history.history["loss"][0],
+        "val_loss": logs["loss"],
+        "scores": scores,
+        "milliseconds": latency(one, texts),
+        "flops": plan_flops(model.backbone),
+    }
+
+
+def latency(answer, texts):
+    """Median milliseconds of an answer to one text, after one of each length."""
+    seconds = []
+    for text in [*texts[:TIMED_ROWS], *texts[:TIMED_ROWS]]:
+        start = time.perf_counter()
+        answer(text)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * sorted(seconds[TIMED_ROWS:])[TIMED_ROWS // 2]
+
+
+def plan_flops(backbone, source=90, target=10):
+    """Million operations of an answer: twice the weights that each token meets."""
+    counts = {"encoder": 0, "decoder": 0}
+    for variable in backbone.weights:
+        if "embedding" not in variable.path:
+            side = "encoder" if variable.path.startswith("encoder") else "decoder"
+            counts[side] += int(variable.size if hasattr(variable, "size") else 0)
+    table = backbone.config.vocabulary_size * backbone.config.decoder.hidden_dim
+    flops = 2 * (source * counts["encoder"] + target * (counts["decoder"] + table))
+    return flops / 1e6
+
+
+def decoder_only(run, args):
+    """The same of the source model itself: text, a separator, synopsis."""
+    import corpus
+    import keras
+    import keras_hub
+    import numpy as np
+    import sources
+
+    import keras_t5gemma as kt
+
+    keras.utils.set_random_seed(run.seed)
+    pieces = corpus.tokenizer()
+    preset = Path(args.runs) / f"sources/{run.pair}/preset"
+    backbone = keras_hub.models.GemmaBackbone.from_preset(str(preset))
+    source = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+    turn = pieces.token_to_id("<start_of_turn>")
+
+    def prompts(pairs):
+        texts = pieces.tokenize(pairs["encoder_text"])
+        return [[2, *ids[: SOURCE - 2], turn] for ids in texts]
+
+    def arrays(pairs):
+        targets = [
+            t[: TARGET - 1] + [1] for t in pieces.tokenize(pairs["decoder_text"])
+        ]
+        rows = [p + t for p, t in zip(prompts(pairs), targets, strict=True)]
+        ids = np.zeros((len(rows), SOURCE + TARGET + 1), "int32")
+        weights = np.zeros(ids.shape, "float32")
+        for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+            ids[i, : len(row)] = row
+            weights[i, len(row) - len(target) : len(row)] = 1
+        x = {
+            "token_ids": ids[:, :-1],
+            "padding_mask": (ids[:, :-1] > 0).astype("int32"),
+        }
+        return x, ids[:, 1:], weights[:, 1:]
+
+    train = corpus.read_synopsis(args.data, "train")
+    train = {key: column[: plan.ROWS] for key, column in train.items()}
+    # Rows of similar length together, cut to the longest: as the pairs are.
+    x, y, weights = arrays(train)
+    lengths = x["padding_mask"].sum(1)
+    order = np.argsort(lengths, kind="stable")
+    widths = [int(np.quantile(lengths, q)) + 1 for q in (0.25, 0.5, 0.75, 1.0)]
+    batches = []
+    for rows in np.array_split(order, len(order) // 32):
+        longest = int(lengths[rows].max())
+        width = next(min(w, y.shape[1]) for w in widths if w >= longest)
+        batch = {key: value[rows, :width] for key, value in x.items()}
+        batches.append((batch, y[rows, :width], weights[rows, :width]))
+    np.random.default_rng(run.seed).shuffle(batches)
+    model = sources.trainer(source, 2e-3, len(batches))
+    losses = [model.train_on_batch(*batch) for batch in batches]
+    valid = corpus.read_synopsis(args.data, "valid")
+    x, y, weights = arrays(valid)
+    val_loss = model.evaluate(x, y, sample_weight=weights, batch_size=32, verbose=0)
+    # Keras weighs every batch alike; the difference is below the third digit here.
+    test = corpus.read_synopsis(args.data, "test")
+    test = {key: column[:TEST_ROWS] for key, column in test.items()}
+    source.compile(sampler="greedy")
+
+    def answer(rows):
+        ids = np.zeros((len(rows), SOURCE + TARGET), "int32")
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        made = source.generate(
+            {"token_ids": ids, "padding_mask": (ids > 0).astype("int32")},
+            stop_token_ids=[1],
+        )
+        texts = []
+        for row, prompt in zip(np.asarray(made["token_ids"]), rows, strict=True):
+            written = row[len(prompt) :].tolist()
+            written = written[: written.index(1)] if 1 in written else written
+            texts.append(pieces.detokenize([i for i in written[:TARGET] if i > 0]))
+        return texts
+
+    rows = prompts(test)
+    answers = []
+    for start in range(0, len(rows), 50):
+        answers += answer(rows[start : start + 50])
+    scores = kt.score_texts(answers, test["decoder_text"], "rouge")
+    layers = sum(v.numpy().size for v in backbone.weights if "embedding" not in v.path)
+    table = backbone.vocabulary_size * backbone.hidden_dim
+    return {
+        "loss": float(np.mean(losses)),
+        "val_loss": val_loss,
+        "scores": scores,
+        "milliseconds": latency(lambda row: answer([row]), rows),
+        "flops": 2 * (100 * layers + 10 * table) / 1e6,
+    }
+
+
+KINDS = {"pretrain": pretrain, "synopsis": synopsis, "decoder-only": decoder_only}
+
+
+def make(run, args):
+    """One run, in this process; its results go to a file."""
+    start = time.perf_counter()
+    with encoder_mask(run.causal_encoder):
+        result = KINDS[run.kind](run, args)
+    result["seconds"] = time.perf_counter() - start
+    path = RESULTS / f"{run.name.replace('/', '_')}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"run": vars(run), **result}, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after")
+    parser.add_argument("--only", default="", help="runs with this in their names")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    runs = [run for run in plan.make_plan() if args.only in run.name]
+    if args.task:
+        make(next(run for run in runs if run.name == args.task), args)
+        return
+    start = time.perf_counter()
+    here = Path(__file__).parent
+    common = ["--data", str(args.data), "--runs", str(args.runs)]
+    for size in plan.SIZES:
+        subprocess.run([sys.executable, here / "sources.py", size, *common], check=True)
+    for i, run in enumerate(runs):
+        if (RESULTS / f"{run.name.replace('/', '_')}.json").exists():
+            continue
+        if time.perf_counter() - start > 60 * args.minutes:
+            break
+        print(f"{i + 1} of {len(runs)}: {run.name}", flush=True)
+        command = [sys.executable, __file__, *common, "--task", run.name]
+        subprocess.run(command, check=True, env=os.environ)
+
+
+if __name__ == "__main__":
+    main()
