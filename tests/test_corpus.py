@@ -164,6 +164,15 @@ def test_one_batch(tokenizer):
 
 
 @pytest.mark.one_backend
+def test_a_preset_gets_an_objective_when_it_is_loaded(tokenizer, tmp_path):
+    tiny_model(tokenizer).save_to_preset(tmp_path)
+    objective = UL2.from_tokenizer(tokenizer)
+    preprocessor = kt.Seq2SeqLMPreprocessor.from_preset(tmp_path, objective=objective)
+    assert preprocessor.objective is objective
+    assert kt.Seq2SeqLMPreprocessor.from_preset(tmp_path).objective is None
+
+
+@pytest.mark.one_backend
 def test_refuses(tokenizer):
     model = tiny_model(tokenizer)
     with pytest.raises(ValueError, match="`objective` must be a PrefixLM or UL2.*ul2"):

@@ -99,6 +99,37 @@ def test_finetune_translation_lora(tmp_path):
 
 
 @runs_here
+def test_adapt_gemma2(tmp_path):
+    printed = run("adapt_gemma2", tmp_path)
+    found = {
+        name: numbers(rf"{name}: ([\d.]+) before, ([\d.]+) after", printed)
+        for name in ("adapted", "scratch", "large reads, small writes")
+    }
+    for before, after in found.values():
+        assert after < before
+    assert found["adapted"][1] < found["scratch"][1] - 0.2
+    assert "needs a warm-up: True" in printed
+    for side in ("encoder: hidden states", "decoder: logits"):
+        (difference,) = numbers(rf"{side} equal \S+ within (\S+), on 2", printed)
+        assert difference < 1e-4
+
+
+@runs_here
+def test_continue_pretraining(tmp_path):
+    printed = run("continue_pretraining", tmp_path)
+    for name in ("UL2", "PrefixLM"):
+        before, after = numbers(
+            rf"{name}: loss ([\d.]+) before, ([\d.]+) after", printed
+        )
+        assert after < before - 0.3
+    assert "<unused" in printed  # A sentinel, where UL2 took something out.
+    numbers(r"from disk: training loss ([\d.]+)", printed)
+    before, after = numbers(r"held-out loss ([\d.]+) -> ([\d.]+)", printed)
+    assert after < before
+    assert (tmp_path / "runs/pretraining/run/preset/README.md").exists()
+
+
+@runs_here
 def test_switch_backends(tmp_path):
     printed = run("switch_backends", tmp_path)
     assert "torch" in printed.splitlines()[0]

@@ -35,7 +35,7 @@ def files(tokenizer, tmp_path_factory):
 
 
 def run(files, output, **options):
-    arguments = {"preset": str(files / "preset"), "train": str(files / "a.txt")}
+    arguments = {"preset": files / "preset", "train": files / "a.txt"}
     return pretrain(**{**arguments, **OPTIONS, "output": str(output), **options})
 
 

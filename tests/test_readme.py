@@ -25,7 +25,7 @@ def files_in_tree():
 def test_tree_lists_every_module_once_and_nothing_else():
     found = {
         str(path.relative_to(ROOT))
-        for folder in ("keras_t5gemma", "tools", "benchmarks")
+        for folder in ("keras_t5gemma", "tools", "benchmarks", "experiments")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".md")
         and path.name != "__init__.py"

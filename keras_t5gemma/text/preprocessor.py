@@ -218,7 +218,11 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         if kind == presets.KERAS:
             saved = presets.read_json(location, "preprocessor.json", default={})
             if saved:
-                return super().from_preset(location, **kwargs)
+                # KerasHub loads the vocabulary after it has made the preprocessor.
+                objective = kwargs.pop("objective", None)
+                preprocessor = super().from_preset(location, **kwargs)
+                preprocessor.objective = objective
+                return preprocessor
         if kind != presets.KERAS and presets.is_instruction_tuned(preset):
             kwargs.setdefault("template", "instruction")
         if kind == presets.KERAS_HUB:

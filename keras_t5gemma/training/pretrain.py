@@ -145,8 +145,8 @@ def pretrain(
         raise ValueError("`top_k` needs a `teacher` or `teacher_scores`.")
     texts, files = {}, {}
     for split in ("train", "valid"):
-        paths = options[split]
-        for i, path in enumerate([paths] if isinstance(paths, str) else paths or []):
+        paths = options[split] or []
+        for i, path in enumerate([paths] if isinstance(paths, str | Path) else paths):
             found = read_texts(path, field)
             texts.setdefault(split, []).extend(found)
             files[f"{split} {i + 1}" if i else split] = (path, len(found))

@@ -1,0 +1,217 @@
+"""Tables and pictures of the experiment, from what the runs measured.
+
+    python experiments/report.py
+
+Reads `experiments/results/*.json`, writes `experiments/*.png`, and puts the tables
+between their marks in `experiments/README.md`. Runs that were not made are left out.
+"""
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+NAMES = {
+    "prefixlm": "adapted, PrefixLM",
+    "scratch": "from scratch, PrefixLM",
+    "ul2": "adapted, UL2",
+    "ul2-scratch": "from scratch, UL2",
+    "distilled": "adapted, PrefixLM, distilled",
+    "random-cross": "adapted, cross-attention at random",
+    "causal": "adapted, causal encoder",
+}
+
+
+def read_results():
+    """`{name of a run: what it measured}`."""
+    results = {}
+    for path in sorted((HERE / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        results[result["run"]["name"]] = result
+    return results
+
+
+def by_variant(results, kind, pair=None):
+    """`{(pair, variant): results of its seeds}`."""
+    groups = defaultdict(list)
+    for name, result in results.items():
+        parts = name.split("/")
+        if parts[0] == kind and len(parts) == 4 and pair in (None, parts[1]):
+            groups[parts[1], parts[2]].append(result)
+    return groups
+
+
+def spread(values, digits=2):
+    """Mean ± standard deviation of seeds, as text."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f} (one seed)"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def rouge(result):
+    """ROUGE-L of a run's answers."""
+    return result["scores"]["rougeL"]["mean"]
+
+
+def table(header, rows):
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def pretraining(results):
+    """Loss on held-out text at the start, after a tenth, and in the end."""
+    groups = by_variant(results, "pretrain", "small-small")
+    rows = []
+    for variant in NAMES:
+        runs = groups.get(("small-small", variant))
+        if not runs:
+            continue
+        start = runs[0]["scores"]["valid"]["loss"]["before"]
+        tenth = spread([run["log"][0]["val_loss"] for run in runs])
+        end = spread([run["log"][-1]["val_loss"] for run in runs])
+        rows.append([NAMES[variant], f"{start:.2f}", tenth, end])
+    tokens = next(iter(groups.values()))[0]["log"][-1]["tokens"] if groups else 0
+    header = ["", "before", f"{tokens // 10:,} tokens", f"{tokens:,} tokens"]
+    return table(header, rows)
+
+
+def tuning(results):
+    """The same models after fine-tuning on synopses."""
+    groups = by_variant(results, "synopsis", "small-small")
+    rows = []
+    for variant in NAMES:
+        if runs := groups.get(("small-small", variant)):
+            losses = spread([run["val_loss"] for run in runs], 3)
+            scores = spread([rouge(run) for run in runs], 1)
+            rows.append([NAMES[variant], losses, scores])
+    decoders = [r for n, r in results.items() if n.startswith("decoder-only/small")]
+    if decoders:
+        losses = spread([run["val_loss"] for run in decoders], 3)
+        row = ["the decoder-only source", losses]
+        rows.append([*row, spread([rouge(run) for run in decoders], 1)])
+    return table(["", "validation loss", "ROUGE-L"], rows)
+
+
+def sizes(results):
+    """Equal and unequal pairs, and their sources: cost and quality."""
+    rows = []
+    for label, runs in _of_sizes(results):
+        rows.append(
+            [
+                label,
+                f"{runs[0]['flops']:.0f}",
+                f"{runs[0]['milliseconds']:.0f}",
+                spread([run["val_loss"] for run in runs], 3),
+                spread([rouge(run) for run in runs], 1),
+            ]
+        )
+    header = ["", "MFLOPs an answer", "ms an answer", "validation loss", "ROUGE-L"]
+    return table(header, rows)
+
+
+def _of_sizes(results):
+    for size in ("small", "medium", "large"):
+        runs = [r for n, r in results.items() if n.startswith(f"decoder-only/{size}")]
+        if runs:
+            yield f"decoder-only, {size}", runs
+    groups = by_variant(results, "synopsis")
+    for pair in ("small-small", "large-small", "medium-medium", "large-large"):
+        if runs := groups.get((pair, "prefixlm")):
+            yield f"encoder-decoder, {pair}", runs
+
+
+def warm_up(results):
+    """Steps of the cross-attention alone, for large reads, small writes."""
+    groups = by_variant(results, "pretrain", "large-small")
+    rows = []
+    for steps in (0, 50, 200):
+        if runs := groups.get(("large-small", f"warm-up-{steps}")):
+            rows.append([steps, spread([r["log"][-1]["val_loss"] for r in runs], 3)])
+    return table(["steps alone, of 500", "loss in the end"], rows)
+
+
+def draw_losses(results):
+    """Loss against tokens seen, adapted and from scratch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    groups = by_variant(results, "pretrain", "small-small")
+    for panel, title, variants in (
+        (panels[0], "PrefixLM", ("prefixlm", "distilled", "scratch")),
+        (panels[1], "UL2", ("ul2", "ul2-scratch")),
+    ):
+        for variant in variants:
+            for i, run in enumerate(groups.get(("small-small", variant), ())):
+                x = [row["tokens"] / 1e6 for row in run["log"]]
+                y = [row["val_loss"] for row in run["log"]]
+                color = f"C{list(NAMES).index(variant)}"
+                label = None if i else NAMES[variant]
+                panel.plot(x, y, color=color, label=label, linewidth=1)
+        panel.set(title=title, xlabel="million tokens")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0].set_ylabel("loss on held-out text")
+    figure.savefig(HERE / "losses.png", dpi=120)
+
+
+def draw_frontier(results):
+    """Quality against cost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, cost, unit in (
+        (panels[0], "flops", "million operations an answer"),
+        (panels[1], "milliseconds", "milliseconds an answer"),
+    ):
+        for kind, marker in (("decoder-only", "s"), ("encoder-decoder", "o")):
+            found = [row for row in _of_sizes(results) if row[0].startswith(kind)]
+            x = [runs[0][cost] for _, runs in found]
+            y = [statistics.fmean(map(rouge, runs)) for _, runs in found]
+            error = [
+                statistics.fmean(r["scores"]["rougeL"]["standard_error"] for r in runs)
+                for _, runs in found
+            ]
+            panel.errorbar(x, y, error, fmt=marker, label=kind, capsize=3)
+            for (label, _), *place in zip(found, x, y, strict=True):
+                panel.annotate(label.split(", ")[1], place, fontsize=8)
+        panel.set(xlabel=unit)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0].set_ylabel("ROUGE-L on synopsis")
+    figure.savefig(HERE / "frontier.png", dpi=120)
+
+
+TABLES = {
+    "pretraining": pretraining,
+    "tuning": tuning,
+    "sizes": sizes,
+    "warm-up": warm_up,
+}
+
+
+def main():
+    """Make all of it."""
+    results = read_results()
+    text = README.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        mark = f"<!-- {name} -->"
+        pattern = rf"{mark}\n.*?{mark}"
+        assert re.search(pattern, text, re.S), mark
+        new = f"{mark}\n{make(results)}\n{mark}"
+        text = re.sub(pattern, lambda _, new=new: new, text, flags=re.S)
+    README.write_text(text, encoding="utf-8")
+    draw_losses(results)
+    draw_frontier(results)
+    seconds = sum(result["seconds"] for result in results.values())
+    print(f"{len(results)} runs, {seconds / 3600:.1f} hours")
+
+
+if __name__ == "__main__":
+    main()
