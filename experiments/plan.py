@@ -43,6 +43,12 @@ class Run:
     causal_encoder: bool = False
 
 
+def sources_of(run):
+    """The sizes of the decoder-only models that a run begins with or learns from."""
+    sizes = set(PAIRS.get(run.pair, (run.pair,)))
+    return sorted(sizes | {run.options[n] for n in ("teacher",) if n in run.options})
+
+
 def _pretrain(pair, variant, seed, start="adapted", causal=False, **options):
     name = f"pretrain/{pair}/{variant}/{seed}"
     return Run(name, "pretrain", pair, start, seed, options, causal)

@@ -76,7 +76,7 @@ def pretraining(results):
         end = spread([run["log"][-1]["val_loss"] for run in runs])
         rows.append([NAMES[variant], f"{start:.2f}", tenth, end])
     tokens = next(iter(groups.values()))[0]["log"][-1]["tokens"] if groups else 0
-    header = ["", "before", f"{tokens // 10:,} tokens", f"{tokens:,} tokens"]
+    header = ["", "before", "after a tenth", f"after {tokens / 1e6:.1f} million tokens"]
     return table(header, rows)
 
 

@@ -3,8 +3,8 @@
     KERAS_BACKEND=jax python experiments/run.py --data DATA --runs RUNS [--minutes N]
         [--only TEXT]
 
-First the decoder-only sources (sources.py), then the plan (plan.py). A run that was
-stopped goes on where its last backup was. What a run measured is written to
+The runs are those of plan.py; the decoder-only sources of a run (sources.py) are trained
+when it needs them. A run that was stopped goes on where its last backup was. What a run measured is written to
 `experiments/results/`, from which report.py makes tables and pictures.
 """
 
@@ -140,12 +140,14 @@ def pretrain(run, args):
     with open(folder / "log.csv", encoding="utf-8") as file:
         log = [
             {"epoch": int(r["epoch"]), "loss": float(r["loss"])}
-            | {"val_loss": float(r["val_loss"])}
+            | {"val_loss": float(r["val_loss"]), "padding": float(r["padding"])}
             for r in csv.DictReader(file)
         ]
-    a_step = ROWS_A_STEP * (ENCODER + DECODER)
+    positions = plan.STEPS // 10 * ROWS_A_STEP * (ENCODER + DECODER)
+    tokens = 0
     for row in log:
-        row["tokens"] = (row["epoch"] + 1) * plan.STEPS // 10 * a_step
+        tokens += round(positions * (1 - row["padding"]))
+        row["tokens"] = tokens
     return {"log": log, "scores": scores}
 
 
@@ -327,14 +329,15 @@ def main():
     start = time.perf_counter()
     here = Path(__file__).parent
     common = ["--data", str(args.data), "--runs", str(args.runs)]
-    for size in plan.SIZES:
-        subprocess.run([sys.executable, here / "sources.py", size, *common], check=True)
     for i, run in enumerate(runs):
         if (RESULTS / f"{run.name.replace('/', '_')}.json").exists():
             continue
         if time.perf_counter() - start > 60 * args.minutes:
             break
         print(f"{i + 1} of {len(runs)}: {run.name}", flush=True)
+        for size in plan.sources_of(run):
+            command = [sys.executable, here / "sources.py", size, *common]
+            subprocess.run(command, check=True)
         command = [sys.executable, __file__, *common, "--task", run.name]
         subprocess.run(command, check=True, env=os.environ)
 

@@ -272,7 +272,7 @@ def _callbacks(o, folder, epochs, steps):
     if warm_up is None:
         lineage = open_checkpoint(o.preset).lineage or {}
         is_random = lineage.get("needs_warm_up", False)
-        warm_up = min(_WARM_UP, epochs * steps // 10) if is_random else 0
+        warm_up = min(_WARM_UP, epochs * steps // 10 + 1) if is_random else 0
     if warm_up:
         callbacks.append(CrossAttentionWarmUp(warm_up))
     if o.average_last:
