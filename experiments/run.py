@@ -3,9 +3,10 @@
     KERAS_BACKEND=jax python experiments/run.py --data DATA --runs RUNS [--minutes N]
         [--only TEXT]
 
-The runs are those of plan.py; the decoder-only sources of a run (sources.py) are trained
-when it needs them. A run that was stopped goes on where its last backup was. What a run measured is written to
-`experiments/results/`, from which report.py makes tables and pictures.
+The runs are those of plan.py; the decoder-only sources of a run (sources.py) are
+trained when it needs them. A run that was stopped goes on where its last backup was.
+What a run measured is written to `experiments/results/`, from which report.py makes
+tables and pictures.
 """
 
 import argparse

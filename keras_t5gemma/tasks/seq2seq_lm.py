@@ -115,7 +115,8 @@ class Seq2SeqLM(TextTask):
                 weights.
             loss: `"auto"` is `TokenCrossEntropy()`, the mean over the target tokens
                 of the batch (padding weighs nothing). Such a loss, with these
-                metrics, is computed without the logits; any other one gets them.
+                metrics, is computed without the logits, and so is a `Distillation`;
+                any other one gets them.
             weighted_metrics: `"auto"` is the accuracy of the next token, and the
                 perplexity.
             sampler: a `keras_hub.samplers.Sampler` or its name, for `generate`.
