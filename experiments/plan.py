@@ -13,9 +13,10 @@ PAIRS = {
     "medium-medium": ("medium", "medium"),
     "large-large": ("large", "large"),
     "large-small": ("large", "small"),
+    "medium-small": ("medium", "small"),
 }
 STEPS = 500  # Of a continued pretraining; a step is 8 rows of 128 + 128 tokens.
-ROWS = 12_000  # Of the synopsis training, in one epoch.
+ROWS = 6_000  # Of the synopsis training, in one epoch.
 SEEDS = (0, 1, 2)
 
 
@@ -92,14 +93,12 @@ def make_plan():
     for pair in ("medium-medium", "large-small", "large-large"):
         add(_pretrain(pair, "prefixlm", 0))
     plan += [Run(f"decoder-only/{size}/0", "decoder-only", size) for size in SIZES[1:]]
-    # d: the cross-attention alone first. By itself the run above takes 50 steps.
+    # d: the cross-attention alone first. By itself `pretrain` takes 51 steps.
     for seed in SEEDS:
         for steps in (0, 50, 200):
-            variant = f"warm-up-{steps}"
-            add(
-                _pretrain("large-small", variant, seed, cross_attention_steps=steps),
-                tuned=False,
-            )
+            options = {"cross_attention_steps": steps}
+            run = _pretrain("medium-small", f"warm-up-{steps}", seed, **options)
+            add(run, tuned=False)
     for seed in SEEDS[1:]:
         plan += [Run(f"decoder-only/small/{seed}", "decoder-only", "small", seed=seed)]
     return plan

@@ -126,11 +126,11 @@ def _of_sizes(results):
 
 
 def warm_up(results):
-    """Steps of the cross-attention alone, for large reads, small writes."""
-    groups = by_variant(results, "pretrain", "large-small")
+    """Steps of the cross-attention alone, for medium reads, small writes."""
+    groups = by_variant(results, "pretrain", "medium-small")
     rows = []
     for steps in (0, 50, 200):
-        if runs := groups.get(("large-small", f"warm-up-{steps}")):
+        if runs := groups.get(("medium-small", f"warm-up-{steps}")):
             rows.append([steps, spread([r["log"][-1]["val_loss"] for r in runs], 3)])
     return table(["steps alone, of 500", "loss in the end"], rows)
 

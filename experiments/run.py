@@ -114,7 +114,6 @@ def pretrain(run, args):
         teacher = Path(args.runs) / f"sources/{options['teacher']}/preset"
         options["teacher"] = str(teacher)
         options["teacher_scores"] = str(Path(args.runs) / "teacher-scores")
-        options.pop("teacher") if Path(options["teacher_scores"]).exists() else None
     folder = Path(args.runs) / run.name
     # A slice of the corpus that all runs share: what they see, not in which order.
     part = texts / "adaptation.jsonl"

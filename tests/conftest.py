@@ -75,6 +75,15 @@ def tokenizer(proto):
     return kt.Tokenizer(proto)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """What one test has compiled, no other one has to, in whichever process."""
+    if keras.config.backend() == "jax":
+        folder = tmp_path_factory.getbasetemp()
+        folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+        kt.cache_compiled_programs(folder / "programs")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     keras.utils.set_random_seed(0)

@@ -75,7 +75,9 @@ def cache_compiled_programs(folder):
             f"{keras.config.backend()}."
         )
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
+    compilation_cache.reset_cache()  # It stays with the first folder otherwise.
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
