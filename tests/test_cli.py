@@ -159,7 +159,8 @@ def test_adapt_convert_verify_info(gemma2, capsys, tmp_path):
     ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
     status, out, err = run(capsys, "adapt", gemma2, "--output", ours)
     assert status == 0, err
-    assert "logits equal" in out and "continue training, all of it" in out
+    assert "logits equal" in out and "all of it is trained from the start" in out
+    assert "keras-t5gemma pretrain --preset" in out
     assert run(capsys, "verify", ours)[1].startswith(f"{ours}: all ")
     status, out, err = run(
         capsys, "convert", ours, "--output", theirs, "--to", "transformers"
