@@ -155,7 +155,7 @@ def draw_losses(results):
                 panel.plot(x, y, color=color, label=label, linewidth=1)
         panel.set(title=title, xlabel="million tokens")
         panel.grid(alpha=0.3)
-        panel.legend()
+        _legend(panel)
     panels[0].set_ylabel("loss on held-out text")
     figure.savefig(HERE / "losses.png", dpi=120)
 
@@ -183,9 +183,14 @@ def draw_frontier(results):
                 panel.annotate(label.split(", ")[1], place, fontsize=8)
         panel.set(xlabel=unit)
         panel.grid(alpha=0.3)
-        panel.legend()
+        _legend(panel)
     panels[0].set_ylabel("ROUGE-L on synopsis")
     figure.savefig(HERE / "frontier.png", dpi=120)
+
+
+def _legend(panel):
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend()
 
 
 TABLES = {
