@@ -72,6 +72,12 @@ def held_out(data, documents=400):
     return [d for part in held.values() for d in part[: documents // 2]]
 
 
+def doubled(documents):
+    """Short paragraphs of documents, each of them twice."""
+    lines = [line for text in documents for line in text.split("\n")]
+    return [f"{line}\n{line}" for line in lines if 40 <= len(line) <= 250]
+
+
 def read_synopsis(data, split):
     """Text pairs of a split, `{"encoder_text": [...], "decoder_text": [...]}`."""
     path = Path(data) / f"synopsis/{split}.jsonl.gz"

@@ -33,6 +33,7 @@ class Run:
         seed: of the training.
         options: of `pretrain`.
         causal_encoder: the encoder sees to the left only.
+        doubled: of short paragraphs that say everything twice, in place of documents.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Run:
     seed: int = 0
     options: dict = dataclasses.field(default_factory=dict)
     causal_encoder: bool = False
+    doubled: bool = False
 
 
 def sources_of(run):
@@ -50,9 +52,11 @@ def sources_of(run):
     return sorted(sizes | {run.options[n] for n in ("teacher",) if n in run.options})
 
 
-def _pretrain(pair, variant, seed, start="adapted", causal=False, **options):
+def _pretrain(
+    pair, variant, seed, start="adapted", causal=False, doubled=False, **options
+):
     name = f"pretrain/{pair}/{variant}/{seed}"
-    return Run(name, "pretrain", pair, start, seed, options, causal)
+    return Run(name, "pretrain", pair, start, seed, options, causal, doubled)
 
 
 def _synopsis(before):
@@ -74,6 +78,12 @@ def make_plan():
                 plan.append(_synopsis(run))
 
     for seed in SEEDS:
+        # a, e: how soon a pair copies what it has read.
+        for start in ("adapted", "random-cross", "scratch"):
+            run = _pretrain(
+                "small-small", f"doubled-{start}", seed, start, doubled=True
+            )
+            add(run, tuned=False)
         # a: adapted or from scratch; f: objectives and distillation.
         add(_pretrain("small-small", "prefixlm", seed))
         add(_pretrain("small-small", "scratch", seed, "scratch"))

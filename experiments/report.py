@@ -80,6 +80,25 @@ def pretraining(results):
     return table(header, rows)
 
 
+def copying(results):
+    """Share of the second half's tokens that is right, by steps."""
+    groups = by_variant(results, "pretrain", "small-small")
+    rows, steps = [], ()
+    for start, name in (
+        ("adapted", "adapted"),
+        ("random-cross", "adapted, cross-attention at random"),
+        ("scratch", "from scratch"),
+    ):
+        if runs := groups.get(("small-small", f"doubled-{start}")):
+            steps = [0, 1, 3, 5, 9]
+            cells = [
+                spread([100 * run["log"][i]["val_accuracy"] for run in runs], 0)
+                for i in steps
+            ]
+            rows.append([name, *cells])
+    return table(["", *(f"{50 * (i + 1)} steps" for i in steps)], rows)
+
+
 def tuning(results):
     """The same models after fine-tuning on synopses."""
     groups = by_variant(results, "synopsis", "small-small")
@@ -195,6 +214,7 @@ def _legend(panel):
 
 TABLES = {
     "pretraining": pretraining,
+    "copying": copying,
     "tuning": tuning,
     "sizes": sizes,
     "warm-up": warm_up,

@@ -24,18 +24,22 @@ import plan
 RESULTS = Path(__file__).parent / "results"
 ENCODER, DECODER, ROWS_A_STEP = 128, 128, 8
 SOURCE, TARGET = 256, 40  # Lengths of the synopsis pairs.
+DOCUMENTS, DOUBLED = 9_000, 20_000
 TEST_ROWS = 500  # Of the synopsis test that answers are scored on.
 TIMED_ROWS = 50
 
 
 def write_texts(data, runs):
-    """The corpus as files: `train.txt` and `valid.txt`, a document a line."""
+    """The corpus as files of JSON lines, and its doubled paragraphs."""
     import corpus
 
     folder = Path(runs) / "texts"
     for name, make in (
-        ("train", lambda: corpus.for_adaptation(data)),
+        # What all runs share: what they see, not in which order.
+        ("adaptation", lambda: corpus.for_adaptation(data)[:DOCUMENTS]),
         ("valid", lambda: corpus.held_out(data)),
+        ("doubled", lambda: corpus.doubled(corpus.for_adaptation(data))[:DOUBLED]),
+        ("doubled-valid", lambda: corpus.doubled(corpus.held_out(data))),
     ):
         path = folder / f"{name}.jsonl"
         if not path.exists():
@@ -115,16 +119,14 @@ def pretrain(run, args):
         options["teacher"] = str(teacher)
         options["teacher_scores"] = str(Path(args.runs) / "teacher-scores")
     folder = Path(args.runs) / run.name
-    # A slice of the corpus that all runs share: what they see, not in which order.
-    part = texts / "adaptation.jsonl"
-    if not part.exists():
-        lines = (texts / "train.jsonl").read_text(encoding="utf-8").splitlines(True)
-        part.write_text("".join(lines[:9000]), encoding="utf-8")
+    train, valid = "adaptation.jsonl", "valid.jsonl"
+    if run.doubled:
+        train, valid = "doubled.jsonl", "doubled-valid.jsonl"
     scores = kt.pretrain(
-        str(start_preset(run, args.runs)),
-        [str(part)],
-        str(folder),
-        [str(texts / "valid.jsonl")],
+        start_preset(run, args.runs),
+        texts / train,
+        folder,
+        texts / valid,
         encoder_sequence_length=ENCODER,
         decoder_sequence_length=DECODER,
         batch_size=ROWS_A_STEP,
@@ -140,7 +142,7 @@ def pretrain(run, args):
     with open(folder / "log.csv", encoding="utf-8") as file:
         log = [
             {"epoch": int(r["epoch"]), "loss": float(r["loss"])}
-            | {"val_loss": float(r["val_loss"]), "padding": float(r["padding"])}
+            | {n: float(r[n]) for n in ("val_loss", "val_accuracy", "padding")}
             for r in csv.DictReader(file)
         ]
     positions = plan.STEPS // 10 * ROWS_A_STEP * (ENCODER + DECODER)
