@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import load
@@ -84,7 +85,8 @@ def measure(kind, args):
         x |= teacher_arrays(kind, x)
     if kind == "scores":
         # The files themselves are tested elsewhere: the step sees arrays.
-        loss = keras_t5gemma.Distillation(None, top_k=CHOICES)
+        loss = keras_t5gemma.Distillation(None)
+        loss.teacher = types.SimpleNamespace(most_choices=CHOICES)
     if kind == "live":
         width = x["teacher_token_ids"].shape[1]
         first = np.arange(args.batch * (1 + args.steps)) % args.batch * width

@@ -93,9 +93,10 @@ class Distillation(TokenCrossEntropy):
         share = ops.where(places < 0, 1.0, self.label_weight)
         share = ops.cast(share, "float32")
         if "teacher_ids" in inputs:
-            count = self.top_k or self.teacher.most_choices
+            # TensorFlow does not know the last dimension of its arrays.
+            stored = self.teacher.most_choices
             ids, log_probs = (
-                ops.reshape(inputs[name], (-1, inputs[name].shape[-1]))[:, :count]
+                ops.reshape(inputs[name], (-1, stored))[:, : self.top_k]
                 for name in ("teacher_ids", "teacher_log_probs")
             )
             return self._few(share, ids, log_probs)
