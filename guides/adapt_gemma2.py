@@ -10,7 +10,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # Adapt Gemma 2 into T5Gemma
 #
@@ -106,7 +105,7 @@ def make_gemma2(name, width, layers, steps):
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, :-1])}
-    history = model.fit(x, ids[:, 1:], batch_size=8, verbose=0)
+    history = model.fit(x, ids[:, 1:], batch_size=8, shuffle=False, verbose=0)
     print(f"{name}: {model.count_params():,} parameters", end=", ")
     print(f"loss {history.history['loss'][0]:.2f} over {steps} steps")
     backbone.save_to_preset(str(RUN / name))

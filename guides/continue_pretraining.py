@@ -10,7 +10,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # Continue pretraining with UL2 and PrefixLM
 #
