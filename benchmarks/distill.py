@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 
@@ -67,13 +66,6 @@ def measure(kind, args):
 
     import keras_t5gemma
 
-    class Clock(keras.callbacks.Callback):
-        def on_train_begin(self, logs=None):
-            self.ends = []
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.ends.append(time.perf_counter())
-
     base = load.peak()
     loss = keras_t5gemma.TokenCrossEntropy()
     if kind == "live":
@@ -95,22 +87,15 @@ def measure(kind, args):
     backbone = keras_t5gemma.Backbone.from_preset(args.folder)
     model = keras_t5gemma.Seq2SeqLM(backbone)
     model.compile(optimizer=keras.optimizers.AdamW(1e-4), loss=loss)
-    clock = Clock()
-    keras.Model.fit(
-        model, x, y, batch_size=args.batch, callbacks=[clock], shuffle=False, verbose=0
-    )
-    seconds = (clock.ends[-1] - clock.ends[0]) / args.steps
+    ends = train.keras_fit(model, x, y, args.batch)
+    seconds = (ends[-1] - ends[0]) / args.steps
     print(json.dumps({"step": seconds, "peak": load.peak(), "base": base}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path)
+    train.add_sizes(parser)
     parser.add_argument("--backends", nargs="+", default=["torch", "jax", "tensorflow"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--source", type=int, default=256, help="tokens")
-    parser.add_argument("--target", type=int, default=128, help="tokens")
-    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -55,13 +55,6 @@ def keras_trainer(library, args, rematerialize=False):
     """A function of the number of steps that trains as long: when each had ended."""
     import keras
 
-    class Clock(keras.callbacks.Callback):
-        def on_train_begin(self, logs=None):
-            self.ends = []
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.ends.append(time.perf_counter())
-
     optimizer = keras.optimizers.AdamW(1e-4)
     if library == "keras_hub":
         import keras_hub
@@ -78,20 +71,34 @@ def keras_trainer(library, args, rematerialize=False):
         model.compile(optimizer=optimizer, rematerialize=rematerialize)
 
     def train(steps):
-        x, y = make_batches(steps, args)
-        clock = Clock()
-        keras.Model.fit(
-            model,
-            x,
-            y,
-            sample_weight=np.ones(y.shape, "float32"),
-            batch_size=args.batch,
-            callbacks=[clock],
-            verbose=0,
-        )
-        return clock.ends
+        return keras_fit(model, *make_batches(steps, args), args.batch)
 
     return train
+
+
+def keras_fit(model, x, y, batch):
+    """Train on arrays, in their order; when each step had ended."""
+    import keras
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.ends = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.ends.append(time.perf_counter())
+
+    clock = Clock()
+    keras.Model.fit(
+        model,
+        x,
+        y,
+        sample_weight=np.ones(y.shape, "float32"),
+        batch_size=batch,
+        callbacks=[clock],
+        shuffle=False,
+        verbose=0,
+    )
+    return clock.ends
 
 
 def transformers_trainer(args):
@@ -195,14 +202,19 @@ def grow(args):
     figure.savefig(args.grow)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_sizes(parser):
+    """What the steps are of."""
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--source", type=int, default=256, help="tokens")
     parser.add_argument("--target", type=int, default=128, help="tokens")
     parser.add_argument("--steps", type=int, default=3)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_sizes(parser)
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     parser.add_argument("--grow", metavar="PICTURE", help="measure growth and draw it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

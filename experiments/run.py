@@ -183,7 +183,7 @@ def synopsis(run, args):
         "val_loss": logs["loss"],
         "scores": scores,
         "milliseconds": latency(one, texts),
-        "flops": plan_flops(model.backbone),
+        "flops": pair_flops(model.backbone),
     }
 
 
@@ -197,16 +197,14 @@ def latency(answer, texts):
     return 1e3 * sorted(seconds[TIMED_ROWS:])[TIMED_ROWS // 2]
 
 
-def plan_flops(backbone, source=90, target=10):
+def pair_flops(backbone, source=90, target=10):
     """Million operations of an answer: twice the weights that each token meets."""
-    counts = {"encoder": 0, "decoder": 0}
-    for variable in backbone.weights:
-        if "embedding" not in variable.path:
-            side = "encoder" if variable.path.startswith("encoder") else "decoder"
-            counts[side] += int(variable.size if hasattr(variable, "size") else 0)
-    table = backbone.config.vocabulary_size * backbone.config.decoder.hidden_dim
-    flops = 2 * (source * counts["encoder"] + target * (counts["decoder"] + table))
-    return flops / 1e6
+    encoder, decoder = (
+        sum(w.size for w in tower.get_weights()) - tower.token_embedding.count_params()
+        for tower in (backbone.encoder, backbone.decoder)
+    )
+    table = backbone.decoder.token_embedding.count_params()
+    return 2 * (source * encoder + target * (decoder + table)) / 1e6
 
 
 def decoder_only(run, args):
@@ -290,8 +288,8 @@ def decoder_only(run, args):
     for start in range(0, len(rows), 50):
         answers += answer(rows[start : start + 50])
     scores = kt.score_texts(answers, test["decoder_text"], "rouge")
-    layers = sum(v.numpy().size for v in backbone.weights if "embedding" not in v.path)
-    table = backbone.vocabulary_size * backbone.hidden_dim
+    table = backbone.token_embedding.count_params()
+    layers = backbone.count_params() - table
     return {
         "loss": float(np.mean(losses)),
         "val_loss": val_loss,

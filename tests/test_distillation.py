@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SENTENCES, enlarge, max_difference, numpy, one_block_config
 from keras import ops
-from test_losses import SIZE, STATES, TABLE, TOKENS, value_and_gradients
+from test_losses import LABELS, SIZE, STATES, TABLE, TOKENS, value_and_gradients
 
 import keras_t5gemma as kt
 from keras_t5gemma.text import objective_pairs
@@ -306,7 +306,15 @@ def test_refusals(tokenizer, tmp_path):
             tmp_path / "a", make_teacher(VOCABULARY - 8), model.preprocessor, TEXTS
         )
     assert not (tmp_path / "a").exists()
+    few = TeacherTargets(ops.convert_to_tensor(SHARES), 1.0, THEIR_STATES)
+    few.table = THEIR_TABLE[:-1]
+    with pytest.raises(ValueError, match="each of the 96 ids.*it has 95"):
+        token_losses.token_losses(STATES, TABLE, LABELS, teacher=few)
     loss = kt.Distillation(make_teacher())
+    model.compile(loss=loss)
+    without = CorpusBatches(model.preprocessor, {"text": TEXTS}, batching="packed")
+    with pytest.raises(ValueError, match="Distillation needs plain text"):
+        model.fit(without)
     with pytest.raises(ValueError, match="metrics"):
         model.compile(loss=loss, metrics=["accuracy"])
     model.preprocessor.objective = None

@@ -97,6 +97,18 @@ def test_a_stopped_run_goes_on(files, tmp_path, monkeypatch):
         run(files, tmp_path / "whole", average_last=2)
 
 
+def test_the_seed_is_the_order(files, tmp_path):
+    options = {"max_steps": 3, "optimizer": "adamw"}
+    first, same, other = (
+        weights(
+            run(files, tmp_path / str(i), seed=s, **options) or tmp_path / f"{i}/preset"
+        )
+        for i, s in enumerate((0, 0, 1))
+    )
+    assert all(np.array_equal(array, same[path]) for path, array in first.items())
+    assert any(not np.array_equal(array, other[p]) for p, array in first.items())
+
+
 def test_the_result_can_be_the_mean_of_the_last(files, tmp_path, capsys):
     options = {"max_steps": 6, "steps_per_epoch": 2}
     saved = []

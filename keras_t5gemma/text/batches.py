@@ -246,8 +246,8 @@ def fit_arguments(
         )
     common = {"shuffle": shuffle, "steps_per_epoch": steps}
     whole = {"shuffle": False, "steps_per_epoch": None}  # `Epochs` do both.
-    if isinstance(x, TextBatches):  # Made before, with all that is asked for here.
-        return {"x": x, **whole}
+    if isinstance(x, TextBatches) and getattr(x, "teacher", None) is teacher:
+        return {"x": x, **whole}  # Made before, with all that is asked for here.
     columns, make = None, TextBatches
     if preprocessor is not None and preprocessor.objective is not None:
         columns, make = as_documents(x, y), CorpusBatches

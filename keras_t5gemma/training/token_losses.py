@@ -72,8 +72,19 @@ def token_losses(
         `(losses, log_probs, hits)`, float32 `(N,)` each: the losses, which alone can be
         differentiated, by states and table; the labels' log-probabilities; and 1 where
         no other logit is above the label's.
+
+    Raises:
+        ValueError: when the teacher's table has fewer rows.
     """
     size, _ = table.shape
+    theirs = (
+        size if teacher is None or teacher.table is None else teacher.table.shape[0]
+    )
+    if theirs < size:
+        raise ValueError(
+            f"`teacher` must have a logit for each of the {size} ids of the student's "
+            f"vocabulary; it has {theirs}."
+        )
     parts = _parts(size, states.shape[0], _logits_at_once(states))
     step = size // parts
     labels = ops.cast(labels, "int32")
