@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import zlib
 from pathlib import Path
 
@@ -58,12 +59,20 @@ def for_sources(data, seed=0):
     return [documents[i] for i in rng.permutation(len(documents))]
 
 
-def for_adaptation(data, seed=1):
-    """Training documents of both kinds, all of them, shuffled."""
+def mixture(data, once, twice, longest=250):
+    """Texts to pretrain pairs on: documents, and short paragraphs that say it twice.
+
+    `once` and `twice` are their numbers, `longest` the characters of a paragraph.
+
+    Where a text says everything twice, the half that is read is the half that is to be
+    written: a small model learns last to copy from what its encoder has read.
+    """
+    rng = random.Random(0)
     train, _ = read_documents(data)
-    documents = train["descriptions"] + train["docs"]
-    order = np.random.default_rng(seed).permutation(len(documents))
-    return [documents[i] for i in order]
+    texts = rng.sample(train["descriptions"] + train["docs"], once)
+    texts += rng.sample(doubled(train["descriptions"], longest), twice)
+    rng.shuffle(texts)
+    return texts
 
 
 def held_out(data, documents=400):
@@ -72,10 +81,10 @@ def held_out(data, documents=400):
     return [d for part in held.values() for d in part[: documents // 2]]
 
 
-def doubled(documents):
-    """Short paragraphs of documents, each of them twice."""
+def doubled(documents, longest=250):
+    """Paragraphs of 40 to `longest` characters of documents, each of them twice."""
     lines = [line for text in documents for line in text.split("\n")]
-    return [f"{line}\n{line}" for line in lines if 40 <= len(line) <= 250]
+    return [f"{line}\n{line}" for line in lines if 40 <= len(line) <= longest]
 
 
 def read_synopsis(data, split):

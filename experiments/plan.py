@@ -13,7 +13,6 @@ PAIRS = {
     "medium-medium": ("medium", "medium"),
     "large-large": ("large", "large"),
     "large-small": ("large", "small"),
-    "medium-small": ("medium", "small"),
 }
 STEPS = 500  # Of a continued pretraining; a step is 8 rows of 128 + 128 tokens.
 ROWS = 6_000  # Of the synopsis training, in one epoch.
@@ -33,7 +32,6 @@ class Run:
         seed: of the training.
         options: of `pretrain`.
         causal_encoder: the encoder sees to the left only.
-        doubled: of short paragraphs that say everything twice, in place of documents.
     """
 
     name: str
@@ -43,7 +41,6 @@ class Run:
     seed: int = 0
     options: dict = dataclasses.field(default_factory=dict)
     causal_encoder: bool = False
-    doubled: bool = False
 
 
 def sources_of(run):
@@ -52,11 +49,9 @@ def sources_of(run):
     return sorted(sizes | {run.options[n] for n in ("teacher",) if n in run.options})
 
 
-def _pretrain(
-    pair, variant, seed, start="adapted", causal=False, doubled=False, **options
-):
+def _pretrain(pair, variant, seed, start="adapted", causal=False, **options):
     name = f"pretrain/{pair}/{variant}/{seed}"
-    return Run(name, "pretrain", pair, start, seed, options, causal, doubled)
+    return Run(name, "pretrain", pair, start, seed, options, causal)
 
 
 def _synopsis(before):
@@ -77,38 +72,37 @@ def make_plan():
             if tuned:
                 plan.append(_synopsis(run))
 
-    for seed in SEEDS:
-        # a, e: how soon a pair copies what it has read.
-        for start in ("adapted", "random-cross", "scratch"):
-            run = _pretrain(
-                "small-small", f"doubled-{start}", seed, start, doubled=True
-            )
-            add(run, tuned=False)
+    def small_pairs(seed):
         # a: adapted or from scratch; f: objectives and distillation.
         add(_pretrain("small-small", "prefixlm", seed))
         add(_pretrain("small-small", "scratch", seed, "scratch"))
-        add(_pretrain("small-small", "ul2", seed, objective="t5gemma2"))
-        add(
-            _pretrain(
-                "small-small", "ul2-scratch", seed, "scratch", objective="t5gemma2"
-            ),
-            tuned=False,
-        )
-        add(_pretrain("small-small", "distilled", seed, teacher="large", top_k=64))
         # e: how the pair begins.
         add(_pretrain("small-small", "random-cross", seed, "random-cross"))
         add(_pretrain("small-small", "causal", seed, causal=True))
+        add(_pretrain("small-small", "ul2", seed, objective="t5gemma2"))
+        ul2_scratch = _pretrain(
+            "small-small", "ul2-scratch", seed, "scratch", objective="t5gemma2"
+        )
+        add(ul2_scratch, tuned=False)
+        add(_pretrain("small-small", "distilled", seed, teacher="large", top_k=64))
+        plan.append(
+            Run(f"decoder-only/small/{seed}", "decoder-only", "small", seed=seed)
+        )
+
+    small_pairs(0)
     # b, c: sizes and unequal pairs, against their decoder-only sources.
-    plan += [Run(f"decoder-only/{size}/0", "decoder-only", size) for size in SIZES[:1]]
-    for pair in ("medium-medium", "large-small", "large-large"):
-        add(_pretrain(pair, "prefixlm", 0))
-    plan += [Run(f"decoder-only/{size}/0", "decoder-only", size) for size in SIZES[1:]]
+    add(_pretrain("large-small", "prefixlm", 0))
+    add(_pretrain("large-large", "prefixlm", 0))
+    plan.append(Run("decoder-only/large/0", "decoder-only", "large"))
+    small_pairs(1)
+    small_pairs(2)
     # d: the cross-attention alone first. By itself `pretrain` takes 51 steps.
     for seed in SEEDS:
         for steps in (0, 50, 200):
             options = {"cross_attention_steps": steps}
-            run = _pretrain("medium-small", f"warm-up-{steps}", seed, **options)
+            name = f"warm-up-{steps}"
+            run = _pretrain("large-small", name, seed, **options)
             add(run, tuned=False)
-    for seed in SEEDS[1:]:
-        plan += [Run(f"decoder-only/small/{seed}", "decoder-only", "small", seed=seed)]
+    add(_pretrain("medium-medium", "prefixlm", 0))
+    plan.append(Run("decoder-only/medium/0", "decoder-only", "medium"))
     return plan

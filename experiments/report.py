@@ -64,7 +64,7 @@ def table(header, rows):
 
 
 def pretraining(results):
-    """Loss on held-out text at the start, after a tenth, and in the end."""
+    """Loss on held-out text at the start, after a tenth, and in the end; copying."""
     groups = by_variant(results, "pretrain", "small-small")
     rows = []
     for variant in NAMES:
@@ -74,29 +74,14 @@ def pretraining(results):
         start = runs[0]["scores"]["valid"]["loss"]["before"]
         tenth = spread([run["log"][0]["val_loss"] for run in runs])
         end = spread([run["log"][-1]["val_loss"] for run in runs])
-        rows.append([NAMES[variant], f"{start:.2f}", tenth, end])
-    tokens = next(iter(groups.values()))[0]["log"][-1]["tokens"] if groups else 0
-    header = ["", "before", "after a tenth", f"after {tokens / 1e6:.1f} million tokens"]
+        rows.append([NAMES[variant], f"{start:.2f}", tenth, end, copied(runs)])
+    header = ["", "before", "after a tenth", "in the end", "copied, %"]
     return table(header, rows)
 
 
-def copying(results):
-    """Share of the second half's tokens that is right, by steps."""
-    groups = by_variant(results, "pretrain", "small-small")
-    rows, steps = [], ()
-    for start, name in (
-        ("adapted", "adapted"),
-        ("random-cross", "adapted, cross-attention at random"),
-        ("scratch", "from scratch"),
-    ):
-        if runs := groups.get(("small-small", f"doubled-{start}")):
-            steps = [0, 1, 3, 5, 9]
-            cells = [
-                spread([100 * run["log"][i]["val_accuracy"] for run in runs], 0)
-                for i in steps
-            ]
-            rows.append([name, *cells])
-    return table(["", *(f"{50 * (i + 1)} steps" for i in steps)], rows)
+def copied(runs):
+    """Share of tokens right where the text says everything twice, in percent."""
+    return spread([100 * run["copied"]["accuracy"] for run in runs], 0)
 
 
 def tuning(results):
@@ -145,13 +130,14 @@ def _of_sizes(results):
 
 
 def warm_up(results):
-    """Steps of the cross-attention alone, for medium reads, small writes."""
-    groups = by_variant(results, "pretrain", "medium-small")
+    """Steps of the cross-attention alone, for large reads, small writes."""
+    groups = by_variant(results, "pretrain", "large-small")
     rows = []
     for steps in (0, 50, 200):
-        if runs := groups.get(("medium-small", f"warm-up-{steps}")):
-            rows.append([steps, spread([r["log"][-1]["val_loss"] for r in runs], 3)])
-    return table(["steps alone, of 500", "loss in the end"], rows)
+        if runs := groups.get(("large-small", f"warm-up-{steps}")):
+            losses = spread([run["log"][-1]["val_loss"] for run in runs], 3)
+            rows.append([steps, losses, copied(runs)])
+    return table(["steps alone, of 500", "loss in the end", "copied, %"], rows)
 
 
 def draw_losses(results):
@@ -214,7 +200,6 @@ def _legend(panel):
 
 TABLES = {
     "pretraining": pretraining,
-    "copying": copying,
     "tuning": tuning,
     "sizes": sizes,
     "warm-up": warm_up,

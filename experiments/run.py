@@ -24,22 +24,21 @@ import plan
 RESULTS = Path(__file__).parent / "results"
 ENCODER, DECODER, ROWS_A_STEP = 128, 128, 8
 SOURCE, TARGET = 256, 40  # Lengths of the synopsis pairs.
-DOCUMENTS, DOUBLED = 9_000, 20_000
+ONCE, TWICE = 3_000, 13_000  # Texts of the pretraining that say it once and twice.
 TEST_ROWS = 500  # Of the synopsis test that answers are scored on.
 TIMED_ROWS = 50
 
 
 def write_texts(data, runs):
-    """The corpus as files of JSON lines, and its doubled paragraphs."""
+    """The corpus as files of JSON lines."""
     import corpus
 
     folder = Path(runs) / "texts"
     for name, make in (
         # What all runs share: what they see, not in which order.
-        ("adaptation", lambda: corpus.for_adaptation(data)[:DOCUMENTS]),
-        ("valid", lambda: corpus.held_out(data)),
-        ("doubled", lambda: corpus.doubled(corpus.for_adaptation(data))[:DOUBLED]),
-        ("doubled-valid", lambda: corpus.doubled(corpus.held_out(data))),
+        ("mixture", lambda: corpus.mixture(data, ONCE, TWICE)),
+        ("valid", lambda: corpus.held_out(data, 200)),
+        ("doubled-valid", lambda: corpus.doubled(corpus.held_out(data, 200))),
     ):
         path = folder / f"{name}.jsonl"
         if not path.exists():
@@ -119,14 +118,11 @@ def pretrain(run, args):
         options["teacher"] = str(teacher)
         options["teacher_scores"] = str(Path(args.runs) / "teacher-scores")
     folder = Path(args.runs) / run.name
-    train, valid = "adaptation.jsonl", "valid.jsonl"
-    if run.doubled:
-        train, valid = "doubled.jsonl", "doubled-valid.jsonl"
     scores = kt.pretrain(
         start_preset(run, args.runs),
-        texts / train,
+        texts / "mixture.jsonl",
         folder,
-        texts / valid,
+        texts / "valid.jsonl",
         encoder_sequence_length=ENCODER,
         decoder_sequence_length=DECODER,
         batch_size=ROWS_A_STEP,
@@ -150,7 +146,25 @@ def pretrain(run, args):
     for row in log:
         tokens += round(positions * (1 - row["padding"]))
         row["tokens"] = tokens
-    return {"log": log, "scores": scores}
+    return {"log": log, "scores": scores, "copied": copied(folder / "preset", texts)}
+
+
+def copied(preset, texts):
+    """Share of the tokens right where a held-out paragraph says itself twice, PrefixLM.
+
+    What is read is what is to be written, so that it need only be copied.
+    """
+    import keras_t5gemma as kt
+
+    preprocessor = kt.Seq2SeqLMPreprocessor.from_preset(
+        preset, objective=kt.objectives.PrefixLM(), encoder_sequence_length=ENCODER
+    )
+    preprocessor.decoder_sequence_length = DECODER
+    model = kt.Seq2SeqLM.from_preset(preset, preprocessor=preprocessor)
+    model.compile(weighted_metrics=["accuracy"])
+    lines = (texts / "doubled-valid.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["text"] for line in lines]
+    return model.evaluate(rows, batch_size=ROWS_A_STEP, return_dict=True, verbose=0)
 
 
 def synopsis(run, args):
@@ -208,7 +222,10 @@ def pair_flops(backbone, source=90, target=10):
 
 
 def decoder_only(run, args):
-    """The same of the source model itself: text, a separator, synopsis."""
+    """The same of the source model itself: text, a separator, synopsis.
+
+    First it goes on with as many rows, of as many positions, of the pairs' texts.
+    """
     import corpus
     import keras
     import keras_hub
@@ -222,6 +239,11 @@ def decoder_only(run, args):
     preset = Path(args.runs) / f"sources/{run.pair}/preset"
     backbone = keras_hub.models.GemmaBackbone.from_preset(str(preset))
     source = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+    rows = corpus.chunks(corpus.mixture(args.data, ONCE, TWICE), ENCODER + DECODER)
+    rows = np.random.default_rng(run.seed).permutation(rows)
+    x, y = sources.inputs(rows[: plan.STEPS * ROWS_A_STEP])
+    model = sources.trainer(source, 3e-3, plan.STEPS)
+    model.fit(x, y, batch_size=ROWS_A_STEP, shuffle=False, verbose=0)
     turn = pieces.token_to_id("<start_of_turn>")
 
     def prompts(pairs):
@@ -259,11 +281,16 @@ def decoder_only(run, args):
         batches.append((batch, y[rows, :width], weights[rows, :width]))
     np.random.default_rng(run.seed).shuffle(batches)
     model = sources.trainer(source, 2e-3, len(batches))
-    losses = [model.train_on_batch(*batch) for batch in batches]
+    for batch in batches:
+        loss = model.train_on_batch(*batch)  # The mean of all so far.
     valid = corpus.read_synopsis(args.data, "valid")
     x, y, weights = arrays(valid)
-    val_loss = model.evaluate(x, y, sample_weight=weights, batch_size=32, verbose=0)
-    # Keras weighs every batch alike; the difference is below the third digit here.
+    val_losses, tokens = [], []
+    for start in range(0, len(y), 32):  # Over batches `evaluate` weighs rows alike.
+        rows = slice(start, start + 32)
+        batch = {key: value[rows] for key, value in x.items()}
+        val_losses += [model.evaluate(batch, y[rows], None, 0, weights[rows])]
+        tokens += [weights[rows].sum()]
     test = corpus.read_synopsis(args.data, "test")
     test = {key: column[:TEST_ROWS] for key, column in test.items()}
     source.compile(sampler="greedy")
@@ -291,8 +318,8 @@ def decoder_only(run, args):
     table = backbone.token_embedding.count_params()
     layers = backbone.count_params() - table
     return {
-        "loss": float(np.mean(losses)),
-        "val_loss": val_loss,
+        "loss": float(loss),
+        "val_loss": float(np.average(val_losses, weights=tokens)),
         "scores": scores,
         "milliseconds": latency(lambda row: answer([row]), rows),
         "flops": 2 * (100 * layers + 10 * table) / 1e6,
@@ -304,6 +331,10 @@ KINDS = {"pretrain": pretrain, "synopsis": synopsis, "decoder-only": decoder_onl
 
 def make(run, args):
     """One run, in this process; its results go to a file."""
+    import keras_t5gemma as kt
+
+    if os.environ.get("KERAS_BACKEND") == "jax":
+        kt.cache_compiled_programs(args.runs / "programs")
     start = time.perf_counter()
     with encoder_mask(run.causal_encoder):
         result = KINDS[run.kind](run, args)
@@ -324,7 +355,7 @@ def main():
     args = parser.parse_args()
     runs = [run for run in plan.make_plan() if args.only in run.name]
     if args.task:
-        make(next(run for run in runs if run.name == args.task), args)
+        make(next(run for run in plan.make_plan() if run.name == args.task), args)
         return
     start = time.perf_counter()
     here = Path(__file__).parent
@@ -338,8 +369,14 @@ def main():
         for size in plan.sources_of(run):
             command = [sys.executable, here / "sources.py", size, *common]
             subprocess.run(command, check=True)
-        command = [sys.executable, __file__, *common, "--task", run.name]
-        subprocess.run(command, check=True, env=os.environ)
+        names = [run.name]
+        if "/" in run.start and not (args.runs / run.start / "preset").exists():
+            names.insert(0, run.start)  # Its results are here, its weights are not.
+        for name in names:
+            command = [sys.executable, __file__, *common, "--task", name]
+            if subprocess.run(command).returncode:
+                print(f"{name} failed; the next time it is made again", flush=True)
+                break
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class TokenLosses(keras.losses.Loss):
     """
 
     def __init__(self, backbone):
-        super().__init__(name="token_losses")
+        super().__init__("token_losses", reduction="mean_with_sample_weight")
         self.embedding = backbone.token_embedding
 
     def call(self, labels, states):

@@ -13,7 +13,6 @@ Every step keeps backups: killed and started again, it goes on where it was. In 
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -28,27 +27,19 @@ from keras_t5gemma.checkpoints.adapt import adapt_to_folder  # noqa: E402
 from keras_t5gemma.checkpoints.convert import convert  # noqa: E402
 
 SIZE = "large"
-ONCE, TWICE = 6_000, 10_000  # Documents of the pretraining.
+ONCE, TWICE, LONGEST = 6_000, 10_000, 400  # Of `corpus.mixture`.
 
 
 def write_mixture(data, folder):
-    """Documents as they are, and short paragraphs that say it twice; held-out ones."""
-    path = folder / "mixture.jsonl"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    train, held_out = corpus.read_documents(data)
-    rng = random.Random(0)
-    texts = rng.sample(train["descriptions"] + train["docs"], ONCE)
-    lines = [line for text in train["descriptions"] for line in text.split("\n")]
-    lines = [line for line in lines if 40 <= len(line) <= 400]
-    texts += [f"{line}\n{line}" for line in rng.sample(lines, TWICE)]
-    rng.shuffle(texts)
-    valid = held_out["descriptions"][:200] + held_out["docs"][:200]
-    for name, part in (("held-out", valid), ("mixture", texts)):
-        rows = [json.dumps({"text": text}) + "\n" for text in part]
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
-    return path
+    """The texts of the pretraining, and held-out ones, as JSON lines."""
+    paths = [folder / f"{name}.jsonl" for name in ("mixture", "held-out")]
+    if not paths[1].exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = corpus.mixture(data, ONCE, TWICE, LONGEST), corpus.held_out(data)
+        for path, part in zip(paths, texts, strict=True):
+            rows = [json.dumps({"text": text}) + "\n" for text in part]
+            path.write_text("".join(rows), encoding="utf-8")
+    return paths
 
 
 ABOUT = """# {name}
@@ -162,14 +153,14 @@ def main():
     adapted = folder / "adapted"
     if not (adapted / "config.json").exists():
         adapt_to_folder(str(source), folder=adapted)
-    texts = write_mixture(args.data, folder)
+    texts, held_out = write_mixture(args.data, folder)
     pretrained = folder / "pretrained"
     if not (pretrained / "scores.json").exists():
         kt.pretrain(
             str(adapted),
             [str(texts)],
             str(pretrained),
-            [str(texts.with_name("held-out.jsonl"))],
+            [str(held_out)],
             encoder_sequence_length=128,
             decoder_sequence_length=128,
             batch_size=8,

@@ -15,6 +15,10 @@ EMBEDDED_FOLDER = Path(__file__).parent.parent / "presets"
 KERAS, KERAS_HUB, HUGGING_FACE = "keras_t5gemma", "keras_hub", "transformers"
 VOCABULARY_FILE, HUGGING_FACE_TOKENIZER = "vocabulary.spm", "tokenizer.model"
 _PACKAGE = "keras_t5gemma>"
+_EMBEDDED = {  # Objective, tuned.
+    "t5gemma_mini": ("PrefixLM", False),
+    "t5gemma_mini_synopsis": ("supervised", True),
+}
 _PAIRS = (
     ("s", "s"),
     ("b", "b"),
@@ -34,8 +38,8 @@ class Preset:
     Args:
         name: what `from_preset` takes.
         description: one line.
-        objective: `"PrefixLM"` or `"UL2"` of the adaptation; `"supervised"` for the
-            embedded preset.
+        objective: `"PrefixLM"` or `"UL2"` of the adaptation; `"supervised"` for a
+            preset that was fine-tuned here.
         tuned: whether it was fine-tuned (instruction-tuned, the published ones).
         parameters: exact count.
         sources: handles or folders that hold the same weights, the default first.
@@ -50,7 +54,7 @@ class Preset:
 
 
 def presets():
-    """All named presets: the embedded one first, then the published ones.
+    """All named presets: the embedded ones first, then the published ones.
 
     Returns:
         A list of `Preset`. The 32 published names follow arXiv 2504.06225:
@@ -58,17 +62,18 @@ def presets():
         lies on Hugging Face and, in KerasHub's format, on Kaggle.
     """
     rows = []
-    for folder in sorted(EMBEDDED_FOLDER.glob("*/config.json")):
-        config = json.loads(folder.read_text(encoding="utf-8"))["config"]["config"]
-        card = (folder.parent / "README.md").read_text(encoding="utf-8")
+    for name, (objective, tuned) in _EMBEDDED.items():
+        folder = EMBEDDED_FOLDER / name
+        config = read_json(str(folder))["config"]["config"]
+        card = (folder / "README.md").read_text(encoding="utf-8")
         rows.append(
             Preset(
-                folder.parent.name,
+                name,
                 card.split("\n\n")[1].replace("\n", " "),
-                "supervised",
-                True,
+                objective,
+                tuned,
                 T5GemmaConfig.from_dict(config).count_params(),
-                (str(folder.parent),),
+                (str(folder),),
             )
         )
     for name, (encoder, decoder, objective, tuned) in _published().items():
