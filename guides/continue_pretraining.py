@@ -69,7 +69,7 @@ print(len(texts), "documents,", sum(map(len, texts)), "characters")
 # never used; the decoder writes sentinels and spans. Which spans, comes from a seed.
 
 # %%
-preset = "t5gemma_mini_synopsis"
+preset = "t5gemma_mini"
 tokenizer = keras_t5gemma.Tokenizer.from_preset(preset)
 prefix_lm = objectives.PrefixLM()
 ul2 = objectives.UL2.from_tokenizer(tokenizer)
@@ -189,7 +189,7 @@ print(f"held-out loss {loss['before']:.2f} -> {loss['mean']:.2f}")
 # In a shell:
 #
 # ```bash
-# keras-t5gemma pretrain --preset t5gemma_mini_synopsis --train train.txt \
+# keras-t5gemma pretrain --preset t5gemma_mini --train train.txt \
 #     --valid valid.txt --output runs/pretraining/run --objective t5gemma2
 # ```
 #

@@ -17,7 +17,7 @@
 # sampling, streaming, the score of a given answer, several prompts for one source, and
 # int8 weights.
 #
-# It uses the preset inside the package: 9.4 million parameters, trained to shorten the
+# It uses the preset inside the package: 6.2 million parameters, trained to shorten the
 # description of a Debian package to one line. It takes a minute on two processor cores
 # and needs no network. The last section says what changes for the published models.
 #

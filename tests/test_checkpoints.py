@@ -180,8 +180,6 @@ def test_an_encoder_alone_is_a_preset_of_its_own(backbone, tmp_path):
         again.decode(np.ones((1, 2), "int32"))
     with pytest.raises(ValueError, match="`backbone` is an encoder alone"):
         kt.Seq2SeqLM(again)
-    with pytest.raises(ValueError, match="encoder without a decoder"):
-        again.save_to_huggingface(tmp_path / "hf")
 
 
 def test_shapes_of_the_tables_are_the_models(backbone):

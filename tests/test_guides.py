@@ -64,7 +64,7 @@ def test_generate(tmp_path):
     for prompt in ("library to", "tool that", "C code for"):
         assert re.search(rf"^{prompt} \w+", printed, re.M)
     before, after = numbers(r"([\d.]+) MB in float32, ([\d.]+) MB in int8", printed)
-    assert before == pytest.approx(4 * 9.44, abs=0.1)  # 9.44 million parameters.
+    assert before == pytest.approx(4 * 6.25, abs=0.1)  # 6.25 million parameters.
     assert after < 0.3 * before
     drawn = (tmp_path / "runs/lengths.png").exists()
     assert drawn != ("pip install matplotlib" in printed)

@@ -1,6 +1,7 @@
 """A T5Gemma checkpoint of any supported format, opened: tensors found, not read."""
 
 import dataclasses
+from pathlib import Path
 
 import keras
 
@@ -53,6 +54,11 @@ class Checkpoint:
         fields = presets.read_json(self.location)["config"]
         return keras.dtype_policies.get(fields["dtype"])
 
+    def _table(self):
+        if self.format == presets.HUGGING_FACE and self.config.decoder is None:
+            return weight_maps.HUGGING_FACE_ENCODER
+        return _TABLES[self.format]
+
     def tensors(self, encoder_only=False):
         """`{our variable path: unread tensor}`; downloads the files if need be.
 
@@ -69,7 +75,7 @@ class Checkpoint:
                 "as they are, by `from_preset`."
             )
         folder = presets.download(self.location)
-        table, dropped, sides = _TABLES[self.format], set(), {}
+        table, dropped, sides = self._table(), set(), {}
         rows = {}
         for side, templates in table.items():
             stack = getattr(self.config, side)
@@ -157,6 +163,23 @@ def load_backbone(checkpoint, encoder_only=False, **kwargs):
         config = dataclasses.replace(config, decoder=None)
     tensors = checkpoint.tensors(encoder_only)
     return fill(config, tensors, lineage=checkpoint.lineage, **kwargs)
+
+
+def load_quantized_encoder(checkpoint, **kwargs):
+    """The encoder of a preset of ours that was saved quantised, as it is.
+
+    Keras reads what the model has out of the file, and nothing else.
+
+    Args:
+        checkpoint: a `Checkpoint`.
+        **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
+    """
+    config = dataclasses.replace(checkpoint.config, decoder=None)
+    backbone = Backbone(config, lineage=checkpoint.lineage, **kwargs)
+    folder = Path(presets.download(checkpoint.location))
+    names = ("model.weights.h5", "model.weights.json")  # Whole, or in shards.
+    backbone.load_weights(next(folder / n for n in names if (folder / n).exists()))
+    return backbone
 
 
 def fill(config, tensors, **kwargs):

@@ -31,14 +31,16 @@ def read_config(config, source="config.json"):
             "T5Gemma's is the decoder's embedding table."
         )
     try:
-        encoder, decoder = (config[side] for side in ("encoder", "decoder"))
+        # Of an encoder alone, transformers' config has a decoder that is not there.
+        alone = config.get("is_encoder_decoder") is False
+        encoder, last = config["encoder"], config["encoder" if alone else "decoder"]
         return T5GemmaConfig(
             encoder=read_stack(encoder, source),
-            decoder=read_stack(decoder, source),
-            vocabulary_size=decoder["vocab_size"],
-            final_soft_cap=decoder.get("final_logit_softcapping", 30.0),
-            dropout=decoder.get("dropout_rate", config.get("dropout_rate", 0.0)),
-            max_positions=decoder.get("max_position_embeddings", 8192),
+            decoder=None if alone else read_stack(last, source),
+            vocabulary_size=last["vocab_size"],
+            final_soft_cap=last.get("final_logit_softcapping", 30.0),
+            dropout=last.get("dropout_rate", config.get("dropout_rate", 0.0)),
+            max_positions=last.get("max_position_embeddings", 8192),
         )
     except KeyError as error:
         raise ValueError(f"{source} lacks the field {error}.") from error
@@ -83,23 +85,20 @@ def write_config(config, dtype):
     """The config.json of transformers, as a dict, of a `T5GemmaConfig`.
 
     Args:
-        config: the model's, with a decoder.
+        config: the model's; without a decoder it is that of `T5GemmaEncoderModel`.
         dtype: name of the dtype of the weights.
 
     Raises:
         ValueError: for what transformers' T5Gemma cannot express.
     """
-    if config.decoder is None:
-        raise ValueError(
-            "An encoder without a decoder has no class in transformers that "
-            "generates; export the whole model."
-        )
+    alone = config.decoder is None
+    name = "T5GemmaEncoderModel" if alone else "T5GemmaForConditionalGeneration"
     shared = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     return {
-        "architectures": ["T5GemmaForConditionalGeneration"],
+        "architectures": [name],
         "model_type": "t5gemma",
         **shared,
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": not alone,
         "dropout_rate": config.dropout,
         "attention_dropout": config.dropout,
         "classifier_dropout_rate": 0.0,
@@ -109,8 +108,10 @@ def write_config(config, dtype):
         "vocab_size": config.vocabulary_size,
         "encoder": {**_write_stack(config, "encoder"), **shared},
         "decoder": {
-            **_write_stack(config, "decoder"),
+            # Their config needs one even where the model has none.
+            **_write_stack(config, "encoder" if alone else "decoder"),
             **shared,
+            "is_decoder": True,
             "cross_attention_hidden_size": config.encoder.hidden_dim,
         },
     }
@@ -184,7 +185,9 @@ def save(
         OSError: when the disk is full; then nothing is left behind.
     """
     parsed = write_config(config, dtype.name)
-    theirs = weight_maps.to_theirs(weight_maps.HUGGING_FACE, config, tensors)
+    alone = config.decoder is None
+    table = weight_maps.HUGGING_FACE_ENCODER if alone else weight_maps.HUGGING_FACE
+    theirs = weight_maps.to_theirs(table, config, tensors)
     theirs = {name: CastTensor(tensor, dtype) for name, tensor in theirs.items()}
     generation = {
         "bos_token_id": 2,
@@ -201,7 +204,8 @@ def save(
         safetensors_file.write_folder(staging, theirs, max_shard_size, written)
         if tokenizer is not None:
             _save_tokenizer(staging, tokenizer)
-        _write_json(staging / "generation_config.json", generation)
+        if not alone:
+            _write_json(staging / "generation_config.json", generation)
         _write_json(staging / "config.json", parsed)
 
 

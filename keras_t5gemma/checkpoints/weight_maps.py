@@ -118,16 +118,20 @@ def _tower(ours, embedding, final_norm, layer, rows, attention, cross_attention=
     return table
 
 
-# transformers' T5GemmaForConditionalGeneration, 4.53 to 5.x.
-HUGGING_FACE = {
-    "encoder": _tower(
+def _hf_encoder(prefix):
+    return _tower(
         "encoder/",
-        "model.encoder.embed_tokens.weight",
-        "model.encoder.norm.weight",
-        "model.encoder.layers.{i}.",
+        prefix + "embed_tokens.weight",
+        prefix + "norm.weight",
+        prefix + "layers.{i}.",
         _HF_MLP + _HF_NORMS,
         ("self_attn.", _HF_ATTENTION),
-    ),
+    )
+
+
+# transformers' T5GemmaForConditionalGeneration, 4.53 to 5.x.
+HUGGING_FACE = {
+    "encoder": _hf_encoder("model.encoder."),
     "decoder": _tower(
         "decoder/",
         "model.decoder.embed_tokens.weight",
@@ -138,6 +142,8 @@ HUGGING_FACE = {
         cross_attention="cross_attn.",
     ),
 }
+# transformers' T5GemmaEncoderModel.
+HUGGING_FACE_ENCODER = {"encoder": _hf_encoder("encoder.")}
 # The logit table is the decoder's embedding table; some files hold it twice.
 HUGGING_FACE_DROPPED = ("lm_head.out_proj.weight",)
 

@@ -66,6 +66,11 @@ class Backbone(keras_hub.models.Backbone):
                 memory,
                 inputs["encoder_padding_mask"],
             )
+        if isinstance(dtype, keras.dtype_policies.DTypePolicyMap):
+            # Keras 3.15 cannot save a quantised layer that holds the map itself.
+            for tower in filter(None, (encoder, decoder)):
+                for layer in tower._flatten_layers():
+                    layer._dtype_policy = dtype[layer.path]
         super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
         self.config = config
         self.lineage = lineage
@@ -184,9 +189,11 @@ class Backbone(keras_hub.models.Backbone):
         config = None if load_weights else presets.published_config(preset)
         if config is None:
             opened = checkpoint.open_checkpoint(preset)
-            if opened.is_quantized and not encoder_only:
+            if opened.is_quantized:
                 if kwargs.get("dtype") is None:
                     kwargs["dtype"] = opened.saved_policy()
+                if encoder_only:
+                    return checkpoint.load_quantized_encoder(opened, **kwargs)
                 return super().from_preset(opened.location, load_weights, **kwargs)
             if load_weights:
                 return checkpoint.load_backbone(opened, encoder_only, **kwargs)
@@ -208,6 +215,8 @@ class Backbone(keras_hub.models.Backbone):
     def save_to_huggingface(self, folder, dtype=None, max_shard_size=5, **kwargs):
         """Write a folder that transformers' T5GemmaForConditionalGeneration loads.
 
+        An encoder alone becomes a `T5GemmaEncoderModel`.
+
         Inside the attention window the logits are the same. Past it transformers
         5.23 lets the encoder see one token more on each side than the official code
         (and this package) does.
@@ -220,8 +229,8 @@ class Backbone(keras_hub.models.Backbone):
             **kwargs: `tokenizer` and `stop_ids`, which a task passes.
 
         Raises:
-            ValueError: for a quantised model, an encoder alone, or a config that
-                transformers cannot express.
+            ValueError: for a quantised model, or a config that transformers cannot
+                express.
         """
         from keras_t5gemma.checkpoints import checkpoint, huggingface
         from keras_t5gemma.checkpoints.tensors import parse_dtype
