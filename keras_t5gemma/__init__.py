@@ -16,6 +16,9 @@ from keras_t5gemma.generation.engine import (
 from keras_t5gemma.generation.options import GenerationOptions as GenerationOptions
 from keras_t5gemma.modeling.backbone import Backbone as Backbone
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
+from keras_t5gemma.tasks.text_embedder import TextEmbedder as TextEmbedder
+from keras_t5gemma.tasks.text_embedder import cosine_similarity as cosine_similarity
+from keras_t5gemma.tasks.text_embedder import nearest as nearest
 from keras_t5gemma.text import objectives as objectives
 from keras_t5gemma.text.files import read_pairs as read_pairs
 from keras_t5gemma.text.files import read_texts as read_texts
@@ -24,6 +27,7 @@ from keras_t5gemma.text.preprocessor import (
 )
 from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer
 from keras_t5gemma.training import callbacks as callbacks
+from keras_t5gemma.training.contrastive import InfoNCE as InfoNCE
 from keras_t5gemma.training.distillation import Distillation as Distillation
 from keras_t5gemma.training.finetune import finetune as finetune
 from keras_t5gemma.training.losses import TokenCrossEntropy as TokenCrossEntropy

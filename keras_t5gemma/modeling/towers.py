@@ -92,7 +92,7 @@ class Encoder(_Tower):
             dtype=self.dtype_policy,
         )
 
-    def call(self, token_ids, padding, training=None):
+    def call(self, token_ids, padding, training=None, layer=None):
         """Encode.
 
         Several texts in a row do not see each other when `padding` numbers them.
@@ -103,9 +103,11 @@ class Encoder(_Tower):
             padding: `(B, T)`, 0 for padding, 1 for a token; or k for a token of the
                 row's k-th text.
             training: turns dropout on.
+            layer: how many blocks to go through, without the final norm; `None` is
+                all of them, with it.
 
         Returns:
-            `(B, T, D)`, after the final norm.
+            `(B, T, D)`.
         """
         positions = ops.arange(ops.shape(token_ids)[1])
         angles = self._angles(positions)
@@ -116,10 +118,13 @@ class Encoder(_Tower):
             "sliding_attention": ops.logical_and(everything, near),
         }
         x = self._embed(token_ids, training)
-        for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
+        blocks = zip(self.blocks, self.stack.layer_types, strict=True)
+        for block, kind in list(blocks)[:layer]:
             x = self._run(
                 block, (x,), training, attention_mask=masks[kind], angles=angles
             )
+        if layer is not None:
+            return x
         return dropout(self.final_norm(x), self.config.dropout, self._seeds(training))
 
 

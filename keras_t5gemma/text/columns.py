@@ -104,8 +104,41 @@ def as_documents(x, y=None):
     return {"text": x} if is_list and isinstance(x[0], str | bytes) else None
 
 
+def _is_pair(row):
+    return isinstance(row, list | tuple) and len(row) == 2
+
+
 def _no_single_strings(columns):
     for key, column in columns.items():
         if isinstance(column, str | bytes):
             raise ValueError(f"{key!r} must be a list of strings; got {column!r}.")
     return columns
+
+
+def pairs_of(x, y, names, name="x"):
+    """Texts in two columns of such names.
+
+    Args:
+        x: that dict; a list of pairs; or a list of the first ones, with `y`.
+        y: the list of the second ones, or `None`.
+        names: of the two columns.
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if y is not None and isinstance(x, list | tuple | np.ndarray):
+        columns = dict(zip(names, (x, y), strict=True))
+    elif isinstance(x, dict) and y is None:
+        columns = dict(x)
+    elif isinstance(x, list | tuple) and all(_is_pair(row) for row in x):
+        columns = {key: [row[i] for row in x] for i, key in enumerate(names)}
+    else:
+        columns = {}
+    if set(columns) != set(names):
+        raise ValueError(
+            f"`{name}` must be a dict with keys {names}, a list of pairs, or two lists "
+            f"of texts, `x` and `y`; got {type(x).__name__}"
+            f"{sorted(x) if isinstance(x, dict) else ''}."
+        )
+    return _no_single_strings({key: columns[key] for key in names})

@@ -163,7 +163,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
             self._count("empty", sum(len(row) == 1 for row in rows), len(rows))
             rows = self._cut(rows, self.decoder_sequence_length, "decoder")
-            return self._encoder_rows(sources), rows
+            return self.encoder_rows(sources), rows
 
     def generate_preprocess(self, x, sequence_length=None):
         """Arrays of a batch of sources, with a start of the answer or without.
@@ -184,7 +184,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             x = {"encoder_text": x}
         sources, prompts = self._pair(x, decoder_optional=True)
         with self.report_truncation():
-            encoder = self._encoder_rows(sources)
+            encoder = self.encoder_rows(sources)
         encoder = self._encoder_arrays(encoder, self.pad_to_multiple_of or 64)
         rows = [
             [self.tokenizer.start_token_id, *ids]
@@ -313,7 +313,11 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             )
         return sources, targets
 
-    def _encoder_rows(self, texts):
+    def encoder_rows(self, texts):
+        """Ids of what the encoder reads, a list a text: in the template, and cut.
+
+        Only inside of `report_truncation`, which counts what is cut.
+        """
         length = self.encoder_sequence_length
         rows = self.tokenizer.tokenize(texts)
         if self.template is None:

@@ -109,6 +109,11 @@ class TextBatches(Epochs):
         self.sources, self.targets = columns
         return self.sources.lengths, self.targets.lengths
 
+    def _limits(self):
+        """The largest widths, encoder and decoder."""
+        sides = ("encoder", "decoder")
+        return tuple(getattr(self.preprocessor, f"{s}_sequence_length") for s in sides)
+
     def _tokens(self, pairs, epoch):
         """Sources and targets of so many pairs, rows of ids each."""
         return [self.sources[i] for i in pairs], [self.targets[i] for i in pairs]
@@ -117,10 +122,7 @@ class TextBatches(Epochs):
         """Which pairs share a row, and the widths that rows are padded to."""
         sources, targets = self.lengths
         pairs = np.arange(len(sources))
-        limits = (
-            self.preprocessor.encoder_sequence_length,
-            self.preprocessor.decoder_sequence_length,
-        )
+        limits = self._limits()
         multiple = self.preprocessor.pad_to_multiple_of or 8
         self.packs = Ragged(np.ones(len(pairs), "int64"), pairs)
         self.widths = [limits]

@@ -1,0 +1,217 @@
+"""What the tasks of an encoder alone have in common."""
+
+import os
+from pathlib import Path
+
+import keras
+import keras_hub
+
+from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.modeling.backbone import Backbone, track_parameters
+from keras_t5gemma.modeling.pooling import POOLINGS, pool
+from keras_t5gemma.tasks.seq2seq_lm import check_vocabulary
+from keras_t5gemma.text.encoder_batches import EncoderBatches
+from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.training.optimizers import check_optimizer, update_in_place
+from keras_t5gemma.training.text_fit import TextFit
+
+INPUTS = ("encoder_token_ids", "encoder_padding_mask")
+TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
+
+
+class EncoderTask(TextFit, keras_hub.models.Task):
+    """Texts in, a vector a text out.
+
+    Args:
+        backbone: a `Backbone` without a decoder (`from_preset(encoder_only=True)`), or
+            KerasHub's `GemmaBackbone`, to compare with the decoder-only source.
+        preprocessor: a `Seq2SeqLMPreprocessor`, of which the encoder's side is used.
+        pooling: see `pool`.
+        head: a function of what is pooled, `(B, D)` float32, that makes the output.
+
+    Raises:
+        ValueError: for a backbone with a decoder, an unknown pooling, or a tokenizer
+            that does not fit.
+    """
+
+    backbone_cls = Backbone
+    preprocessor_cls = Seq2SeqLMPreprocessor
+
+    def __init__(self, backbone, preprocessor, pooling, head, **kwargs):
+        if getattr(backbone, "decoder", None) is not None:
+            raise ValueError(
+                "`backbone` must be an encoder alone: load it with "
+                "Backbone.from_preset(..., encoder_only=True)."
+            )
+        if pooling not in POOLINGS:
+            raise ValueError(f"`pooling` must be one of {POOLINGS}; got {pooling!r}.")
+        is_ours = isinstance(backbone, Backbone)
+        if preprocessor is not None and is_ours:
+            check_vocabulary(preprocessor.tokenizer, backbone.config)
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.pooling = pooling
+        inputs = {
+            name: keras.Input((None,), dtype="int32", name=name) for name in INPUTS
+        }
+        if is_ours:
+            states = backbone(inputs)["encoder_sequence_output"]
+        else:
+            ids, padding = (inputs[name] for name in INPUTS)
+            states = backbone({"token_ids": ids, "padding_mask": padding})
+        pooled = pool(states, inputs["encoder_padding_mask"], pooling)
+        super().__init__(inputs=inputs, outputs=head(pooled), **kwargs)
+        if is_ours:
+            track_parameters(self)
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """The task of a preset that was saved with one, or a new one.
+
+        Of any T5Gemma checkpoint only the encoder is read. A preset that
+        `save_to_preset` of this class wrote comes back with its head.
+
+        Args:
+            preset: a name of `keras_t5gemma.presets()`, a local folder, or an
+                `hf://` or `kaggle://` handle; see `Backbone.from_preset`.
+            load_weights: `False` leaves the weights random.
+            **kwargs: `dtype`, `preprocessor`, and further arguments of the class, in
+                place of those that were saved.
+
+        Raises:
+            ValueError: for an unknown preset, or files that do not fit, named.
+            OSError: when a download fails, with what to do.
+        """
+        backbone = Backbone.from_preset(
+            preset, load_weights, encoder_only=True, dtype=kwargs.pop("dtype", None)
+        )
+        saved = cls._saved(preset)
+        if "preprocessor" not in kwargs:
+            kwargs["preprocessor"] = None
+            if load_weights or presets.published_config(preset) is None:
+                kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(preset)
+        own = {k: v for k, v in saved.items() if k not in ("backbone", "preprocessor")}
+        task = cls(backbone, **{**own, **kwargs})
+        if saved and load_weights and task.has_task_weights():
+            location, _ = presets.resolve(preset)
+            file = Path(presets.download(location)) / TASK_WEIGHTS_FILE
+            task.load_task_weights(str(file))
+        return task
+
+    @classmethod
+    def _saved(cls, preset):
+        """The arguments that a task of this class was saved with, or none."""
+        if presets.published_config(preset) is not None:
+            return {}
+        location, kind = presets.resolve(preset)
+        if kind != presets.KERAS:
+            return {}
+        saved = presets.read_json(location, TASK_FILE, default={})
+        is_this = saved.get("class_name") == cls.__name__
+        return saved["config"] if is_this else {}
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Write encoder, head and tokenizer into a folder, all of it or none.
+
+        Args:
+            preset_dir: path; an earlier checkpoint in it is replaced.
+            max_shard_size: GB of the largest weight file.
+        """
+        with atomic_folder(preset_dir) as staging:
+            super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
+
+    def compile(self, optimizer="auto", *, rematerialize=False, **kwargs):
+        """`keras.Model.compile`.
+
+        Args:
+            optimizer: `"auto"` is Adafactor at 1e-4.
+            rematerialize: keep the input of each block alone for the backward pass:
+                less memory, more time.
+            **kwargs: of `keras.Model.compile`.
+        """
+        if optimizer == "auto":
+            optimizer = keras.optimizers.Adafactor(1e-4)
+        optimizer = keras.optimizers.get(optimizer)
+        check_optimizer(optimizer, self.backbone.variable_dtype)
+        update_in_place(optimizer)
+        super().compile(optimizer=optimizer, **kwargs)
+        if isinstance(self.backbone, Backbone):
+            self.backbone.encoder.rematerialize = bool(rematerialize)
+
+    def enable_lora(self, rank, target_layer_names=None, parts=None):
+        """Freeze the encoder and train adapters in it; see `Seq2SeqLM.enable_lora`.
+
+        What is on top of the encoder stays trainable.
+        """
+        self.backbone.enable_lora(rank, target_layer_names, parts)
+        self.train_function = self.test_function = self.predict_function = None
+        track_parameters(self.backbone)
+        track_parameters(self)
+
+    def _columns(self, x, y, name):
+        """`(columns, labels)` of a user's data, see `EncoderBatches`; or `None`."""
+        raise NotImplementedError
+
+    def _token_rows(self, columns):
+        """Ids of columns of texts, a list of lists a column."""
+        return [self.preprocessor.encoder_rows(texts) for texts in columns.values()]
+
+    def _data(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        batch_size=None,
+        shuffle=False,
+        steps=None,
+        name="x",
+        validation_split=0.0,
+        batching=None,
+        like=None,
+        training=False,
+    ):
+        if isinstance(x, EncoderBatches):
+            return {"x": x, "shuffle": False, "steps_per_epoch": None}
+        if not 0 <= validation_split < 1:
+            raise ValueError(
+                f"`validation_split` must be in [0, 1); got {validation_split!r}."
+            )
+        columns, labels = self._columns(x, y, name)
+        lengths = {key: len(column) for key, column in columns.items()}
+        if labels is not None:
+            lengths["labels"] = len(labels)
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"`{name}` must have as many rows throughout; {lengths}.")
+        widths = like.widths if isinstance(like, EncoderBatches) else None
+
+        def batches(rows, **kwargs):
+            part = None if sample_weight is None else sample_weight[rows]
+            return EncoderBatches(
+                self._need_preprocessor(),
+                {key: column[rows] for key, column in columns.items()},
+                None if labels is None else labels[rows],
+                self._token_rows,
+                sample_weight=part,
+                batch_size=batch_size or 32,
+                batching=batching or "bucketed",
+                name=name,
+                **kwargs,
+            )
+
+        count = len(next(iter(columns.values())))
+        cut = count - int(count * validation_split)
+        data = batches(slice(cut), shuffle=shuffle, steps=steps, widths=widths)
+        result = {"x": data, "shuffle": False, "steps_per_epoch": None}
+        if cut < count:
+            held_out = batches(slice(cut, None), widths=data.widths)
+            result["held_out"] = {"x": held_out}
+        return result
+
+    def _need_preprocessor(self):
+        if self.preprocessor is None:
+            raise ValueError(f"{type(self).__name__} needs a `preprocessor` for text.")
+        return self.preprocessor
+
+    def get_config(self):
+        return {**super().get_config(), "pooling": self.pooling}
