@@ -16,6 +16,7 @@ from keras_t5gemma.generation.engine import (
 from keras_t5gemma.generation.options import GenerationOptions as GenerationOptions
 from keras_t5gemma.modeling.backbone import Backbone as Backbone
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
+from keras_t5gemma.tasks.text_classifier import TextClassifier as TextClassifier
 from keras_t5gemma.tasks.text_embedder import TextEmbedder as TextEmbedder
 from keras_t5gemma.tasks.text_embedder import cosine_similarity as cosine_similarity
 from keras_t5gemma.tasks.text_embedder import nearest as nearest

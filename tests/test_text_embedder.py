@@ -79,6 +79,7 @@ def test_vectors_are_pooled_states(embedder):
     assert wide.shape[1] == 90 and not wide[:, padding.shape[1] :].any()
 
 
+@pytest.mark.one_backend
 def test_hidden_states_are_those_of_transformers(embedder, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -138,6 +139,7 @@ def test_pairs_come_together(embedder, tmp_path):
     assert max_difference(np.diag(near), cosines[:, 0]) < 1e-6
 
 
+@pytest.mark.one_backend
 def test_data_in_other_forms_is_the_same_data(tokenizer):
     rows = list(zip(*PAIRS.values(), strict=True))
     results = []
@@ -192,6 +194,7 @@ def test_it_comes_back_from_its_preset(tokenizer, tmp_path):
     assert other.embed(TEXTS).shape == (5, 32)
 
 
+@pytest.mark.one_backend
 def test_of_the_embedded_pair():
     embedder = kt.TextEmbedder.from_preset("t5gemma_mini")
     assert embedder.backbone.decoder is None
@@ -203,6 +206,7 @@ def test_of_the_embedded_pair():
     assert max_difference(np.linalg.norm(cut, axis=1), np.ones(2)) < 1e-5
 
 
+@pytest.mark.one_backend
 def test_adapters_and_projection_learn(tokenizer):
     embedder = make_embedder(tokenizer, projection_dim=8)
     embedder.enable_lora(2)
@@ -214,12 +218,14 @@ def test_adapters_and_projection_learn(tokenizer):
     assert all("lora" in path or "projection" in path for path in moved)
 
 
+@pytest.mark.one_backend
 def test_few_shapes():
     widths = [width_of(n, 512) for n in range(1, 600)]
     assert sorted(set(widths)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     assert all(w >= n for n, w in zip(range(1, 513), widths, strict=False))
 
 
+@pytest.mark.one_backend
 def test_refusals(embedder, model, tokenizer):
     with pytest.raises(ValueError, match="encoder alone.*encoder_only=True"):
         kt.TextEmbedder(model.backbone)

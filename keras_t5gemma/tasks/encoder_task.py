@@ -111,6 +111,18 @@ class EncoderTask(TextFit, keras_hub.models.Task):
         is_this = saved.get("class_name") == cls.__name__
         return saved["config"] if is_this else {}
 
+    def load_task_weights(self, filepath):
+        skipped = self._not_the_head()
+        keras.saving.load_weights(self, filepath, objects_to_skip=skipped)
+
+    def save_task_weights(self, filepath):
+        skipped = self._not_the_head()
+        keras.saving.save_weights(self, filepath, objects_to_skip=skipped)
+
+    def _not_the_head(self):
+        """KerasHub would keep the optimizer beside the head, and not load it."""
+        return [*self.backbone._flatten_layers(), *filter(None, [self.optimizer])]
+
     def save_to_preset(self, preset_dir, max_shard_size=10):
         """Write encoder, head and tokenizer into a folder, all of it or none.
 

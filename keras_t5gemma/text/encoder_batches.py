@@ -110,17 +110,15 @@ def encoder_ids(preprocessor, columns, name, token_rows=None):
     for key, texts in columns.items():
         if isinstance(texts, str | bytes):
             raise ValueError(f"{key!r} must be a list of texts; got {texts!r}.")
+        empty = [i for i, text in enumerate(texts) if not len(text)]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(texts)} texts of {key!r} are empty, the first "
+                f"is number {empty[0]}: leave them out."
+            )
     if token_rows is None:
 
         def token_rows(part):
             return [preprocessor.encoder_rows(texts) for texts in part.values()]
 
-    sides = tokenise(preprocessor, columns, name, token_rows)
-    for key, side in zip(columns, sides, strict=False):
-        empty = np.flatnonzero(side.lengths == 0)
-        if len(empty):
-            raise ValueError(
-                f"{len(empty)} of {len(side)} texts of {key!r} are empty, the first is "
-                f"number {empty[0]}: leave them out."
-            )
-    return sides
+    return tokenise(preprocessor, columns, name, token_rows)

@@ -156,12 +156,12 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             with self.report_truncation():
                 rows = self.tokenizer.tokenize(_texts(x))
                 longest = objective_pairs.longest_text(self)
-                self._count("text", sum(len(row) > longest for row in rows), len(rows))
+                self.count("text", sum(len(row) > longest for row in rows), len(rows))
                 return objective_pairs.of_rows(self, rows)
         sources, targets = self._pair(x)
         with self.report_truncation():
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
-            self._count("empty", sum(len(row) == 1 for row in rows), len(rows))
+            self.count("empty", sum(len(row) == 1 for row in rows), len(rows))
             rows = self._cut(rows, self.decoder_sequence_length, "decoder")
             return self.encoder_rows(sources), rows
 
@@ -342,10 +342,11 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         return _named("encoder", *pad(rows, width))
 
     def _cut(self, rows, length, side):
-        self._count(side, sum(len(row) > length for row in rows), len(rows))
+        self.count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
 
-    def _count(self, what, some, of):
+    def count(self, what, some, of):
+        """Note inside of `report_truncation` that some of so many were cut."""
         before = self._counts.get(what, (0, 0))
         self._counts[what] = (before[0] + some, before[1] + of)
 

@@ -1,0 +1,270 @@
+"""Texts to classes or numbers, with a head on the encoder."""
+
+import keras
+import numpy as np
+
+from keras_t5gemma.progress import progress_bar
+from keras_t5gemma.tasks.encoder_task import EncoderTask
+from keras_t5gemma.text.columns import pairs_of
+from keras_t5gemma.text.encoder_batches import by_length, encoder_ids
+
+KINDS = ("single_label", "multi_label", "regression")
+_MEAN = "mean_with_sample_weight"
+_MANY = 2_000  # Texts that take long enough to show a bar.
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class TextClassifier(EncoderTask):
+    """A class for a text, or for a pair of texts.
+
+    As in the paper (arXiv 2504.06225, section 4) a linear head reads the state of the
+    last token of the encoder, and all weights are trained; `enable_lora` trains few.
+
+    Args:
+        backbone: a `Backbone` without a decoder; or KerasHub's `GemmaBackbone`, the
+            same head on a decoder-only model.
+        preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays only.
+        class_names: names of the classes, two or more; labels are names then.
+        num_classes: their number, where labels are the numbers from 0.
+        kind: `"single_label"`, `"multi_label"` (several or none of the classes) or
+            `"regression"`, one number a text.
+        pooling: see `pool`.
+        dropout: share of what is pooled that is dropped in training.
+        separator: between the texts of a pair.
+
+    Raises:
+        ValueError: for fewer than two classes, names that are there twice, or
+            arguments out of range.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        preprocessor=None,
+        class_names=None,
+        num_classes=None,
+        kind="single_label",
+        pooling="last",
+        dropout=0.0,
+        separator="\n",
+        **kwargs,
+    ):
+        if kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {KINDS}; got {kind!r}.")
+        class_names = None if class_names is None else list(class_names)
+        outputs = 1
+        if kind != "regression":
+            outputs = len(class_names) if class_names is not None else num_classes
+            if not isinstance(outputs, int) or outputs < 2:
+                raise ValueError(
+                    "`class_names`, or `num_classes`, must be two classes at least; "
+                    f"got {class_names if class_names is not None else num_classes!r}."
+                )
+            if num_classes not in (None, outputs):
+                raise ValueError(
+                    f"`num_classes` is {num_classes}, `class_names` are {outputs}."
+                )
+            if class_names is not None and len(set(class_names)) < outputs:
+                raise ValueError(f"`class_names` has a name twice: {class_names}.")
+        self.class_names = class_names
+        self.num_classes = None if kind == "regression" else outputs
+        self.kind = kind
+        self.dropout = dropout
+        self.separator = separator
+
+        def head(pooled):
+            dtype = "float32"
+            pooled = keras.layers.Dropout(dropout, dtype=dtype, name="dropout")(pooled)
+            initializer = keras.initializers.RandomNormal(stddev=0.02)
+            return keras.layers.Dense(
+                outputs, kernel_initializer=initializer, dtype=dtype, name="classes"
+            )(pooled)
+
+        super().__init__(backbone, preprocessor, pooling, head, **kwargs)
+
+    def compile(
+        self, optimizer="auto", loss="auto", *, weighted_metrics="auto", **kwargs
+    ):
+        """Configure training.
+
+        Args:
+            optimizer: `"auto"` is Adafactor at 1e-4.
+            loss: `"auto"` is the cross-entropy of the classes, of each class by itself
+                with `"multi_label"`, or the squared error. One of your own gets logits.
+            weighted_metrics: `"auto"` is the accuracy, or the absolute error.
+            **kwargs: `rematerialize`, and those of `keras.Model.compile`.
+        """
+        losses, metrics = keras.losses, keras.metrics
+        auto = {
+            "single_label": (
+                losses.SparseCategoricalCrossentropy(from_logits=True, reduction=_MEAN),
+                metrics.SparseCategoricalAccuracy("accuracy"),
+            ),
+            "multi_label": (
+                losses.BinaryCrossentropy(from_logits=True, reduction=_MEAN),
+                metrics.BinaryAccuracy("accuracy", threshold=0.0),
+            ),
+            "regression": (
+                losses.MeanSquaredError(reduction=_MEAN),
+                metrics.MeanAbsoluteError("absolute_error"),
+            ),
+        }[self.kind]
+        if weighted_metrics == "auto":
+            weighted_metrics = [auto[1]]
+        super().compile(
+            optimizer=optimizer,
+            loss=auto[0] if loss == "auto" else loss,
+            weighted_metrics=weighted_metrics,
+            **kwargs,
+        )
+
+    def fit(self, x=None, y=None, batch_size=None, **kwargs):
+        """Train on texts and labels.
+
+        Args:
+            x: a list of texts, or of pairs of texts; or a dict of `"text"` and, for
+                pairs, `"text_pair"`.
+            y: a label a text: a name, or a number from 0 where there are no names;
+                with `"multi_label"` a list of those, or a row of zeros and ones; with
+                `"regression"` a number.
+            batch_size: texts a step, 32 when `None`.
+            **kwargs: those of `Seq2SeqLM.fit`: `epochs`, `validation_data`,
+                `validation_split`, `shuffle`, `sample_weight`, `callbacks`, ...
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: for labels that are no classes, NaN, or empty texts.
+        """
+        return super().fit(x, y, batch_size, **kwargs)
+
+    def predict(self, x, batch_size=32):
+        """Probabilities of the classes.
+
+        Args:
+            x: texts, or pairs of texts, as in `fit`.
+            batch_size: texts at a time; those of similar length are together.
+
+        Returns:
+            float32 `(texts, classes)`; they sum to 1, but for `"multi_label"`. With
+            `"regression"` the numbers, `(texts,)`.
+        """
+        columns = texts_of(x, "x")
+        (ids,) = encoder_ids(self._need_preprocessor(), columns, "x", self._token_rows)
+        logits = np.zeros((len(ids), self.output.shape[-1]), "float32")
+        limit = self.preprocessor.encoder_sequence_length
+        with progress_bar(
+            "Classifying", len(ids), verbose=len(ids) >= _MANY
+        ) as advance:
+            for rows, batch in by_length(ids, batch_size, limit):
+                found = keras.Model.predict_on_batch(self, batch)
+                logits[rows] = found[: len(rows)]
+                advance(len(rows))
+        if self.kind == "regression":
+            return logits[:, 0]
+        if self.kind == "multi_label":
+            return 1 / (1 + np.exp(-logits))
+        logits = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return logits / logits.sum(axis=1, keepdims=True)
+
+    def classify(self, x, batch_size=32, threshold=0.5):
+        """The class of each text: a name, or a number where there are no names.
+
+        With `"multi_label"` a list of those whose probability is above `threshold`.
+        The other arguments are those of `predict`.
+
+        Raises:
+            ValueError: for `"regression"`, which has no classes.
+        """
+        if self.kind == "regression":
+            raise ValueError("A regression has no classes: use `predict`.")
+        names = self.class_names or list(range(self.num_classes))
+        shares = self.predict(x, batch_size)
+        if self.kind == "single_label":
+            return [names[i] for i in shares.argmax(axis=1)]
+        return [[names[i] for i in np.flatnonzero(row > threshold)] for row in shares]
+
+    def _columns(self, x, y, name):
+        if y is None:
+            raise ValueError(f"`{name}` must come with labels, `y`; got None.")
+        return texts_of(x, name), self._labels(y)
+
+    def _labels(self, y):
+        """Labels as int32 `(texts,)`, or float32 `(texts, outputs)`."""
+        if self.kind == "regression":
+            labels = np.asarray(y, "float32").reshape(-1, 1)
+            if not np.isfinite(labels).all():
+                bad = np.flatnonzero(~np.isfinite(labels))
+                raise ValueError(
+                    f"`y` must be finite numbers; number {bad[0]} is {y[bad[0]]}."
+                )
+            return labels
+        if self.kind == "single_label":
+            return np.array([self._number(label) for label in y], "int32")
+        labels = np.zeros((len(y), self.num_classes), "float32")
+        for i, row in enumerate(y):
+            if isinstance(row, np.ndarray) and row.shape == (self.num_classes,):
+                if not np.isin(row, (0, 1)).all():
+                    raise ValueError(f"`y` must be zeros and ones; got {row}.")
+                labels[i] = row
+            else:
+                labels[i, [self._number(label) for label in row]] = 1
+        return labels
+
+    def _number(self, label):
+        if self.class_names is not None:
+            if label in self.class_names:
+                return self.class_names.index(label)
+            accepted = self.class_names
+        else:
+            is_number = isinstance(label, int | np.integer)
+            if is_number and 0 <= label < self.num_classes:
+                return int(label)
+            accepted = f"0..{self.num_classes - 1}"
+        raise ValueError(f"`y` must be labels among {accepted}; got {label!r}.")
+
+    def _token_rows(self, columns):
+        """Ids of texts, or of pairs, of which the longer text is cut first."""
+        if len(columns) == 1:
+            return super()._token_rows(columns)
+        preprocessor = self.preprocessor
+        if preprocessor.template is not None:
+            joined = map(self.separator.join, zip(*columns.values(), strict=True))
+            return [preprocessor.encoder_rows(list(joined))]
+        limit = preprocessor.encoder_sequence_length
+        between = preprocessor.tokenizer.tokenize(self.separator)
+        first, second = (preprocessor.tokenizer.tokenize(c) for c in columns.values())
+        room = max(2, limit - len(between))
+        rows, cut = [], 0
+        for a, b in zip(first, second, strict=True):
+            keep = min(len(a), max(room - len(b), room // 2))
+            rows.append([*a[:keep], *between, *b[: room - keep]])
+            cut += len(a) + len(b) > room
+        preprocessor.count("encoder", cut, len(rows))
+        return [rows]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "class_names": self.class_names,
+            "num_classes": self.num_classes,
+            "kind": self.kind,
+            "dropout": self.dropout,
+            "separator": self.separator,
+        }
+
+
+def texts_of(x, name):
+    """`{"encoder": texts}` of texts, with `"second"` of pairs.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    names = ("text", "text_pair")
+    if isinstance(x, dict) and set(x) == {"text"}:
+        x = x["text"]
+    if isinstance(x, dict) or (len(x) and isinstance(x[0], list | tuple)):
+        columns = pairs_of(x, None, names, name)
+        return dict(zip(("encoder", "second"), columns.values(), strict=True))
+    return {"encoder": x}
