@@ -92,7 +92,7 @@ def test_info(preset, capsys):
         (["generate", "a", "--preset", "nothing_like_it"], "no name and no folder"),
         (["generate", "a", "--file", "b"], "TEXT or --file, not both"),
         (["generate", "--file", "/does/not/exist"], "/does/not/exist"),
-        (["info", "t5gemma_mini"], "Did you mean"),
+        (["info", "t5gemma_minis"], "Did you mean"),
     ],
 )
 def test_errors_are_one_line_and_status_1(capsys, argv, message):

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import pytest
@@ -235,13 +236,20 @@ def test_embedded_preset_prefers_the_right_synopsis(embedded):
     assert scores[0] > scores[1] + 10
 
 
-def test_embedded_preset_is_small_and_documented():
-    folder = presets.EMBEDDED_FOLDER / EMBEDDED
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    assert size < 20e6
-    card = (folder / "README.md").read_text()
-    for word in ("Data", "Rebuild", "Scores", "Limits"):
-        assert f"## {word}" in card
+def test_embedded_presets_are_small_and_documented():
+    embedded = [p for p in kt.presets() if "://" not in p.sources[0]]
+    assert [(p.name, p.objective, p.tuned) for p in embedded] == [
+        ("t5gemma_mini", "PrefixLM", False),
+        ("t5gemma_mini_synopsis", "supervised", True),
+    ]
+    assert sum(2 * p.parameters for p in embedded) < 25e6  # Bytes, in bfloat16.
+    for preset in embedded:
+        folder = Path(preset.sources[0])
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        assert size < 13e6
+        card = (folder / "README.md").read_text()
+        for word in ("How it was made", "Data", "Rebuild", "Scores", "Limits"):
+            assert f"## {word}" in card
 
 
 def test_damaged_preset_is_refused(tmp_path, model):

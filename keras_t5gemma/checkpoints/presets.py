@@ -64,7 +64,7 @@ def presets():
     rows = []
     for name, (objective, tuned) in _EMBEDDED.items():
         folder = EMBEDDED_FOLDER / name
-        config = read_json(str(folder))["config"]["config"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         card = (folder / "README.md").read_text(encoding="utf-8")
         rows.append(
             Preset(
@@ -72,7 +72,7 @@ def presets():
                 card.split("\n\n")[1].replace("\n", " "),
                 objective,
                 tuned,
-                T5GemmaConfig.from_dict(config).count_params(),
+                T5GemmaConfig.from_dict(config["config"]["config"]).count_params(),
                 (str(folder),),
             )
         )
