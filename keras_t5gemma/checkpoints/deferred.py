@@ -59,11 +59,20 @@ class _Reader:
 
 def without_copy(array):
     """The array as the backend takes it over, where Keras would copy it."""
-    if keras.config.backend() != "torch":
+    backend = keras.config.backend()
+    if backend == "jax":
         return array
+    array = np.ascontiguousarray(array)
+    if backend == "tensorflow" and (array.ctypes.data % 64 or not array.size):
+        return array  # Its kernels crash on buffers that are aligned to less.
+    is_bfloat16 = array.dtype == ml_dtypes.bfloat16  # NumPy knows it as bytes only.
+    array = array.view("uint16") if is_bfloat16 else array
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        tensor = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+        return tf.bitcast(tensor, tf.bfloat16) if is_bfloat16 else tensor
     import torch
 
-    array = np.ascontiguousarray(array)
-    if array.dtype == ml_dtypes.bfloat16:  # torch knows it by another name.
-        return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
