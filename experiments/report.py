@@ -185,8 +185,16 @@ def draw_frontier(results):
             ]
             panel.errorbar(x, y, error, fmt=marker, label=kind, capsize=3)
             for (label, _), *place in zip(found, x, y, strict=True):
-                panel.annotate(label.split(", ")[1], place, fontsize=8)
+                below = kind == "decoder-only"  # Points of both kinds may touch.
+                panel.annotate(
+                    label.split(", ")[1],
+                    place,
+                    (6, -11 if below else 5),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
         panel.set(xlabel=unit)
+        panel.margins(x=0.2)
         panel.grid(alpha=0.3)
         _legend(panel)
     panels[0].set_ylabel("ROUGE-L on synopsis")
