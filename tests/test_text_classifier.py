@@ -58,6 +58,9 @@ def test_names_are_learned_and_come_back(tokenizer, tmp_path):
     assert np.array_equal(again.predict(TEXTS), shares)
     tower = kt.Backbone.from_preset(tmp_path)
     assert tower.decoder is None
+    other = kt.TextClassifier.from_preset(tmp_path, num_classes=5)  # A new head.
+    assert other.class_names is None and other.dropout == 0.1
+    assert other.predict(TEXTS).shape == (6, 5)
 
 
 def test_the_head_reads_the_last_token(tokenizer):
@@ -175,6 +178,8 @@ def test_the_same_head_on_a_decoder_only_model(tokenizer):
     shares = classifier.predict(TEXTS)
     for text, row in zip(TEXTS, shares, strict=True):
         assert max_difference(classifier.predict([text])[0], row) < 1e-5
+    classifier.enable_lora(2)
+    assert any("lora" in v.path for v in classifier.trainable_variables)
 
 
 @pytest.mark.one_backend

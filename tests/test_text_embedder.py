@@ -192,6 +192,8 @@ def test_it_comes_back_from_its_preset(tokenizer, tmp_path):
     assert np.array_equal(cut, vectors[:, :3])
     other = kt.TextEmbedder.from_preset(tmp_path, pooling="mean", projection_dim=None)
     assert other.embed(TEXTS).shape == (5, 32)
+    wider = kt.TextEmbedder.from_preset(tmp_path, projection_dim=16)
+    assert wider.embed(TEXTS).shape == (5, 16)
 
 
 @pytest.mark.one_backend

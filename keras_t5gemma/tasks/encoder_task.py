@@ -37,6 +37,7 @@ class EncoderTask(TextFit, keras_hub.models.Task):
 
     backbone_cls = Backbone
     preprocessor_cls = Seq2SeqLMPreprocessor
+    HEAD = ()  # Arguments that decide which weights are on top of the encoder.
 
     def __init__(self, backbone, preprocessor, pooling, head, **kwargs):
         if getattr(backbone, "decoder", None) is not None:
@@ -77,7 +78,8 @@ class EncoderTask(TextFit, keras_hub.models.Task):
                 `hf://` or `kaggle://` handle; see `Backbone.from_preset`.
             load_weights: `False` leaves the weights random.
             **kwargs: `dtype`, `preprocessor`, and further arguments of the class, in
-                place of those that were saved.
+                place of those that were saved. Those that decide what the head is
+                (`HEAD`) make a new one.
 
         Raises:
             ValueError: for an unknown preset, or files that do not fit, named.
@@ -91,9 +93,11 @@ class EncoderTask(TextFit, keras_hub.models.Task):
             kwargs["preprocessor"] = None
             if load_weights or presets.published_config(preset) is None:
                 kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(preset)
-        own = {k: v for k, v in saved.items() if k not in ("backbone", "preprocessor")}
+        is_new = bool(set(cls.HEAD) & set(kwargs))
+        dropped = {"backbone", "preprocessor", *(cls.HEAD if is_new else ())}
+        own = {k: v for k, v in saved.items() if k not in dropped}
         task = cls(backbone, **{**own, **kwargs})
-        if saved and load_weights and task.has_task_weights():
+        if saved and load_weights and not is_new and task.has_task_weights():
             location, _ = presets.resolve(preset)
             file = Path(presets.download(location)) / TASK_WEIGHTS_FILE
             task.load_task_weights(str(file))
@@ -156,13 +160,14 @@ class EncoderTask(TextFit, keras_hub.models.Task):
 
         What is on top of the encoder stays trainable.
         """
-        self.backbone.enable_lora(rank, target_layer_names, parts)
+        parts = {} if parts is None else {"parts": parts}  # Unknown to KerasHub's.
+        self.backbone.enable_lora(rank, target_layer_names, **parts)
         self.train_function = self.test_function = self.predict_function = None
         track_parameters(self.backbone)
         track_parameters(self)
 
     def _columns(self, x, y, name):
-        """`(columns, labels)` of a user's data, see `EncoderBatches`; or `None`."""
+        """`(columns, labels)` of a user's data, see `EncoderBatches`."""
         raise NotImplementedError
 
     def _token_rows(self, columns):

@@ -37,6 +37,8 @@ class TextClassifier(EncoderTask):
             arguments out of range.
     """
 
+    HEAD = ("class_names", "num_classes", "kind")
+
     def __init__(
         self,
         backbone,

@@ -34,6 +34,8 @@ class TextEmbedder(EncoderTask):
         ValueError: for a backbone with a decoder, or an unknown pooling.
     """
 
+    HEAD = ("projection_dim",)
+
     def __init__(
         self,
         backbone,
@@ -214,7 +216,8 @@ class TextEmbedder(EncoderTask):
 
     def _by_length(self, texts, batch_size):
         preprocessor = self._need_preprocessor()
-        (ids,) = encoder_ids(preprocessor, {"texts": texts}, "texts")
+        columns = {"texts": texts}
+        (ids,) = encoder_ids(preprocessor, columns, "texts", self._token_rows)
         limit = preprocessor.encoder_sequence_length
         show = len(texts) >= _MANY
         with progress_bar("Embedding", len(texts), verbose=show) as advance:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_t5gemma.text.preprocessor import named, pad
 from keras_t5gemma.text.text_batches import TextBatches, tokenise
 
 LADDER = (16, 24, 32, 48, 64, 96)  # Widths of `by_length`, and these doubled.
@@ -14,13 +15,13 @@ class EncoderBatches(TextBatches):
         preprocessor: a `Seq2SeqLMPreprocessor`; its encoder side is used.
         columns: `{input name: texts}`, one column or two that belong together.
             The arrays of a batch are called `NAME_token_ids` and `NAME_padding_mask`.
-        labels: array `(texts, ...)`, or `None`: then a batch has none.
+        labels: array `(texts, ...)`, or `None`: then those of a batch are zeros.
         token_rows: a function of a dict of columns that returns a list of ids a
-            text, a column each; `None` is the preprocessor's `encoder_rows`.
+            text, for each column or for all of them together.
         **kwargs: those of `TextBatches`, but for `batching="packed"`.
     """
 
-    def __init__(self, preprocessor, columns, labels=None, token_rows=None, **kwargs):
+    def __init__(self, preprocessor, columns, labels, token_rows, **kwargs):
         if kwargs.get("batching") == "packed":
             raise ValueError(
                 "`batching` must be 'bucketed' or 'fixed' for an encoder alone; got "
@@ -61,11 +62,9 @@ class EncoderBatches(TextBatches):
 
 def arrays(tokens, shape, name="encoder"):
     """Rows of ids as int32 arrays of a shape, rows that are left over empty."""
-    ids, mask = np.zeros(shape, "int32"), np.zeros(shape, "int32")
-    for i, row in enumerate(tokens):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return {f"{name}_token_ids": ids, f"{name}_padding_mask": mask}
+    count, width = shape
+    filled = [*tokens, *[[]] * (count - len(tokens))]
+    return named(name, *pad(filled, width))
 
 
 def by_length(rows, batch_size, limit):
@@ -95,7 +94,7 @@ def width_of(length, limit):
     return min(limit, next(step for step in steps if step >= length))
 
 
-def encoder_ids(preprocessor, columns, name, token_rows=None):
+def encoder_ids(preprocessor, columns, name, token_rows):
     """The ids of columns of texts, a list of `Ragged`, cut with a warning.
 
     Args:
@@ -116,9 +115,4 @@ def encoder_ids(preprocessor, columns, name, token_rows=None):
                 f"{len(empty)} of {len(texts)} texts of {key!r} are empty, the first "
                 f"is number {empty[0]}: leave them out."
             )
-    if token_rows is None:
-
-        def token_rows(part):
-            return [preprocessor.encoder_rows(texts) for texts in part.values()]
-
     return tokenise(preprocessor, columns, name, token_rows)

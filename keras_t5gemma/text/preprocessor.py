@@ -136,7 +136,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         weights = mask.astype("float32")
         if sample_weight is not None:
             weights *= np.asarray(sample_weight, "float32").reshape(-1, 1)
-        x = {**encoder, **_named("decoder", decoder_ids, mask)}
+        x = {**encoder, **named("decoder", decoder_ids, mask)}
         return x, labels, weights
 
     def token_rows(self, x):
@@ -196,7 +196,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
                 f"`decoder_text` is {longest} tokens with bos, more than the "
                 f"`max_length` of {sequence_length}."
             )
-        return {**encoder, **_named("decoder", *pad(rows, sequence_length))}
+        return {**encoder, **named("decoder", *pad(rows, sequence_length))}
 
     def generate_postprocess(self, x):
         """Strings of a dict of generated `decoder_token_ids` and mask."""
@@ -339,7 +339,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
 
     def _encoder_arrays(self, rows, multiple):
         width = round_up(rows, self.encoder_sequence_length, multiple)
-        return _named("encoder", *pad(rows, width))
+        return named("encoder", *pad(rows, width))
 
     def _cut(self, rows, length, side):
         self.count(side, sum(len(row) > length for row in rows), len(rows))
@@ -383,5 +383,6 @@ def pad(rows, width):
     return ids, mask
 
 
-def _named(side, ids, mask):
+def named(side, ids, mask):
+    """Ids and mask as inputs of a backbone, or of a task, of that side."""
     return {f"{side}_token_ids": ids, f"{side}_padding_mask": mask}
