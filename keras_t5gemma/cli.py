@@ -107,6 +107,17 @@ def make_parser():
         add_options(training, function)
         training.set_defaults(run=functools.partial(run_training, function))
 
+    from keras_t5gemma.evaluation.evaluate import evaluate_encoders
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compare encoders on tasks: classes and retrieval, SuperGLUE's too",
+        description="Train encoders for tasks, measure them on test rows, and write a "
+        "table. A run that was stopped goes on when the same command is given again.",
+    )
+    add_options(evaluate, evaluate_encoders)
+    evaluate.set_defaults(run=functools.partial(run_training, evaluate_encoders))
+
     listing = commands.add_parser("presets", help="list the named presets")
     listing.set_defaults(run=run_presets)
 
@@ -223,12 +234,12 @@ def run_generate(args):
 
 
 def run_training(function, args):
-    """`finetune` or `pretrain` with the options that were given."""
+    """`finetune`, `pretrain` or `evaluate` with the options that were given."""
     names = inspect.signature(function).parameters
     try:
         function(**{name: getattr(args, name) for name in names})
     except KeyboardInterrupt:
-        print("\nThe same command goes on from the last backup.", file=sys.stderr)
+        print("\nThe same command goes on from what is kept.", file=sys.stderr)
         raise
 
 

@@ -1,5 +1,6 @@
 """Texts and pairs of them from files: lines, JSON lines, CSV, TSV, Parquet."""
 
+import contextlib
 import csv
 import functools
 import gzip
@@ -61,17 +62,43 @@ def _read(path, names, readers):
             f"got {str(path)!r}."
         )
     columns = [[] for _ in names]
-    try:
+    with _whole(path):
         for place, row in read(path, names):
             for name, column in zip(names, columns, strict=True):
                 column.append(_text(row, name, f"{path}, {place}"))
+    if not columns[0]:
+        raise ValueError(f"{path} has no rows.")
+    return columns
+
+
+def read_objects(path):
+    """Read a file of JSON lines of any fields into memory.
+
+    Args:
+        path: a UTF-8 file, one object a line; `.gz` is unpacked.
+
+    Returns:
+        A list of `(place, dict)`, where the place is for messages.
+
+    Raises:
+        ValueError: for an empty file, or what is no JSON object, with its line.
+    """
+    path = Path(path)
+    with _whole(path):
+        rows = [(f"{path}, {place}", row) for place, row in _json_lines(path, ())]
+    if not rows:
+        raise ValueError(f"{path} has no rows.")
+    return rows
+
+
+@contextlib.contextmanager
+def _whole(path):
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     except EOFError as error:
         raise ValueError(f"{path} ends too early: it was cut off.") from error
-    if not columns[0]:
-        raise ValueError(f"{path} has no rows.")
-    return columns
 
 
 def _text(row, name, place):
