@@ -2,11 +2,10 @@
 
 import dataclasses
 import gc
-import os
+from pathlib import Path
 
 import keras
 import keras_hub
-import numpy as np
 
 from keras_t5gemma.checkpoints.gemma2 import open_gemma2
 from keras_t5gemma.evaluation import measures
@@ -61,8 +60,9 @@ class Model:
 
     @property
     def name(self):
-        """In tables; a folder of the user's by its name."""
-        name = os.path.basename(os.path.normpath(self.preset))
+        """In tables; a folder of the user's by its name, a run's by the run's."""
+        folder = Path(self.preset)
+        name = folder.parent.name if folder.name == "preset" else folder.name
         more = {"scratch": " from scratch", "decoder_only": " (decoder-only)"}
         return name + more.get(self.kind, "")
 

@@ -74,7 +74,8 @@ def evaluate_encoders(
         FileNotFoundError: naming the file that is not there.
     """
     rates = _numbers(learning_rates)
-    for name, value in (("seeds", seeds), ("epochs", epochs), ("batch_size", batch_size)):
+    counts = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"`{name}` must be 1 or more; got {value!r}.")
     models = [Model(preset, "preset") for preset in presets]
@@ -86,6 +87,9 @@ def evaluate_encoders(
             "There is nothing to measure: pass `presets`, `scratch`, `decoder_only` or "
             "`tfidf`."
         )
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Models must have different names; got {names}.")
     recipe = Recipe(
         epochs=epochs,
         batch_size=batch_size,

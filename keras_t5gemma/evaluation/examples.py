@@ -147,8 +147,8 @@ def _look(name, data):
         if x in first and y in first:
             return Source(name, kind, x, y)
     raise ValueError(
-        f"Rows of {data / name} must have the fields 'text' and 'label', or 'query' and "
-        f"'document'; there are {sorted(first)}."
+        f"Rows of {data / name} must have the fields 'text' and 'label', or 'query' "
+        f"and 'document'; there are {sorted(first)}."
     )
 
 

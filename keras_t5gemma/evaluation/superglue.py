@@ -44,9 +44,7 @@ def read(name, data):
             try:
                 rows += examples(row)
             except (KeyError, TypeError, IndexError) as error:
-                raise ValueError(
-                    f"{place}: no row of {name}: {error!r}."
-                ) from error
+                raise ValueError(f"{place}: no row of {name}: {error!r}.") from error
         if len(rows) < 2:
             raise ValueError(f"{file} has fewer than two rows.")
         splits.append(rows)
