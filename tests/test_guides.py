@@ -130,6 +130,21 @@ def test_continue_pretraining(tmp_path):
 
 
 @runs_here
+def test_classify_and_search(tmp_path):
+    printed = run("classify_and_search", tmp_path)
+    before, after = numbers(r"first ten: (\d+) % before, (\d+) % after", printed)
+    assert after > before + 10
+    assert "loaded embedder agrees: True" in printed
+    alike, chance = numbers(r"same kind: (\d+)%, by chance (\d+)%", printed)
+    assert alike > 2 * chance
+    right, most = numbers(r"right: (\d+) %, the most frequent kind: (\d+) %", printed)
+    assert right > most + 15
+    assert "states (2, 16, 192)" in printed
+    drawn = (tmp_path / "runs/encoder/map.png").exists()
+    assert drawn != ("pip install matplotlib" in printed)
+
+
+@runs_here
 def test_switch_backends(tmp_path):
     printed = run("switch_backends", tmp_path)
     assert "torch" in printed.splitlines()[0]

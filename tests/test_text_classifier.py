@@ -208,6 +208,8 @@ def test_refusals(tokenizer, model):
         classifier.fit(["a", ""], ["game", "tool"])
     with pytest.raises(ValueError, match="1 of 2 texts.*empty.*number 0"):
         classifier.predict(["", "a"])
+    with pytest.raises(ValueError, match="`x` must be a list of texts; got 'a text'"):
+        classifier.predict("a text")
     with pytest.warns(UserWarning, match="1 of 1 encoder texts were longer than 24"):
         classifier.predict(["word " * 30])
     numbers = make_classifier(tokenizer, num_classes=3)

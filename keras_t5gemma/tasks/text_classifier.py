@@ -264,6 +264,8 @@ def texts_of(x, name):
         ValueError: for anything else.
     """
     names = ("text", "text_pair")
+    if isinstance(x, str | bytes):
+        raise ValueError(f"`{name}` must be a list of texts; got {x!r}.")
     if isinstance(x, dict) and set(x) == {"text"}:
         x = x["text"]
     if isinstance(x, dict) or (len(x) and isinstance(x[0], list | tuple)):
