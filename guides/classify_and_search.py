@@ -41,7 +41,7 @@ RUN.mkdir(parents=True, exist_ok=True)
 #
 # By convention a docstring begins with one line that sums it up. That makes pairs that
 # belong together, the line and the rest, and the module says what kind of thing it is.
-# 250 letters are enough to know what a text is about.
+# 180 letters are enough to know what a text is about.
 
 # %%
 MODULES = {
@@ -63,7 +63,7 @@ def docstrings(name):
         if isinstance(doc, str):
             line, _, rest = inspect.cleandoc(doc).partition("\n\n")
             if 3 < len(line.split()) < 20 and len(rest.split()) > 5:
-                rest = textwrap.shorten(rest, 250, placeholder="")
+                rest = textwrap.shorten(rest, 180, placeholder="")
                 yield " ".join(line.split()), rest
 
 
