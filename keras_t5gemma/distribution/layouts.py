@@ -159,7 +159,7 @@ def make_layout_map(variables, device_mesh, strategy, config=None):
         axes = partition(variable.path, variable.shape, mesh, strategy, config)
         # Keras replicates what no pattern fits.
         pattern = re.sub(r"block_\d+", r"block_\\d+", re.escape(variable.path))
-        if any(axes) and pattern not in layouts:
+        if any(axes) and pattern not in set(layouts):
             layouts[pattern] = axes
     return layouts
 
