@@ -35,6 +35,12 @@ def shards_of_rows(count):
     return shards if count % shards == 0 else 1
 
 
+def pieces_of_width():
+    """In how many pieces the width of embedding tables is cut."""
+    mesh = current()
+    return mesh.mesh["data"] if mesh is not None and mesh.strategy == "fsdp" else 1
+
+
 def prepare(config):
     """Say which model the next variables are made for.
 
@@ -63,14 +69,21 @@ def lay_out(x, *axes):
     return keras.distribution.distribute_tensor(x, layout)
 
 
+def lay_out_table(x):
+    """`(rows, D)`, laid out as an embedding table, whose gradient it may be."""
+    mesh = current()
+    if mesh is None or mesh.strategy == "data":
+        return x
+    return lay_out(x, "model", "data" if mesh.strategy == "fsdp" else None)
+
+
 def look_up(layer, token_ids):
     """Rows `(B, T, D)` of an embedding layer for ids `(B, T)`.
 
     Where `"data"` splits the width of the table, every device finds its part of the
     width for all of the batch; then they change places. The table is never whole.
     """
-    mesh = current()
-    if mesh is None or mesh.strategy != "fsdp" or mesh.mesh["data"] == 1:
+    if pieces_of_width() == 1:
         return layer(token_ids)
     x = lay_out(layer(lay_out(token_ids, None, None)), None, None, "data")
     return lay_out(x, "data", None, None)

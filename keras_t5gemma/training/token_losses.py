@@ -88,7 +88,7 @@ def token_losses(
             f"vocabulary; it has {theirs}."
         )
     shards = mesh.shards_of_rows(size)
-    parts = _parts(size // shards, states.shape[0], _logits_at_once(states) // shards)
+    parts = _parts(size // shards, states.shape[0], _logits_at_once(states))
     step = size // shards // parts
     labels = ops.cast(labels, "int32")
     share = 1.0 if teacher is None else teacher.label_share  # Of the label: a.
@@ -166,13 +166,15 @@ def token_losses(
             slope = ops.cast(slope, states.dtype)
             new = ops.cast(ops.matmul(slope, rows), "float32")
             if learn_table:
-                by_rows = ops.matmul(ops.transpose(slope), states)
+                by_rows = mesh.lay_out_table(ops.matmul(ops.transpose(slope), states))
                 by_table = _write(by_table, part * step, by_rows, shards)
             return by_states + new, by_table
 
         # Every row is written. Ones, not zeros: XLA would keep one table of zeros for
         # this and for the gradient of an embedding, through the whole backward pass.
-        by_table = ops.ones_like(table) if learn_table else ops.zeros((0,))
+        by_table = ops.zeros((0,))
+        if learn_table:
+            by_table = mesh.lay_out_table(ops.ones_like(table))
         found = (ops.zeros_like(states, dtype="float32"), by_table)
         found = _loop(parts, add, found)
         if teacher is not None and not is_dense:
@@ -316,7 +318,7 @@ def top_choices(states, table, cap, count):
 
 
 def _logits_at_once(states):
-    """What a CPU's cache holds (4 MiB of float32), or what fills a GPU."""
+    """What a CPU's cache holds (4 MiB of float32), or what fills a GPU; on each."""
     if keras.config.backend() == "torch":
         on_cpu = states.device.type == "cpu"
     elif keras.config.backend() == "jax":
@@ -333,7 +335,10 @@ def _logits_at_once(states):
 def _parts(size, tokens, at_once):
     """Into how many equal parts to cut a vocabulary: a power of two, if it can be."""
     tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
+    tokens = -(-tokens // mesh.size("data"))
     wanted = 1 << max(0, (tokens * size - 1) // at_once).bit_length()
+    # A part of a table that is cut along its width is gathered: never all of it.
+    wanted = max(wanted, 1 << (mesh.pieces_of_width() - 1).bit_length())
     return math.gcd(size, wanted)
 
 
