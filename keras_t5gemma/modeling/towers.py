@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
 from keras_t5gemma.modeling.dropout import DrawnSeeds, dropout
@@ -64,7 +65,7 @@ class _Tower(keras.layers.Layer):
         return run(*inputs)
 
     def _embed(self, token_ids, training):
-        x = self.token_embedding(token_ids)  # B T D
+        x = mesh.look_up(self.token_embedding, token_ids)  # B T D
         # Gemma rounds the factor to the compute dtype before it multiplies.
         x = x * ops.cast(self.stack.hidden_dim**0.5, x.dtype)
         return dropout(x, self.config.dropout, self._seeds(training))
