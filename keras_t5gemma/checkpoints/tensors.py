@@ -170,10 +170,33 @@ class VariableTensor(Unread):
     def read(self):
         """The value, copied to the host."""
         value = self.value()
+        if keras.config.backend() == "jax":
+            value = gathered(value)
         if keras.config.backend() == "torch":  # numpy has no bfloat16 of torch's.
             value = keras.ops.cast(value, "float32")
         array = keras.ops.convert_to_numpy(value)
         return np.asarray(array).astype(self.dtype, copy=False)
+
+
+def is_shared(variable):
+    """Whether several devices hold a variable, split or each all of it."""
+    value = variable.value
+    return keras.config.backend() == "jax" and len(value.sharding.device_set) > 1
+
+
+def gathered(value):
+    """An array of JAX's that devices share, as one that the host can read.
+
+    Where other processes hold parts of it, all of them call this.
+    """
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(value, tiled=True)
+    if len(value.sharding.device_set) > 1:
+        # The host's copy stays with the array it was made of: with this one it goes.
+        return value.copy()
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """In-memory pairs as batches: tokenised once, then only put together."""
 
+import keras
 import numpy as np
 
+from keras_t5gemma.distribution import processes
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text import packing
 from keras_t5gemma.text.epochs import Epochs, draw_seed
@@ -28,7 +30,9 @@ class TextBatches(Epochs):
     pairs share a row, as long as the preprocessor's lengths allow; their masks number
     them, see `Encoder.call`; the rows are made once and only their order changes. In
     both the last batch is filled up with rows of weight 0. `"fixed"` pads every batch
-    to the preprocessor's lengths and leaves the last one short.
+    to the preprocessor's lengths and leaves the last one short, but not on a mesh of
+    devices. Of several processes all have the same pairs; each one's batches are the
+    rows that its own devices take.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
@@ -156,15 +160,17 @@ class TextBatches(Epochs):
     def _batch(self, step):
         """Row numbers, -1 where there is none, and the widths of a batch."""
         key = (self.seed, self._pass(step))
-        if self._plan[0] != key:
-            self._plan = (key, self._order(*key))
-        rows = self._plan[1][self._position(step) % self._all]
+        plan = self._plan  # Another thread may set another one.
+        if plan[0] != key:
+            self._plan = plan = (key, self._order(*key))
+        rows = plan[1][self._position(step) % self._all]
         if self.batching == "fixed":
-            rows = rows[rows >= 0]
+            if keras.distribution.distribution() is None:
+                rows = rows[rows >= 0]  # A mesh has to be filled.
             multiple = self.preprocessor.pad_to_multiple_of
             if multiple is None:
                 return rows, self.widths[0]
-            used = [lengths[rows].max() for lengths in self.lengths]
+            used = [lengths[rows[rows >= 0]].max() for lengths in self.lengths]
             return rows, _round_up(used, multiple, self.widths[0])
         if self.batching == "packed":
             return rows, self.widths[0]
@@ -186,6 +192,7 @@ class TextBatches(Epochs):
 
     def __getitem__(self, index):
         rows, widths = self._batch(index)
+        rows = rows[processes.local_rows(len(rows))]
         shapes = [(len(rows), width) for width in widths]
         x = {
             f"{side}_{name}": np.zeros(shape, "int32")
@@ -221,7 +228,8 @@ class TextBatches(Epochs):
         return self._pairs(self._batch(step)[0]).tolist()
 
     def _pairs(self, rows):
-        return np.concatenate([self.packs[row] for row in rows if row >= 0])
+        packs = [self.packs[row] for row in rows if row >= 0]
+        return np.concatenate([np.zeros(0, "int64"), *packs])
 
 
 def tokenise(preprocessor, columns, name, token_rows):
