@@ -176,6 +176,11 @@ class TextBatches(Epochs):
             return rows, self.widths[0]
         return rows, self.widths[self.level[rows[rows >= 0]].max()]
 
+    def _own_batch(self, step):
+        """The part of `_batch` that the devices of this process take."""
+        rows, widths = self._batch(step)
+        return rows[processes.local_rows(len(rows))], widths
+
     def _order(self, seed, epoch):
         """The rows of all batches of one epoch, int `(batches, batch_size)`."""
         order = np.arange(len(self.packs))
@@ -191,8 +196,7 @@ class TextBatches(Epochs):
         return random.permutation(batches)
 
     def __getitem__(self, index):
-        rows, widths = self._batch(index)
-        rows = rows[processes.local_rows(len(rows))]
+        rows, widths = self._own_batch(index)
         shapes = [(len(rows), width) for width in widths]
         x = {
             f"{side}_{name}": np.zeros(shape, "int32")
