@@ -4,6 +4,7 @@ Without `distribute` there is none: all functions then give back what they got.
 """
 
 import keras
+import numpy as np
 
 from keras_t5gemma.distribution.distribute import MeshDistribution
 
@@ -89,23 +90,64 @@ def look_up(layer, token_ids):
     return lay_out(x, "data", None, None)
 
 
-def split_rows(tree, rows):
-    """Arrays with a first axis of `rows`, or a multiple, split over `"data"`."""
+def split_rows(tree):
+    """Arrays, their first axes split over `"data"` where it divides them."""
     if current() is None:
         return tree
 
     def split(x):
-        is_batch = len(x.shape) > 0 and x.shape[0] >= rows > 1 and x.shape[0] % rows == 0
-        axes = ("data" if is_batch else None, *[None] * (len(x.shape) - 1))
-        return lay_out(x, *axes[: len(x.shape)])
+        axes = ("data", *[None] * (len(x.shape) - 1)) if len(x.shape) else ()
+        return lay_out(x, *axes)
 
     return keras.tree.map_structure(split, tree)
 
 
-def same_layout(x, like):
-    """`x`, laid out as an array that it was made from."""
+def like(x, source):
+    """`x`, laid out as the array `source` that it was made from."""
     if current() is None:
         return x
     import jax
 
-    return jax.device_put(x, like.sharding)
+    try:
+        source.sharding.shard_shape(x.shape)
+    except ValueError:  # It does not divide what is left.
+        return x
+    return jax.device_put(x, source.sharding)
+
+
+def round_up(rows):
+    """A number of rows, rounded up to what `"data"` divides."""
+    return rows + -rows % size("data")
+
+
+def fill_rows(tree):
+    """NumPy arrays, their last rows repeated until `"data"` divides their number."""
+
+    def fill(x):
+        more = round_up(len(x)) - len(x)
+        return np.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1)), mode="edge")
+
+    return tree if size("data") == 1 else keras.tree.map_structure(fill, tree)
+
+
+def fill_batch(batch):
+    """`(x, labels, weights)` with `fill_rows`; the rows that are added weigh 0."""
+    rows = len(batch[2])
+    x, labels, weights = fill_rows(batch)
+    if len(weights) > rows:
+        weights[rows:] = 0
+    return x, labels, weights
+
+
+def check_rows(rows, name):
+    """Raise `ValueError` for a number of rows that `"data"` does not divide.
+
+    Args:
+        rows: how many.
+        name: what has them, for the message.
+    """
+    if rows % size("data"):
+        raise ValueError(
+            f"{name} has {rows} rows, which cannot be split over the mesh axis 'data' "
+            f"of {size('data')} devices: take a multiple of it."
+        )

@@ -274,8 +274,10 @@ class Decoder(_Tower):
         """
         table = self.token_embedding
         cap = self.config.final_soft_cap if capped else None
-        in_xla = keras.config.backend() != "torch"
-        if table.quantization_mode == "int8" and in_xla and not table.lora_enabled:
+        by_parts = keras.config.backend() != "torch" and not table.lora_enabled
+        # Parts of a table that a mesh splits would each lie on one of its devices.
+        by_parts = by_parts and mesh.shards_of_rows(self.config.vocabulary_size) == 1
+        if table.quantization_mode == "int8" and by_parts:
             return soft_cap(table.int8_logits(hidden_states), cap)
         if table.quantization_mode or table.lora_enabled:
             return self.logits(hidden_states[:, None])[:, 0]

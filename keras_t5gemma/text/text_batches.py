@@ -1,9 +1,8 @@
 """In-memory pairs as batches: tokenised once, then only put together."""
 
-import keras
 import numpy as np
 
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.distribution import mesh, processes
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text import packing
 from keras_t5gemma.text.epochs import Epochs, draw_seed
@@ -79,6 +78,7 @@ class TextBatches(Epochs):
             raise ValueError(
                 f"`batch_size` must be a whole number >= 1; got {batch_size!r}."
             )
+        mesh.check_rows(batch_size, "batch_size")
         self.preprocessor = preprocessor
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -165,8 +165,7 @@ class TextBatches(Epochs):
             self._plan = plan = (key, self._order(*key))
         rows = plan[1][self._position(step) % self._all]
         if self.batching == "fixed":
-            if keras.distribution.distribution() is None:
-                rows = rows[rows >= 0]  # A mesh has to be filled.
+            rows = rows[: mesh.round_up(np.count_nonzero(rows >= 0))]
             multiple = self.preprocessor.pad_to_multiple_of
             if multiple is None:
                 return rows, self.widths[0]
