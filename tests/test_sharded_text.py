@@ -75,7 +75,7 @@ def test_a_training_goes_on_at_a_batch_and_with_fewer_steps(tokenizer, folder):
 
 
 def test_plain_text_is_cut_and_drawn_as_in_memory(tokenizer, folder, tmp_path):
-    pre = preprocessor(tokenizer, 12, 12, objective=kt.objectives.UL2())
+    pre = preprocessor(tokenizer, 12, 12, objective=kt.objectives.PrefixLM())
     texts = ["x", *SOURCES]  # One token is no document.
     args = {"batch_size": 4, "shuffle": True, "batching": "packed"}
     memory = make(CorpusBatches, pre, {"text": texts}, **args)
@@ -94,6 +94,8 @@ def test_plain_text_is_cut_and_drawn_as_in_memory(tokenizer, folder, tmp_path):
 def test_processes_share_files_and_rows(tokenizer, folder, monkeypatch):
     """Two processes in turn: the first pass is split, the rows of a batch are too."""
     alone = make(kt.PairFiles, preprocessor(tokenizer), folder, batch_size=6)
+    counts = [alone.counts(step) for step in range(alone.num_batches)]
+    expected = [alone[step] for step in range(alone.num_batches)]
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "from_first", lambda value: value)
     brought, read = [], []
@@ -123,13 +125,11 @@ def test_processes_share_files_and_rows(tokenizer, folder, monkeypatch):
         monkeypatch.setattr(processes, "local_rows", lambda count: rows)  # noqa: B023
         files = make(kt.PairFiles, preprocessor(tokenizer), folder, batch_size=6)
         shares.append([files[step] for step in range(files.num_batches)])
-        assert [files.counts(i) for i in range(4)] == [
-            alone.counts(i) for i in range(4)
-        ]
-    assert len(shares[0]) == len(shares[1]) == alone.num_batches
+        assert [files.counts(step) for step in range(len(counts))] == counts
+    assert len(shares[0]) == len(shares[1]) == len(expected)
     for step, (first, second) in enumerate(zip(*shares, strict=True)):
         both = keras.tree.map_structure(lambda *x: np.concatenate(x), first, second)
-        assert_equal(both, alone[step])
+        assert_equal(both, expected[step])
 
 
 def test_fit_trains_on_files(tokenizer, folder):

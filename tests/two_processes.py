@@ -1,21 +1,21 @@
-"""What `test_two_processes` starts twice: one training on the devices of both.
+"""What `test_two_processes` starts: a training on the devices of two processes, or one.
 
-`python two_processes.py PORT INDEX FOLDER RESULT [name=value ...]`
+`python two_processes.py PORT INDEX FOLDER [name=value ...]`
 """
 
 import os
 import signal
 import sys
+from pathlib import Path
 
-import conftest
 import keras
 import numpy as np
 
 import keras_t5gemma as kt
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.checkpoints.tensors import gathered
+from keras_t5gemma.distribution import layouts
 
-SOURCES = [f"{s} {i}" for i in range(4) for s in conftest.SENTENCES]
-TARGETS = [s.split()[-1] for _ in range(4) for s in conftest.SENTENCES]
+layouts.LARGE = 16  # So that the weights of a tiny model are split too.
 
 
 class Kill(keras.callbacks.Callback):
@@ -31,62 +31,52 @@ class Kill(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_model(options):
-    preprocessor = kt.Seq2SeqLMPreprocessor(kt.Tokenizer(conftest.make_proto()), 32, 8)
-    config = conftest.one_block_config(dropout=0.1)
-    if "preset" in options:
-        model = kt.Seq2SeqLM.from_preset(options["preset"], preprocessor=preprocessor)
-    else:
-        model = kt.Seq2SeqLM(kt.Backbone(config), preprocessor)
-    rate = float(options.get("rate", 1e-2))
-    model.compile(optimizer=keras.optimizers.AdamW(rate))
-    return model
+def attempt_in_vain(port, index):
+    """Say what `connect` says about configurations that differ, and a missing peer."""
+    attempts = [(port, 60, {"model": {"width": 16 + index}}), (port + index, 2, {})]
+    for place, timeout, same in attempts:
+        try:
+            kt.connect(f"127.0.0.1:{place}", 2, index, timeout, same=same)
+        except (ValueError, TimeoutError) as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
 
 
-def train(model, options, callbacks=()):
-    return model.fit(
-        SOURCES,
-        TARGETS,
-        batch_size=8,
-        epochs=2,
-        verbose=0,
-        callbacks=list(callbacks),
-    ).history
-
-
-def values(model):
-    """Name and whole value of everything that training changes."""
-    from keras_t5gemma.checkpoints.tensors import gathered
-
-    found = {}
-    for v in [*model.variables, *model.optimizer.variables]:
-        found[v.path.partition("/")[2] + str(len(found))] = np.asarray(
-            gathered(v.value)
-        )
-    return found
-
-
-def main(port, index, folder, result, *options):
-    options = dict(option.split("=") for option in options)
-    processes.connect(
-        f"127.0.0.1:{port}",
-        2,
-        int(index),
-        timeout=float(options.get("timeout", 60)),
-        heartbeat=10,
-        same={"width": options.get("width", 16)},
-    )
+def train(folder, callbacks=()):
     keras.utils.set_random_seed(7)
+    model = kt.Seq2SeqLM.from_preset(folder / "preset")
+    model.compile(optimizer=keras.optimizers.AdamW(1e-2))
+    data = kt.PairFiles(model.preprocessor, folder / "data", batch_size=8)
+    callbacks = [kt.callbacks.BackupAndRestore(folder / "backup", 1), *callbacks]
+    history = model.fit(data, epochs=2, verbose=0, callbacks=callbacks).history
+    return model, history
+
+
+def save(path, model, history):
+    """Every value that training changes, whole, and what was reported."""
+    variables = [*model.variables, *model.optimizer.variables]
+    values = {
+        f"{number} {v.path}": np.asarray(gathered(v.value))
+        for number, v in enumerate(variables)
+    }
+    np.savez(path, **values, loss=history["loss"], padding=history["padding"])
+
+
+def main(port, index, folder, *options):
+    port, index, folder = int(port), int(index), Path(folder)
+    options = dict(option.split("=") for option in options)
+    if "errors" in options:
+        attempt_in_vain(port, index)
+    if options["processes"] == "2":
+        kt.connect(f"127.0.0.1:{port}", 2, index, timeout=60, heartbeat=10)
     kt.distribute("fsdp")
-    model = make_model(options)
-    callbacks = [kt.callbacks.BackupAndRestore(folder, save_freq=1)]
+    model, history = train(folder)
+    trained = [v.value for v in model.trainable_variables]
+    split = sum(v.sharding.shard_shape(v.shape) != v.shape for v in trained)
+    print("split", split, "of", len(trained), flush=True)
+    model.save_to_preset(folder / "trained")
+    save(folder / f"{options['result']}-{index}.npz", model, history)
     if "kill" in options:
-        callbacks.append(Kill(int(options["kill"])))
-    history = train(model, options, callbacks)
-    found = values(model)
-    model.save_to_preset(result + ".preset")
-    if index == "0":
-        np.savez(result, **found, loss=history["loss"], padding=history["padding"])
+        train(folder, [Kill(int(options["kill"]))])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import copy
 import itertools
 import threading
 
+import keras
 import numpy as np
 
 from keras_t5gemma.distribution import processes
@@ -115,8 +116,14 @@ class _Files:
     def _ahead(self, first):
         """The batches of the epoch from one on, made ahead by Grain's threads."""
         make = super().__getitem__
-        batches = self._grain.MapDataset.range(first, self.num_batches)
-        batches = batches.map(lambda index: make(int(index)))
+        distribution = keras.distribution.distribution()
+
+        def make_here(index):
+            # Each thread has its own.
+            keras.distribution.set_distribution(distribution)
+            return make(int(index))
+
+        batches = self._grain.MapDataset.range(first, self.num_batches).map(make_here)
         options = self._grain.ReadOptions(self._threads, 2 * self._threads)
         return iter(batches.to_iter_dataset(options))
 
