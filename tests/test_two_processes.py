@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -95,10 +94,8 @@ def test_a_missing_process_and_what_differs_is_said(interrupted):
             "ValueError: The processes differ: model.width is 16 in process 0, 17 in "
             "process 1." in text
         )
-        missing = (
-            rf"TimeoutError: Process {1 - index} of 2 did not come to .* within 2 s"
-        )
-        assert re.search(missing, text), text[-2000:]
+        missing = f"TimeoutError: Process {1 - index} of 2 did not come to 127.0.0.1:"
+        assert missing in text, text[-2000:]
 
 
 def test_a_process_whose_peer_is_killed_ends(folder, interrupted):
@@ -106,6 +103,9 @@ def test_a_process_whose_peer_is_killed_ends(folder, interrupted):
     assert "split 32 of 32" in texts[0], texts[0][-3000:]
     assert codes[1] == -signal.SIGKILL, texts[1][-3000:]
     assert codes[0] not in (0, -signal.SIGKILL), texts[0][-3000:]
+    # Before that both have told the share of padding in the rows of both.
+    first, second = (results(folder, f"whole-{i}")["padding"] for i in (0, 1))
+    assert (first == second).all() and (0 < first).all()
 
 
 def test_both_go_on_to_the_same_bits(folder, interrupted):
@@ -120,8 +120,8 @@ def test_both_go_on_to_the_same_bits(folder, interrupted):
         expected = results(folder, f"whole-{index}")
         resumed = results(folder, f"resumed-{index}")
         assert resumed.keys() == expected.keys() and len(resumed) > 100
-        for name, value in expected.items():
-            assert (resumed[name] == value).all(), name
+        for name in expected.keys() - {"padding"}:  # Of this run's batches alone.
+            assert (resumed[name] == expected[name]).all(), name
 
 
 def test_another_mesh_goes_on_and_one_device_loads_the_preset(folder, interrupted):
@@ -130,8 +130,8 @@ def test_another_mesh_goes_on_and_one_device_loads_the_preset(folder, interrupte
     assert codes == [0], texts[0][-3000:]
     expected = results(folder, "whole-0")
     other = results(folder, "other-0")
-    for name, value in expected.items():
-        np.testing.assert_allclose(other[name], value, rtol=0, atol=1e-4)
+    for name in expected.keys() - {"padding"}:
+        assert np.abs(other[name] - expected[name]).max() < 1e-4, name
     backbone = kt.Backbone.from_preset(folder / "trained")
     weights = {name.split()[-1]: value for name, value in other.items()}
     for variable in backbone.weights:

@@ -33,7 +33,7 @@ class Kill(keras.callbacks.Callback):
 
 def attempt_in_vain(port, index):
     """Say what `connect` says about configurations that differ, and a missing peer."""
-    attempts = [(port, 60, {"model": {"width": 16 + index}}), (port + index, 2, {})]
+    attempts = [(port, 60, {"model": {"width": 16 + index}}), (port + 1 + index, 2, {})]
     for place, timeout, same in attempts:
         try:
             kt.connect(f"127.0.0.1:{place}", 2, index, timeout, same=same)
