@@ -12,6 +12,7 @@ from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
 from keras_t5gemma.evaluation.evaluate import evaluate_encoders as evaluate_encoders
 from keras_t5gemma.distribution.distribute import distribute as distribute
+from keras_t5gemma.distribution.processes import connect as connect
 from keras_t5gemma.generation.engine import (
     cache_compiled_programs as cache_compiled_programs,
 )
@@ -28,6 +29,8 @@ from keras_t5gemma.text.files import read_texts as read_texts
 from keras_t5gemma.text.preprocessor import (
     Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
 )
+from keras_t5gemma.text.sharded_text import PairFiles as PairFiles
+from keras_t5gemma.text.sharded_text import TextFiles as TextFiles
 from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer
 from keras_t5gemma.training import callbacks as callbacks
 from keras_t5gemma.training.contrastive import InfoNCE as InfoNCE

@@ -11,7 +11,10 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+from keras_t5gemma.distribution import processes
 
 SAVING, SAVED = ".saving", ".saved"
 _MANIFEST = ".manifest.json"
@@ -24,18 +27,38 @@ _WEIGHTS = (
 
 
 @contextlib.contextmanager
-def atomic_folder(folder):
+def atomic_folder(folder, together=False):
     """A staging folder whose files appear in `folder` together, or never.
 
     Files of other names in `folder` stay; weight files of an earlier checkpoint go
-    when the new one brings weights.
+    when the new one brings weights. Of several processes all call it, with a folder
+    that all of them see; an error in one of them is an error in all.
 
     Args:
         folder: path; made when it does not exist.
+        together: of several processes: the files of all are kept. Otherwise those of
+            the first, and the others get a folder to throw away.
 
     Raises:
         OSError: when the disk is full, among others; then nothing is left behind.
     """
+    if processes.count() == 1:
+        with _staging(folder) as staging:
+            yield staging
+        return
+    with processes.all_or_none(f"{folder} was saved"), contextlib.ExitStack() as stack:
+        with processes.all_or_none(f"{folder} was prepared"):
+            staging = Path(folder) / SAVING
+            if processes.number() == 0:
+                staging = stack.enter_context(_staging(folder))
+            elif not together:
+                staging = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with processes.all_or_none(f"{folder} was written"):
+            yield staging
+
+
+@contextlib.contextmanager
+def _staging(folder):
     folder = Path(folder)
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import numpy as np
 from keras_t5gemma.checkpoints import keras_format, output
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
+from keras_t5gemma.checkpoints.slices import Unread
 from keras_t5gemma.checkpoints.verify import _config_differences
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
@@ -95,7 +96,7 @@ def _check_weights(weights):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanTensor:
+class MeanTensor(Unread):
     """The weighted mean of unread tensors, computed and given in float32.
 
     Args:

@@ -189,7 +189,7 @@ def fill(config, tensors, **kwargs):
         unmapped = sorted({v.path for v in backbone.weights} ^ set(tensors))
         if unmapped:
             raise ValueError(f"The weight map does not fit the model: {unmapped}.")
-        return {path: tensor.read for path, tensor in tensors.items()}
+        return tensors
 
     backbone = build_and_fill(lambda: Backbone(config, **kwargs), read)
     track_parameters(backbone)

@@ -5,6 +5,10 @@ notes shape and initialiser, and fills them later; this module puts a reader in
 the initialiser's place, so that nothing is initialised at random first. It uses
 Keras's private `_deferred_initialize` and list of unfilled variables (the same
 since Keras 3.0), here and nowhere else.
+
+Under a `keras.distribution` on JAX a variable is read slice by slice, straight to the
+devices that hold them: a process reads what its own devices hold, and never has the
+whole of a variable that is split.
 """
 
 import math
@@ -14,6 +18,9 @@ import ml_dtypes
 import numpy as np
 from keras.src.backend.common import global_state
 
+from keras_t5gemma.checkpoints.slices import bounds
+from keras_t5gemma.checkpoints.tensors import DTYPES
+
 _PENDING = "uninitialized_variables"
 
 
@@ -22,7 +29,7 @@ def build_and_fill(build, read):
 
     Args:
         build: `() -> model`.
-        read: `model -> {path: () -> array}` for all of `model.weights`; raises
+        read: `model -> {path: unread tensor}` for all of `model.weights`; raises
             before anything is read when the two do not fit.
 
     Returns:
@@ -33,18 +40,59 @@ def build_and_fill(build, read):
         global_state.set_global_attribute(_PENDING, [])
         with keras.StatelessScope(initialize_variables=False):
             model = build()
-        readers = read(model)
+        tensors = read(model)
         pending = global_state.get_global_attribute(_PENDING)
         # The largest first: while one is converted it is held twice, and then
         # least else is loaded.
         for variable in sorted(pending, key=lambda v: -math.prod(v.shape)):
-            reader = readers.get(variable.path)
-            if reader is not None:
-                variable._initializer = _Reader(reader)
+            tensor = tensors.get(variable.path)
+            sharding = None if tensor is None else variable_sharding(variable)
+            if sharding is not None:
+                variable._value = read_onto_devices(
+                    tensor, sharding, DTYPES[variable.dtype]
+                )
+                variable._initializer = None
+                continue
+            if tensor is not None:
+                variable._initializer = _Reader(tensor.read)
             variable._deferred_initialize()
     finally:
         global_state.set_global_attribute(_PENDING, already)
     return model
+
+
+def variable_sharding(variable):
+    """How the devices share a variable: JAX's `Sharding`, or `None` for one device."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.config.backend() != "jax":
+        return None
+    variable._initialize_layout()
+    return getattr(variable._layout, "backend_layout", variable._layout)
+
+
+def read_onto_devices(tensor, sharding, dtype):
+    """An array of JAX's, each slice read where it is held.
+
+    Devices of this process that hold the same slice get it from one reading.
+
+    Args:
+        tensor: an unread tensor.
+        sharding: a `jax.sharding.Sharding`.
+        dtype: numpy dtype of the result.
+    """
+    import jax
+
+    shape = tuple(tensor.shape)
+    held = {}  # Devices of this process by the slice that they hold.
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        held.setdefault(tuple(bounds(index, shape)), []).append(device)
+    pieces = []
+    for parts, devices in held.items():
+        array = tensor.read_slice(tuple(slice(*part) for part in parts))
+        array = array.astype(dtype, copy=False)
+        pieces += [jax.device_put(array, device) for device in devices]
+    jax.block_until_ready(pieces)  # Until then the host's arrays are held too.
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
 class _Reader:

@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_t5gemma.checkpoints.safetensors_file import plan_shards
 from keras_t5gemma.checkpoints.tensors import DTYPES, FileTensor, nbytes, to_bytes
+from keras_t5gemma.distribution import processes
 
 INDEX_FILE = "model.weights.json"
 SINGLE_FILE = "model.weights.h5"
@@ -112,6 +113,10 @@ def write_folder(folder, tensors, max_shard_size, written):
         max_shard_size: bytes.
         written: as in `safetensors_file.write_folder`.
     """
+    if processes.number():  # The first one writes; the others help it to gather.
+        for tensor in tensors.values():
+            tensor.read()
+        return
     folder = Path(folder)
     shards = plan_shards(tensors, max_shard_size)
     files = [SINGLE_FILE]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_t5gemma.checkpoints.tensors import DTYPES, FileTensor, nbytes, to_bytes
+from keras_t5gemma.distribution import processes
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -163,6 +164,10 @@ def write_folder(folder, tensors, max_shard_size, written):
         written: called as `written(names, bytes)` with the flat uint8 array of each
             tensor and the names it was written under.
     """
+    if processes.number():  # The first one writes; the others help it to gather.
+        for tensor in tensors.values():
+            tensor.read()
+        return
     shards = plan_shards(tensors, max_shard_size)
     files = [SINGLE_FILE]
     if len(shards) > 1:

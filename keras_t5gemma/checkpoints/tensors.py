@@ -1,8 +1,9 @@
-"""Tensors that are not read yet: a shape, a dtype, and `read()`.
+"""Tensors that are not read yet: a shape, a dtype, `read()` and `read_slice(index)`.
 
 Every reader gives a dict of our variable path to one of these, every writer and
 loader takes such a dict. What a conversion or an adaptation does is therefore
-written on tables of names, and at any time one tensor is in memory.
+written on tables of names, and at any time one tensor is in memory. Where devices
+share a model, each slice of a tensor is read where it is held, and nothing else.
 """
 
 import dataclasses
@@ -13,6 +14,9 @@ from pathlib import Path
 import keras
 import ml_dtypes
 import numpy as np
+
+from keras_t5gemma.checkpoints.rules import Rule
+from keras_t5gemma.checkpoints.slices import Unread, bounds, runs
 
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
@@ -34,7 +38,7 @@ def parse_dtype(name, argument="dtype"):
 
 
 @dataclasses.dataclass(frozen=True)
-class FileTensor:
+class FileTensor(Unread):
     """Contiguous bytes of a file, safetensors or HDF5 alike.
 
     Args:
@@ -53,75 +57,47 @@ class FileTensor:
 
     def read(self):
         """The tensor, as an array of its own."""
-        size = math.prod(self.shape) * self.dtype.itemsize
+        return self.read_slice(())
+
+    def read_slice(self, index):
+        """A part of it, as an array of its own; no other byte is read."""
+        parts = bounds(index, self.shape)
+        shape = tuple(high - low for low, high in parts)
+        size = math.prod(shape) * self.dtype.itemsize
         # JAX takes over a buffer that is aligned to 64 bytes, and copies others.
         buffer = np.empty(size + 64, "uint8")
         start = -buffer.ctypes.data % 64
         buffer = buffer[start : start + size]
+        places, length = runs(parts, self.shape)
+        length *= self.dtype.itemsize
         with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            view, done = memoryview(buffer), 0
-            while done < size:  # One call reads 2 GB at the most.
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ValueError(
-                        f"{self.file} ended while tensor {self.name!r} was read."
-                    )
-                done += count
-        return buffer.view(self.dtype).reshape(self.shape)
+            view = memoryview(buffer)
+            for place in places if size else ():
+                run, view = view[:length], view[length:]
+                file.seek(self.offset + place * self.dtype.itemsize)
+                read_into(file, run, self.name)
+        return buffer.view(self.dtype).reshape(shape)
+
+
+def read_into(file, view, name):
+    """Fill a view from where an open file stands; `name` is for the message."""
+    done = 0
+    while done < len(view):  # One call reads 2 GB at the most.
+        count = file.readinto(view[done:])
+        if not count:
+            raise ValueError(f"{file.name} ended while tensor {name!r} was read.")
+        done += count
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """How a matrix of ours lies in somebody else's checkpoint.
-
-    Our projections are `(in, out)`, heads next to each other. Theirs is ours with
-    the axis `split` divided into `(heads, head size)`, and then transposed.
+class FromTheirs(Unread):
+    """A tensor of theirs in our layout.
 
     Args:
-        split: axis of ours, or `None`.
-        permutation: of the axes after splitting, or `None`.
+        source: theirs.
+        rule: a `Rule`.
+        shape: ours.
     """
-
-    split: int | None = None
-    permutation: tuple | None = None
-
-    def split_shape(self, shape, head_dim):
-        """Our shape with its heads apart."""
-        if self.split is None:
-            return tuple(shape)
-        heads = (shape[self.split] // head_dim, head_dim)
-        return (*shape[: self.split], *heads, *shape[self.split + 1 :])
-
-    def their_shape(self, shape, head_dim):
-        """The shape in their checkpoint of a tensor that has `shape` in ours."""
-        shape = self.split_shape(shape, head_dim)
-        return tuple(shape[i] for i in self.permutation) if self.permutation else shape
-
-    def to_ours(self, array, shape):
-        """Their array as ours, of `shape`; a view where possible."""
-        if self.permutation:
-            array = np.transpose(array, np.argsort(self.permutation))
-        return array.reshape(shape)
-
-    def to_theirs(self, array, head_dim):
-        """Our array as theirs; a view where possible."""
-        array = array.reshape(self.split_shape(array.shape, head_dim))
-        return np.transpose(array, self.permutation) if self.permutation else array
-
-
-RULES = {
-    "same": Rule(),
-    "transpose": Rule(permutation=(1, 0)),
-    "heads_out": Rule(split=1),  # (D, N H) is their (D, N, H)
-    "heads_in": Rule(split=0),  # (N H, D) is their (N, H, D)
-    "heads_first": Rule(split=1, permutation=(1, 0, 2)),  # their (N, D, H)
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class FromTheirs:
-    """A tensor of theirs in our layout."""
 
     source: object
     rule: Rule
@@ -136,9 +112,28 @@ class FromTheirs:
         """The tensor, in our layout."""
         return self.rule.to_ours(self.source.read(), self.shape)
 
+    def read_slice(self, index):
+        """A part of it; of theirs the same part is read, in whole heads at the most."""
+        parts, split = bounds(index, self.shape), self.rule.split
+        shape = [high - low for low, high in parts]
+        cut, rest = [slice(*part) for part in parts], ()
+        order = self.rule.permutation or tuple(range(len(self.source.shape)))
+        if split is not None:
+            low, high = parts[split]
+            size = self.source.shape[order.index(split + 1)]
+            first, last = low // size, -(-high // size)
+            low, high = low - first * size, high - first * size
+            inside = slice(low, high) if last - first == 1 else slice(size)
+            cut[split : split + 1] = slice(first, last), inside
+            if last - first > 1:
+                shape[split] = (last - first) * size
+                rest = (*[slice(None)] * split, slice(low, high))
+        array = self.source.read_slice(tuple(cut[axis] for axis in order))
+        return self.rule.to_ours(array, shape)[rest]
+
 
 @dataclasses.dataclass(frozen=True)
-class ToTheirs:
+class ToTheirs(Unread):
     """A tensor of ours in their layout."""
 
     source: object
@@ -160,7 +155,7 @@ class ToTheirs:
         return self.rule.to_theirs(self.source.read(), self.head_dim)
 
 
-class VariableTensor:
+class VariableTensor(Unread):
     """The value of a variable of a live model.
 
     Args:
@@ -175,14 +170,37 @@ class VariableTensor:
     def read(self):
         """The value, copied to the host."""
         value = self.value()
+        if keras.config.backend() == "jax":
+            value = gathered(value)
         if keras.config.backend() == "torch":  # numpy has no bfloat16 of torch's.
             value = keras.ops.cast(value, "float32")
         array = keras.ops.convert_to_numpy(value)
         return np.asarray(array).astype(self.dtype, copy=False)
 
 
+def is_shared(variable):
+    """Whether several devices hold a variable, split or each all of it."""
+    value = variable.value
+    return keras.config.backend() == "jax" and len(value.sharding.device_set) > 1
+
+
+def gathered(value):
+    """An array of JAX's that devices share, as one that the host can read.
+
+    Where other processes hold parts of it, all of them call this.
+    """
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(value, tiled=True)
+    if len(value.sharding.device_set) > 1:
+        # The host's copy stays with the array it was made of: with this one it goes.
+        return value.copy()
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
-class FreshTensor:
+class FreshTensor(Unread):
     """Random or zero values that depend on the path and the seed alone.
 
     Args:
@@ -209,7 +227,7 @@ class FreshTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class CastTensor:
+class CastTensor(Unread):
     """A tensor in another dtype."""
 
     source: object
@@ -224,9 +242,13 @@ class CastTensor:
         """The values, rounded to the dtype."""
         return self.source.read().astype(self.dtype, copy=False)
 
+    def read_slice(self, index):
+        """A part of them."""
+        return self.source.read_slice(index).astype(self.dtype, copy=False)
+
 
 @dataclasses.dataclass(frozen=True)
-class FirstRows:
+class FirstRows(Unread):
     """The first rows of a matrix; of a file, only they are read."""
 
     source: object
@@ -245,12 +267,12 @@ class FirstRows:
 
     def read(self):
         """The rows."""
-        source = self.source
-        if isinstance(source, FromTheirs) and source.rule == RULES["same"]:
-            source = source.source
-        if isinstance(source, FileTensor):
-            return dataclasses.replace(source, shape=self.shape).read()
-        return source.read()[: self.rows]
+        return self.read_slice(())
+
+    def read_slice(self, index):
+        """A part of them."""
+        parts = bounds(index, self.shape)
+        return self.source.read_slice(tuple(slice(*part) for part in parts))
 
 
 def nbytes(tensor):

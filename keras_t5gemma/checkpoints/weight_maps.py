@@ -1,11 +1,12 @@
 """Weight maps as tables: (our variable path, their tensor name, rule).
 
 `{i}` runs over the layers of a tower; `{_i}` is how Keras numbers repeated layers
-in a file: nothing, `_1`, `_2`, ... The rules are those of `tensors.RULES`, and each
+in a file: nothing, `_1`, `_2`, ... The rules are those of `rules.RULES`, and each
 of them reads in both directions.
 """
 
-from keras_t5gemma.checkpoints.tensors import RULES, FromTheirs, ToTheirs
+from keras_t5gemma.checkpoints.rules import RULES
+from keras_t5gemma.checkpoints.tensors import FromTheirs, ToTheirs
 
 _HF_ATTENTION = (
     ("query/kernel", "q_proj.weight", "transpose"),

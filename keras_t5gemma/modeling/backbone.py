@@ -241,6 +241,13 @@ class Backbone(keras_hub.models.Backbone):
         with atomic_folder(preset_dir) as staging:
             super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
 
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
+        """Keras's; a preset of weights that devices share gathers one at a time."""
+        from keras_t5gemma.checkpoints import keras_format
+
+        if not keras_format.gather_weights(self, filepath, max_shard_size):
+            super().save_weights(filepath, overwrite, max_shard_size)
+
     def save_to_huggingface(self, folder, dtype=None, max_shard_size=5, **kwargs):
         """Write a folder that transformers' T5GemmaForConditionalGeneration loads.
 

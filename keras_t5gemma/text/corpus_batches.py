@@ -35,12 +35,15 @@ class CorpusBatches(TextBatches):
             teacher.check(self)
 
     def _read(self, columns, name):
-        self.pieces, self.is_last = read_pieces(self.preprocessor, columns, name)
+        self.pieces, self.is_last = self._read_pieces(columns, name)
         lengths = self.pieces.lengths
         numbers = np.arange(len(lengths))
         return objective_pairs.lengths(
             self.preprocessor, lengths, numbers, self.is_last
         )
+
+    def _read_pieces(self, columns, name):
+        return read_pieces(self.preprocessor, columns, name)
 
     def most_pieces(self):
         """More pieces are in no batch, however they are shuffled."""
@@ -49,7 +52,7 @@ class CorpusBatches(TextBatches):
     def __getitem__(self, index):
         x, labels, weights = super().__getitem__(index)
         if self.teacher is not None:
-            rows, widths = self._batch(index)
+            rows, widths = self._own_batch(index)
             pairs = self._pairs(rows)
             lengths, is_last = self.pieces.lengths, self.is_last[pairs]
             places = objective_pairs.places(
@@ -61,8 +64,12 @@ class CorpusBatches(TextBatches):
         return x, labels, weights
 
     def _tokens(self, pairs, epoch):
-        pieces, is_last = self.pieces.take(pairs), self.is_last[pairs]
+        pieces, is_last = self._take(pairs), self.is_last[pairs]
         return objective_pairs.make(self.preprocessor, pieces, pairs, is_last, epoch)
+
+    def _take(self, pairs):
+        """So many pieces, as a `Ragged`."""
+        return self.pieces.take(pairs)
 
 
 def read_pieces(preprocessor, columns, name):

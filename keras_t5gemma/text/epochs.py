@@ -6,6 +6,8 @@ import warnings
 import keras
 import numpy as np
 
+from keras_t5gemma.distribution import processes
+
 MASKS = ("encoder_padding_mask", "decoder_padding_mask")
 
 
@@ -100,8 +102,11 @@ class Epochs(keras.utils.PyDataset):
 
 
 def draw_seed():
-    """A seed that `keras.utils.set_random_seed` makes repeatable."""
-    return int(np.random.randint(2**31))
+    """A seed that `keras.utils.set_random_seed` makes repeatable.
+
+    Of several processes all call it, and have the first one's.
+    """
+    return processes.from_first(int(np.random.randint(2**31)))
 
 
 def follow(dataset, adapter=None):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_t5gemma.distribution import mesh
+from keras_t5gemma.distribution import mesh, processes
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text import packing
 from keras_t5gemma.text.epochs import Epochs, draw_seed
@@ -29,7 +29,9 @@ class TextBatches(Epochs):
     pairs share a row, as long as the preprocessor's lengths allow; their masks number
     them, see `Encoder.call`; the rows are made once and only their order changes. In
     both the last batch is filled up with rows of weight 0. `"fixed"` pads every batch
-    to the preprocessor's lengths and leaves the last one short.
+    to the preprocessor's lengths and leaves the last one short, but not on a mesh of
+    devices. Of several processes all have the same pairs; each one's batches are the
+    rows that its own devices take.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
@@ -158,9 +160,10 @@ class TextBatches(Epochs):
     def _batch(self, step):
         """Row numbers, -1 where there is none, and the widths of a batch."""
         key = (self.seed, self._pass(step))
-        if self._plan[0] != key:
-            self._plan = (key, self._order(*key))
-        rows = self._plan[1][self._position(step) % self._all]
+        plan = self._plan  # Another thread may set another one.
+        if plan[0] != key:
+            self._plan = plan = (key, self._order(*key))
+        rows = plan[1][self._position(step) % self._all]
         if self.batching == "fixed":
             rows = rows[: mesh.round_up(np.count_nonzero(rows >= 0))]
             multiple = self.preprocessor.pad_to_multiple_of
@@ -171,6 +174,11 @@ class TextBatches(Epochs):
         if self.batching == "packed":
             return rows, self.widths[0]
         return rows, self.widths[self.level[rows[rows >= 0]].max()]
+
+    def _own_batch(self, step):
+        """The part of `_batch` that the devices of this process take."""
+        rows, widths = self._batch(step)
+        return rows[processes.local_rows(len(rows))], widths
 
     def _order(self, seed, epoch):
         """The rows of all batches of one epoch, int `(batches, batch_size)`."""
@@ -187,7 +195,7 @@ class TextBatches(Epochs):
         return random.permutation(batches)
 
     def __getitem__(self, index):
-        rows, widths = self._batch(index)
+        rows, widths = self._own_batch(index)
         shapes = [(len(rows), width) for width in widths]
         x = {
             f"{side}_{name}": np.zeros(shape, "int32")
@@ -223,7 +231,8 @@ class TextBatches(Epochs):
         return self._pairs(self._batch(step)[0]).tolist()
 
     def _pairs(self, rows):
-        return np.concatenate([self.packs[row] for row in rows if row >= 0])
+        packs = [self.packs[row] for row in rows if row >= 0]
+        return np.concatenate([np.zeros(0, "int64"), *packs])
 
 
 def tokenise(preprocessor, columns, name, token_rows):

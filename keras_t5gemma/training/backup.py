@@ -8,12 +8,14 @@ from pathlib import Path
 
 import h5py
 import keras
-import numpy as np
 
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
+from keras_t5gemma.distribution import processes
 from keras_t5gemma.text.epochs import Epochs
+from keras_t5gemma.training import state_file
+from keras_t5gemma.training.state_file import write as _write
 
-_STATE, _PROGRESS = "state.h5", "progress.json"
+_PROGRESS = "progress.json"
 
 
 class BackupAndRestore(keras.callbacks.Callback):
@@ -25,6 +27,10 @@ class BackupAndRestore(keras.callbacks.Callback):
     the training ends. A backup happens as a whole or not at all; when the disk is
     full there is a warning, the last backup stays and the training goes on. After a
     NaN nothing is saved.
+
+    Where devices share the state (`keras_t5gemma.distribute`), every process writes
+    what its own devices hold, into a folder that all of them see; another number of
+    devices or processes can go on from it.
 
     Other callbacks start anew in a resumed run, `EarlyStopping`'s patience too.
 
@@ -69,7 +75,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.data = data
         self._unsaved, self._in_epoch, self._metrics = 0, 0, None
         if self.folder.is_dir():
-            finish(self.folder)
+            with processes.all_or_none(f"{self.folder} was opened"):
+                if processes.number() == 0:
+                    finish(self.folder)
         elif self.folder.exists():
             raise ValueError(f"`folder` must be a folder; {self.folder} is a file.")
         if not (self.folder / _PROGRESS).exists():
@@ -83,10 +91,12 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"{progress['data']}, here {here}. Remove the folder to start anew."
             )
         model.optimizer.build(model.trainable_variables)
-        with h5py.File(self.folder / _STATE) as file:
+        with contextlib.ExitStack() as stack:
+            files = [self.folder / name for name in progress["files"]]
+            files = [stack.enter_context(h5py.File(path)) for path in files]
             for name, variables in self._variables(model).items():
-                _restore(self.folder, file[name], variables)
-            self._metrics = {k: d[()] for k, d in file["metrics"].items()}
+                state_file.restore(self.folder, files, name, variables)
+            self._metrics = state_file.read_values(files, "metrics")
         self.history = progress["history"]
         if hasattr(data, "seed"):
             data.seed = progress["seed"]
@@ -96,10 +106,10 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch, self._before = epoch, self._in_epoch
-        for key, value in (self._metrics or {}).items():  # Keras has reset them.
+        if self._metrics:  # Keras has reset them.
             variables = self.model.metrics_variables
-            if int(key) < len(variables):
-                variables[int(key)].assign(value)
+            for variable, value in zip(variables, self._metrics, strict=True):
+                variable.assign(value)
         self._metrics = None
 
     def on_train_batch_end(self, batch, logs=None):
@@ -120,8 +130,10 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._save(epoch + 1, 0)
 
     def on_train_end(self, logs=None):
-        for name in (_STATE, _PROGRESS):
-            (self.folder / name).unlink(missing_ok=True)
+        if processes.number():
+            return
+        for path in (*self.folder.glob("state*.h5"), self.folder / _PROGRESS):
+            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # Other files may lie there.
             self.folder.rmdir()
 
@@ -134,16 +146,19 @@ class BackupAndRestore(keras.callbacks.Callback):
             "seed": getattr(self.data, "seed", None),
             "data": self._description(self.data),
             "history": self.history,
+            "files": state_file.names(),
         }
         try:
-            with atomic_folder(self.folder) as staging:
-                with h5py.File(staging / _STATE, "w") as file:
+            with atomic_folder(self.folder, together=True) as staging:
+                own = staging / progress["files"][processes.number()]
+                with h5py.File(own, "w") as file:
                     for name, variables in self._variables(model).items():
                         _write(file.create_group(name), variables)
                     metrics = model.metrics_variables if batch else []
                     _write(file.create_group("metrics"), metrics)
-                text = json.dumps(progress, indent=2)
-                (staging / _PROGRESS).write_text(text, encoding="utf-8")
+                if processes.number() == 0:
+                    text = json.dumps(progress, indent=2)
+                    (staging / _PROGRESS).write_text(text, encoding="utf-8")
         except OSError as error:
             warnings.warn(
                 f"No backup at epoch {epoch}, batch {batch}: {error}. The one before "
@@ -166,34 +181,3 @@ class BackupAndRestore(keras.callbacks.Callback):
 
 def _is_finite(logs):
     return math.isfinite(float((logs or {}).get("loss", 0.0)))
-
-
-def _write(group, variables):
-    for i, variable in enumerate(variables):
-        array = np.asarray(keras.ops.convert_to_numpy(variable.value))
-        if array.dtype.name == "bfloat16":  # HDF5 has none; this is exact.
-            array = array.astype("float32")
-        group.create_dataset(str(i), data=array).attrs["path"] = _path(variable)
-
-
-def _path(variable):
-    """Without its first part: Keras numbers the optimizers of a process."""
-    return variable.path.partition("/")[2]
-
-
-def _restore(folder, group, variables):
-    there = [(d.attrs["path"], d.shape) for _, d in _in_order(group)]
-    here = [(_path(v), tuple(v.shape)) for v in variables]
-    if there != here:
-        other = [p for p, _ in set(there) ^ set(here)][:3]
-        raise ValueError(
-            f"{folder} is the backup of another model or optimizer: {other} differ. "
-            "Remove the folder to start anew."
-        )
-    for variable, (_, dataset) in zip(variables, _in_order(group), strict=True):
-        variable.assign(dataset[()])
-
-
-def _in_order(group):
-    """The datasets of a group in the order they were written."""
-    return sorted(group.items(), key=lambda item: int(item[0]))

@@ -4,6 +4,7 @@ import contextlib
 
 import keras
 
+from keras_t5gemma.distribution import processes
 from keras_t5gemma.text.epochs import Epochs, any_width, follow
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
@@ -94,6 +95,7 @@ class TextFit:
             kwargs["initial_epoch"] = start or kwargs.get("initial_epoch", 0)
             callbacks.remove(backup)
             callbacks.append(backup)  # It keeps what the others have logged.
+        self._agree(data["x"])
         if isinstance(data["x"], Epochs):
             dataset, data["x"] = data["x"], any_width(data["x"])
             report = [TrainingReport(dataset), StopOnNaN(dataset)]
@@ -138,6 +140,23 @@ class TextFit:
             data["steps"] = data.pop("steps_per_epoch")
             data["x"] = any_width(data["x"])
             return keras.Model.evaluate(self, **data, **kwargs)
+
+    def _agree(self, dataset):
+        """Of several processes: all must do the same, each on its own rows."""
+        distribution = keras.distribution.distribution()
+        if processes.count() == 1 or distribution is None:
+            return
+        steps = size = None
+        if isinstance(dataset, Epochs):
+            distribution.auto_shard_dataset = False
+            steps = dataset.batches_an_epoch()
+            size = getattr(dataset, "batch_size", None)
+        processes.require_same(
+            config=self.backbone.config.to_dict(),
+            batches_an_epoch=steps,
+            batch_size=size,
+            optimizer=keras.optimizers.serialize(self.optimizer),
+        )
 
     def _report_truncation(self, empty_targets=True):
         if self.preprocessor is None:

@@ -1,0 +1,74 @@
+"""Rows of many files, each found without going through what is before it."""
+
+import json
+from pathlib import Path
+
+ENDINGS = (".jsonl", ".json", ".txt")
+
+
+class FileRows:
+    """The lines of UTF-8 files: JSON objects, or in `.txt` texts.
+
+    Args:
+        paths: of the files; a folder stands for the files in it, by name.
+        fields: names of the fields that a JSON object must have, strings.
+
+    Attributes:
+        paths: list of the files' paths.
+
+    Raises:
+        ValueError: for no file, one that is not there, or another kind of file.
+    """
+
+    def __init__(self, paths, fields):
+        paths = [paths] if isinstance(paths, str | Path) else list(paths)
+        self.paths, self.fields = [], tuple(fields)
+        for path in map(Path, paths):
+            inside = sorted(path.iterdir()) if path.is_dir() else [path]
+            self.paths += [p for p in inside if not p.name.startswith(".")]
+        kinds = ENDINGS if len(self.fields) == 1 else ENDINGS[:-1]
+        wrong = [str(p) for p in self.paths if p.suffix not in kinds or not p.is_file()]
+        if wrong or not self.paths:
+            raise ValueError(
+                f"`paths` must be files that end in one of {kinds}, or folders of "
+                f"them; got {wrong or paths}. Write others anew as JSON lines."
+            )
+
+    def sizes(self):
+        """Bytes of each file."""
+        return [path.stat().st_size for path in self.paths]
+
+    def lines(self, number):
+        """`(offset, row)` of every line of a file that is not empty."""
+        with open(self.paths[number], "rb") as file:
+            offset = 0
+            for line in file:
+                if line.strip():
+                    yield offset, self._parse(number, offset, line)
+                offset += len(line)
+
+    def read(self, number, offsets):
+        """The rows of a file that begin at some bytes, in that order."""
+        with open(self.paths[number], "rb") as file:
+            rows = []
+            for offset in offsets:
+                file.seek(offset)
+                rows.append(self._parse(number, offset, file.readline()))
+        return rows
+
+    def _parse(self, number, offset, line):
+        place = f"{self.paths[number]}, byte {offset}"
+        try:
+            text = line.decode("utf-8")
+            if self.paths[number].suffix == ".txt":
+                return (text.strip(),)
+            row = json.loads(text)
+            found = tuple(row[field] for field in self.fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{place}: must be a JSON object in UTF-8 with {self.fields}; "
+                f"{type(error).__name__} {error}."
+            ) from error
+        if not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{place}: {self.fields} must be strings; got {found}.")
+        return found
