@@ -10,9 +10,9 @@ from keras_t5gemma.checkpoints.average import average_presets as average_presets
 from keras_t5gemma.checkpoints.presets import presets as presets
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
-from keras_t5gemma.evaluation.evaluate import evaluate_encoders as evaluate_encoders
 from keras_t5gemma.distribution.distribute import distribute as distribute
 from keras_t5gemma.distribution.processes import connect as connect
+from keras_t5gemma.evaluation.evaluate import evaluate_encoders as evaluate_encoders
 from keras_t5gemma.generation.engine import (
     cache_compiled_programs as cache_compiled_programs,
 )
