@@ -25,7 +25,9 @@ def distribute(strategy="fsdp", data=None, model=None, devices=None):
 
     Args:
         strategy: `"fsdp"`: every large variable is split over `"data"`, and gathered
-            where it is needed; with `model` above 1 over that too, as follows.
+            where it is needed; with `model` above 1 over that too, as follows. What is
+            gathered stays for the backward pass, unless
+            `compile(rematerialize=True)`, which gathers a block's anew.
             `"tensor"`: heads, feed-forward and vocabulary are split over `"model"`,
             and never gathered. `"data"`: every device holds all.
         data: devices of the axis `"data"`; `None` is all that `model` leaves, or 1 for
