@@ -85,7 +85,7 @@ def token_losses(
             f"`teacher` must have a logit for each of the {size} ids of the student's "
             f"vocabulary; it has {theirs}."
         )
-    parts = _parts(size, states.shape[0], _logits_at_once(states))
+    parts = parts_of(size, states.shape[0], _logits_at_once(states))
     step = size // parts
     labels = ops.cast(labels, "int32")
     share = 1.0 if teacher is None else teacher.label_share  # Of the label: a.
@@ -273,7 +273,7 @@ def top_choices(states, table, cap, count):
     """
     size, _ = table.shape
     # Every part is sorted: few large ones, and none that is smaller than the choice.
-    parts = _parts(size, states.shape[0], 2**24)
+    parts = parts_of(size, states.shape[0], 2**24)
     while size // parts < count:
         parts //= 2
     step = size // parts
@@ -312,8 +312,14 @@ def _logits_at_once(states):
     return 2**20 if on_cpu else 2**24
 
 
-def _parts(size, tokens, at_once):
-    """Into how many equal parts to cut a vocabulary: a power of two, if it can be."""
+def parts_of(size, tokens, at_once):
+    """Into how many equal parts to cut a vocabulary: a power of two, if it can be.
+
+    Args:
+        size: V.
+        tokens: N; `None` when it is not known.
+        at_once: most logits of a part.
+    """
     tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
     wanted = 1 << max(0, (tokens * size - 1) // at_once).bit_length()
     return math.gcd(size, wanted)
