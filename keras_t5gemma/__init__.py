@@ -10,6 +10,7 @@ from keras_t5gemma.checkpoints.average import average_presets as average_presets
 from keras_t5gemma.checkpoints.presets import presets as presets
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
+from keras_t5gemma.distribution.distribute import distribute as distribute
 from keras_t5gemma.generation.engine import (
     cache_compiled_programs as cache_compiled_programs,
 )

@@ -178,8 +178,8 @@ def test_values_and_gradients_are_the_definition(monkeypatch, part, heat, few):
 
 @pytest.mark.parametrize("part", [2**24, TOKENS * 6])
 def test_choices_are_the_largest(monkeypatch, part):
-    parts = token_losses.parts_of
-    monkeypatch.setattr(token_losses, "parts_of", lambda v, n, _: parts(v, n, part))
+    parts = token_losses._parts
+    monkeypatch.setattr(token_losses, "_parts", lambda v, n, _: parts(v, n, part))
     arrays = [ops.convert_to_tensor(x) for x in (THEIR_STATES, THEIR_TABLE)]
     ids, log_probs = (numpy(x) for x in top_choices(*arrays, 9.0, 7))
     logits = np.tanh(THEIR_STATES @ THEIR_TABLE.T / 9.0) * 9.0

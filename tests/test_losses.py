@@ -120,7 +120,7 @@ def test_a_frozen_table_gets_no_gradient():
     [(256_000, 512, 8), (256_000, 65_536, 1024), (480, 16, 1), (8191, 2**20, 1)],
 )
 def test_parts_divide_the_vocabulary(size, tokens, parts):
-    assert token_losses.parts_of(size, tokens, 2**24) == parts
+    assert token_losses._parts(size, tokens, 2**24) == parts
     assert size % parts == 0
 
 

@@ -25,7 +25,7 @@ class Variable:
 
     Args:
         path: as Keras's, e.g. `"encoder/block_0/mlp/up/kernel"`; an optimizer's state
-            has the path of the weight that it is laid out like, or `""`.
+            has the path of the weight that it is laid out like, or a name.
         shape: tuple.
         dtype: its name.
         trainable: whether it gets a gradient.
@@ -113,14 +113,14 @@ def optimizer_variables(optimizer, variables):
 
     Returns:
         A list of `Variable`. Those of a weight's shape have its path; rows and
-        columns, as of Adafactor, have none. Scalars are left out.
+        columns, as of Adafactor, have a name. Scalars are left out.
     """
     optimizer = type(optimizer).from_config(copy.deepcopy(optimizer.get_config()))
     found = []
 
-    def note(shape, initializer="zeros", dtype=None, name=None, path="", **kwargs):
+    def note(shape, initializer="zeros", dtype=None, name=None, path=None, **kwargs):
         dtype = keras.backend.standardize_dtype(dtype or keras.config.floatx())
-        found.append(Variable(path, tuple(shape), dtype))
+        found.append(Variable(path or name, tuple(shape), dtype))
         return found[-1]
 
     def note_like(reference_variable, name=None, initializer="zeros"):

@@ -22,10 +22,10 @@ import dataclasses
 import math
 
 from keras_t5gemma.config import SLIDING
-from keras_t5gemma.training.token_losses import parts_of
+from keras_t5gemma.training.token_losses import parts_of_vocabulary
 
-# Logits of a GPU or a TPU, and of a CPU, that exist at a time: see `token_losses`.
-LOGITS_AT_ONCE = {"accelerator": 2**24, "cpu": 2**20}
+# Most logits at a time, see `token_losses`.
+AT_ONCE_ON_ACCELERATOR, AT_ONCE_ON_CPU = 2**24, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +94,23 @@ def working_of_block(stack, s, length, memory_length=None):
     return s.batch * (logits + length * rows * s.itemsize)
 
 
-def logits_chunk(config, tokens, data=1, at_once=LOGITS_AT_ONCE["accelerator"]):
+def logits_chunk(config, s, shards=1, pieces=1, at_once=AT_ONCE_ON_ACCELERATOR):
     """Bytes of the logits that exist at a time: logits, their tanh, their gradient.
 
-    float32 `(tokens, V / parts)` each; the parts are those of `token_losses` for all
-    tokens of the batch, `data` devices share the tokens.
+    float32 `(B T, V / parts)` each; the parts are those of `token_losses`. The rows of
+    the table that they are products with are gathered where its width is split.
+
+    Args:
+        config: a `T5GemmaConfig`.
+        s: a `Shape`.
+        shards: over how many devices the rows of the table are split.
+        pieces: over how many its width is.
+        at_once: most logits of a part.
     """
-    size = config.vocabulary_size
-    return 3 * 4 * tokens / data * size / parts_of(size, tokens, at_once)
+    size, tokens = config.vocabulary_size // shards, s.batch * s.target
+    rows = size / parts_of_vocabulary(size, tokens, at_once, pieces)
+    gathered = rows * config.decoder.hidden_dim * s.itemsize if pieces > 1 else 0
+    return 3 * 4 * tokens * rows + gathered
 
 
 def cache_bytes(config, s):

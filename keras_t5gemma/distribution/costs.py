@@ -99,7 +99,7 @@ class Job:
     rematerialize: bool = True
     lora_rank: int | None = None
     quantize: str | None = None
-    at_once: int = activations.LOGITS_AT_ONCE["accelerator"]
+    at_once: int = activations.AT_ONCE_ON_ACCELERATOR
 
     def variables(self):
         """Of the model; see `abstract.model_variables`."""
@@ -130,8 +130,6 @@ def evaluate(job, mesh, strategy):
 
     def share(variable):
         """Of a variable on one device: all, and without what "data" splits."""
-        if not variable.path:  # Rows and columns of Adafactor.
-            return 1, 1
         axes = partition(variable.path, variable.shape, mesh, strategy, job.config)
         shares = [
             1 / math.prod(mesh[a] for a in axes if a in names)
@@ -166,8 +164,11 @@ def evaluate(job, mesh, strategy):
         job.batch // data, *job.length, c, model, job.lora_rank is None
     )
     parts = activations.parts_of_step(job.config, s)
-    tokens = job.batch * job.length[1]
-    chunk = activations.logits_chunk(job.config, tokens, data, job.at_once)
+    chunk = 0
+    if job.config.decoder is not None:
+        shards = 1 if strategy == "data" else model
+        pieces = data if strategy == "fsdp" else 1
+        chunk = activations.logits_chunk(job.config, s, shards, pieces, job.at_once)
     around = (data - 1) / data
     passes = 3 if job.rematerialize else 2
     states = _reduced_states(job.config, s) * 2 * (model - 1) / model

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import beam
 from keras_t5gemma.generation.logits import process, sample, top_candidates
 
@@ -96,7 +97,7 @@ def select(state, chosen, count):
         if size < count:  # One source that all rows share.
             return array
         rows = np.arange(size).reshape(count, -1)[chosen]
-        return ops.take(array, rows.reshape(-1), axis=0)
+        return mesh.like(ops.take(array, rows.reshape(-1), axis=0), array)
 
     whole = ("index", "max_length", "knobs")
     return {

@@ -9,6 +9,7 @@ import os
 import keras
 from keras import ops
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import beam, decoding
 
 
@@ -40,7 +41,8 @@ class Engine:
 
     def start(self, inputs):
         """See `decoding.start`; the arrays may be NumPy's."""
-        return self._start(keras.tree.map_structure(ops.convert_to_tensor, inputs))
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        return self._start(mesh.split_rows(inputs))
 
     def advance(self, state, limit):
         """See `decoding.advance`; the state that is passed must not be used again."""

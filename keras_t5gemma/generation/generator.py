@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation.decoding import select
 from keras_t5gemma.generation.engine import Engine, results
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
@@ -175,7 +176,7 @@ def _write(engine, inputs, real, max_length, deadline, shrinks):
         if done.all() or end == max_length or time.monotonic() > deadline:
             yield chosen, state, max_length if done.all() else end
             return
-        size = power_of_two(np.count_nonzero(~done))
+        size = mesh.round_up(power_of_two(np.count_nonzero(~done)))
         if shrinks and size < len(chosen):
             order = np.argsort(done, kind="stable")
             yield chosen[order[size:]], select(state, order[size:], len(order)), end

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation.options import id_tuple
 from keras_t5gemma.text.ids import INPUTS, check_range
 from keras_t5gemma.text.preprocessor import pad
@@ -158,7 +159,8 @@ def batches(request, options, batch_size, width, rounded=True):
 
     With a compiler sizes are rounded up, so that requests of all lengths need few
     programs: a source's length to one of `bucket`'s, 9 up to 512 tokens; the rows to
-    a power of two, 6 up to 32; a prompt's to a power of two.
+    a power of two, 6 up to 32, and on a mesh of devices to a multiple of those that
+    split them; a prompt's to a power of two.
 
     Args:
         request: a `Request`.
@@ -196,7 +198,7 @@ def batches(request, options, batch_size, width, rounded=True):
             if rounded:
                 length = bucket(length)
                 prefix_length = min(power_of_two(count), width)
-                size = min(power_of_two(len(rows)), batch_size)
+                size = mesh.round_up(min(power_of_two(len(rows)), batch_size))
                 taken = np.pad(rows, (0, size - len(rows)), mode="edge")
                 read = read if is_shared else taken
             repeated = np.repeat(taken, copies)

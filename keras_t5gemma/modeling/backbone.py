@@ -10,6 +10,7 @@ import keras_hub
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.distribution import layouts, mesh
 from keras_t5gemma.modeling import lora
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 
@@ -47,6 +48,7 @@ class Backbone(keras_hub.models.Backbone):
                 "`config` must be a T5GemmaConfig, e.g. "
                 f"T5GemmaConfig.pair('s', 's'); got {config!r}."
             )
+        mesh.prepare(config)
         dtype = keras.dtype_policies.get(dtype)
         sides = ("encoder",) if config.decoder is None else ("encoder", "decoder")
         inputs = {
@@ -140,6 +142,7 @@ class Backbone(keras_hub.models.Backbone):
 
     def quantize(self, mode=None, filters=None, **kwargs):
         """Quantise projections and embeddings; see `keras.Model.quantize`."""
+        mesh.prepare(self.config)
         if filters is None:
             filters = is_projection_or_embedding
         gc.freeze()  # Keras collects garbage after every layer, 0.4 s each time.
@@ -150,6 +153,7 @@ class Backbone(keras_hub.models.Backbone):
 
     def enable_lora(self, rank, target_layer_names=None, parts=None):
         """Freeze the model and put adapters into it; see `Seq2SeqLM.enable_lora`."""
+        mesh.prepare(self.config)
         lora.enable(self, rank, target_layer_names, parts)
 
     def save_lora_weights(self, filepath):
@@ -158,7 +162,29 @@ class Backbone(keras_hub.models.Backbone):
 
     def load_lora_weights(self, filepath):
         """Read adapters of `save_lora_weights`, onto the layers they came from."""
+        mesh.prepare(self.config)
         lora.load(self, filepath)
+
+    def get_layout_map(self, device_mesh, strategy="fsdp"):
+        """How this model is split over a mesh, as `distribute` would; checked.
+
+        Args:
+            device_mesh: a `keras.distribution.DeviceMesh` of axes `"data"`, `"model"`.
+            strategy: see `distribute`.
+
+        Returns:
+            A `keras.distribution.LayoutMap`: patterns of the paths of what is split.
+
+        Raises:
+            ValueError: for an unknown strategy or axis, or a variable that an axis
+                does not divide, named.
+        """
+        found = layouts.make_layout_map(
+            self.variables, device_mesh, strategy, self.config
+        )
+        if strategy != "data":
+            layouts.check_layouts(self, found)
+        return found
 
     def default_lora_layer_names(self):
         """Query and value projections, of self- and cross-attention."""

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
 from keras_t5gemma.modeling.dropout import DrawnSeeds, dropout
@@ -64,7 +65,7 @@ class _Tower(keras.layers.Layer):
         return run(*inputs)
 
     def _embed(self, token_ids, training):
-        x = self.token_embedding(token_ids)  # B T D
+        x = mesh.look_up(self.token_embedding, token_ids)  # B T D
         # Gemma rounds the factor to the compute dtype before it multiplies.
         x = x * ops.cast(self.stack.hidden_dim**0.5, x.dtype)
         return dropout(x, self.config.dropout, self._seeds(training))
@@ -273,8 +274,10 @@ class Decoder(_Tower):
         """
         table = self.token_embedding
         cap = self.config.final_soft_cap if capped else None
-        in_xla = keras.config.backend() != "torch"
-        if table.quantization_mode == "int8" and in_xla and not table.lora_enabled:
+        by_parts = keras.config.backend() != "torch" and not table.lora_enabled
+        # Parts of a table that a mesh splits would each lie on one of its devices.
+        by_parts = by_parts and mesh.shards_of_rows(self.config.vocabulary_size) == 1
+        if table.quantization_mode == "int8" and by_parts:
             return soft_cap(table.int8_logits(hidden_states), cap)
         if table.quantization_mode or table.lora_enabled:
             return self.logits(hidden_states[:, None])[:, 0]

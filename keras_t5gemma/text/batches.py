@@ -9,6 +9,7 @@ import threading
 import keras
 import numpy as np
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.text.columns import TEXT_KEYS, as_columns, as_documents
 from keras_t5gemma.text.corpus_batches import CorpusBatches
 from keras_t5gemma.text.epochs import Epochs, draw_seed
@@ -198,7 +199,7 @@ def map_batch(preprocessor, batch):
                 f"{key!r} must be a batch of strings; got one string. Batch the "
                 "dataset first, e.g. `.batch(32)`."
             )
-    return preprocessor(columns, sample_weight=weight)
+    return mesh.fill_batch(preprocessor(columns, sample_weight=weight))
 
 
 def fit_arguments(
@@ -299,6 +300,11 @@ def fit_arguments(
         )
     if isinstance(x, dict):
         check_ids(x, y, vocabulary_size)
+        rows = len(x[INPUTS[0]])
+        cut = int(rows * (1 - validation_split))
+        for part in (cut, rows - cut):
+            mesh.check_rows(part % (batch_size or 32), f"the last batch of `{name}`")
+        mesh.check_rows(min(rows, batch_size or 32), "batch_size")
         if validation_split:
             common["validation_split"] = validation_split
         return {

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.text import packing
 from keras_t5gemma.text.epochs import Epochs, draw_seed
@@ -75,6 +76,7 @@ class TextBatches(Epochs):
             raise ValueError(
                 f"`batch_size` must be a whole number >= 1; got {batch_size!r}."
             )
+        mesh.check_rows(batch_size, "batch_size")
         self.preprocessor = preprocessor
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -160,11 +162,11 @@ class TextBatches(Epochs):
             self._plan = (key, self._order(*key))
         rows = self._plan[1][self._position(step) % self._all]
         if self.batching == "fixed":
-            rows = rows[rows >= 0]
+            rows = rows[: mesh.round_up(np.count_nonzero(rows >= 0))]
             multiple = self.preprocessor.pad_to_multiple_of
             if multiple is None:
                 return rows, self.widths[0]
-            used = [lengths[rows].max() for lengths in self.lengths]
+            used = [lengths[rows[rows >= 0]].max() for lengths in self.lengths]
             return rows, _round_up(used, multiple, self.widths[0])
         if self.batching == "packed":
             return rows, self.widths[0]

@@ -4,6 +4,7 @@ import keras
 
 from keras_t5gemma.text.batches import fit_arguments
 from keras_t5gemma.text.epochs import any_width
+from keras_t5gemma.text.text_batches import TextBatches
 from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.text_fit import TextFit
 from keras_t5gemma.training.token_task import TokenTask
@@ -100,13 +101,16 @@ class TextTask(TextFit, TokenTask):
         """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
         with self._report_truncation(empty_targets=False):
             data = self._data(x, y, None, batch_size, steps=steps, batching="fixed")
-            return keras.Model.predict(
+            logits = keras.Model.predict(
                 self,
                 any_width(data["x"]),
                 batch_size=data.get("batch_size"),
                 steps=data["steps_per_epoch"],
                 **kwargs,
             )
+        # A mesh may have asked for a few rows more.
+        rows = len(data["x"].packs) if isinstance(data["x"], TextBatches) else None
+        return logits[:rows]
 
     def _teacher(self):
         """That of a `Distillation` loss, or `None`."""

@@ -12,6 +12,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_t5gemma.distribution import mesh
+
 
 @dataclasses.dataclass
 class TeacherTargets:
@@ -85,22 +87,23 @@ def token_losses(
             f"`teacher` must have a logit for each of the {size} ids of the student's "
             f"vocabulary; it has {theirs}."
         )
-    parts = parts_of(size, states.shape[0], _logits_at_once(states))
-    step = size // parts
+    shards = mesh.shards_of_rows(size)
+    parts = _parts(size // shards, states.shape[0], _logits_at_once(states))
+    step = size // shards // parts
     labels = ops.cast(labels, "int32")
     share = 1.0 if teacher is None else teacher.label_share  # Of the label: a.
     heat = 1.0 if teacher is None else teacher.temperature
     is_dense = teacher is not None and teacher.ids is None
 
     def logits_of(states, table, part):
-        return _logits(states, _rows(table, part, step), cap)
+        return _logits(states, _rows(table, part, step, shards), cap)
 
     def taught(part):
-        rows = _rows(teacher.table, part, step)
+        rows = _rows(teacher.table[:size], part, step, shards)
         return _logits(teacher.states, rows, teacher.cap) / heat
 
     def is_label(labels, part):
-        return labels[:, None] == part * step + ops.arange(step, dtype="int32")[None]
+        return labels[:, None] == _ids(part, step, size, shards)[None]
 
     def read(states, table):
         def add(part, sums):
@@ -147,7 +150,7 @@ def token_losses(
 
         def add(part, sums):
             by_states, by_table = sums
-            rows = _rows(table, part, step)
+            rows = _rows(table, part, step, shards)
             logits = logits_of(states, table, part)
             target = ops.where(is_label(labels, part), 1 - label_smoothing, 0.0)
             target = a * (target + label_smoothing / size)
@@ -163,13 +166,15 @@ def token_losses(
             slope = ops.cast(slope, states.dtype)
             new = ops.cast(ops.matmul(slope, rows), "float32")
             if learn_table:
-                by_rows = ops.matmul(ops.transpose(slope), states)
-                by_table = _write(by_table, part * step, by_rows)
+                by_rows = mesh.lay_out_table(ops.matmul(ops.transpose(slope), states))
+                by_table = _write(by_table, part * step, by_rows, shards)
             return by_states + new, by_table
 
         # Every row is written. Ones, not zeros: XLA would keep one table of zeros for
         # this and for the gradient of an embedding, through the whole backward pass.
-        by_table = ops.ones_like(table) if learn_table else ops.zeros((0,))
+        by_table = ops.zeros((0,))
+        if learn_table:
+            by_table = mesh.lay_out_table(ops.ones_like(table))
         found = (ops.zeros_like(states, dtype="float32"), by_table)
         found = _loop(parts, add, found)
         if teacher is not None and not is_dense:
@@ -195,8 +200,23 @@ def token_losses(
     return tuple(results[:, i] for i in range(3))
 
 
-def _rows(table, part, step):
-    return ops.slice(table, (part * step, 0), (step, table.shape[1]))
+def _rows(table, part, step, shards=1):
+    """Rows of a part of a table, `(shards * step, D)`: as many from each shard."""
+    width = table.shape[1]
+    if shards == 1:
+        return ops.slice(table, (part * step, 0), (step, width))
+    table = ops.reshape(table, (shards, -1, width))
+    rows = ops.slice(table, (0, part * step, 0), (shards, step, width))
+    return ops.reshape(rows, (-1, width))
+
+
+def _ids(part, step, size, shards):
+    """The ids of the rows of `_rows`."""
+    ids = part * step + ops.arange(step, dtype="int32")
+    if shards == 1:
+        return ids
+    first = ops.arange(0, size, size // shards, dtype="int32")
+    return ops.reshape(first[:, None] + ids[None], (-1,))
 
 
 def _logits(states, rows, cap):
@@ -273,7 +293,7 @@ def top_choices(states, table, cap, count):
     """
     size, _ = table.shape
     # Every part is sorted: few large ones, and none that is smaller than the choice.
-    parts = parts_of(size, states.shape[0], 2**24)
+    parts = _parts(size, states.shape[0], 2**24)
     while size // parts < count:
         parts //= 2
     step = size // parts
@@ -298,7 +318,7 @@ def top_choices(states, table, cap, count):
 
 
 def _logits_at_once(states):
-    """What a CPU's cache holds (4 MiB of float32), or what fills a GPU."""
+    """What a CPU's cache holds (4 MiB of float32), or what fills a GPU; on each."""
     if keras.config.backend() == "torch":
         on_cpu = states.device.type == "cpu"
     elif keras.config.backend() == "jax":
@@ -312,16 +332,24 @@ def _logits_at_once(states):
     return 2**20 if on_cpu else 2**24
 
 
-def parts_of(size, tokens, at_once):
+def _parts(size, tokens, at_once):
+    tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
+    tokens = -(-tokens // mesh.size("data"))
+    return parts_of_vocabulary(size, tokens, at_once, mesh.pieces_of_width())
+
+
+def parts_of_vocabulary(size, tokens, at_once, pieces=1):
     """Into how many equal parts to cut a vocabulary: a power of two, if it can be.
 
     Args:
-        size: V.
-        tokens: N; `None` when it is not known.
+        size: rows of the table, on one device.
+        tokens: on one device.
         at_once: most logits of a part.
+        pieces: in how many the width of the table is cut. A part of such a table is
+            gathered: never all of it.
     """
-    tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
     wanted = 1 << max(0, (tokens * size - 1) // at_once).bit_length()
+    wanted = max(wanted, 1 << (pieces - 1).bit_length())
     return math.gcd(size, wanted)
 
 
@@ -345,12 +373,15 @@ def _loop(count, body, state):
     return ops.fori_loop(0, count, body, state)
 
 
-def _write(array, start, rows):
+def _write(array, start, rows, shards=1):
     """`rows` into `array` at row `start`; in place where nobody else does it."""
     if keras.config.backend() == "torch":
         array[start : start + len(rows)] = rows
         return array
-    return ops.slice_update(array, (start, 0), rows)
+    if shards == 1:
+        return ops.slice_update(array, (start, 0), rows)
+    pieces, rows = (ops.reshape(x, (shards, -1, x.shape[1])) for x in (array, rows))
+    return ops.reshape(ops.slice_update(pieces, (0, start, 0), rows), array.shape)
 
 
 def _add_rows(array, ids, rows):
