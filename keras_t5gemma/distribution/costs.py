@@ -139,7 +139,7 @@ def evaluate(job, mesh, strategy):
 
     variables, c = job.variables(), COMPUTE_BYTES[job.dtype]
     weights = trained = gathered = reduced = repeated = 0
-    gradients, copies = {}, {}
+    gradients, largest, copies = {}, {}, {}
     for v in variables:
         mine, whole = share(v)
         weights += v.nbytes * mine
@@ -147,6 +147,7 @@ def evaluate(job, mesh, strategy):
         is_split = mine < whole
         if v.trainable:
             gradients[part] = gradients.get(part, 0) + v.nbytes * mine
+            largest[part] = max(largest.get(part, 0), v.nbytes * mine)
             if is_split:
                 reduced += v.nbytes * whole
             else:
@@ -181,7 +182,12 @@ def evaluate(job, mesh, strategy):
     optimizer = job.optimizer
     holds_all = bool(optimizer.global_clipnorm or optimizer.gradient_accumulation_steps)
     step = activations.peak(
-        parts, gradients, copies, chunk, job.rematerialize, holds_all
+        parts,
+        gradients if holds_all else largest,
+        copies,
+        chunk,
+        job.rematerialize,
+        holds_all,
     )
     return Plan(
         strategy=strategy,
