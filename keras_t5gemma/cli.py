@@ -1,8 +1,10 @@
 """The `keras-t5gemma` command."""
 
 import argparse
+import dataclasses
 import functools
 import inspect
+import json
 import os
 import sys
 from pathlib import Path
@@ -178,6 +180,35 @@ def make_parser():
     )
     verify.add_argument("--seed", type=int, default=0, help="of the random inputs")
     verify.set_defaults(run=run_verify)
+
+    plan = commands.add_parser(
+        "plan", help="bytes a device for a training, and the layout that fits"
+    )
+    plan.add_argument(
+        "--preset", required=True, help="name, folder, or a pair: t5gemma_9b_9b"
+    )
+    plan.add_argument("--devices", type=int, required=True)
+    plan.add_argument("--memory", required=True, help="of each: 80GB, 80GiB, bytes")
+    plan.add_argument("--batch", type=int, required=True, help="of all devices")
+    plan.add_argument(
+        "--length",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="TOKENS",
+        help="of encoder and decoder, or one number for both",
+    )
+    plan.add_argument("--optimizer", default="adamw", help="default: adamw")
+    plan.add_argument("--dtype", default="mixed_bfloat16")
+    plan.add_argument("--no-rematerialize", dest="rematerialize", action="store_false")
+    plan.add_argument("--lora-rank", type=int)
+    plan.add_argument("--quantize", help="int8 or int4, with --lora-rank")
+    plan.add_argument("--strategy", help="data, fsdp or tensor; default: the best")
+    plan.add_argument(
+        "--mesh", type=int, nargs=2, metavar=("DATA", "MODEL"), help="default: the best"
+    )
+    plan.add_argument("--json", action="store_true", help="numbers in bytes, as JSON")
+    plan.set_defaults(run=run_plan)
     return parser
 
 
@@ -379,6 +410,24 @@ def run_verify(args):
     rows += [("verdict", f"{'same' if same else 'differ'} at {args.tolerance:g}")]
     print_rows(rows, None)
     return 0 if same else 1
+
+
+def run_plan(args):
+    """A table, or JSON; status 1 when no layout fits."""
+    from keras_t5gemma.distribution import plan
+
+    names = inspect.signature(plan.plan).parameters
+    options = {name: getattr(args, name) for name in names}
+    options["length"] = args.length * (2 if len(args.length) == 1 else 1)
+    if args.mesh is not None:
+        options["mesh"] = dict(zip(("data", "model"), args.mesh, strict=True))
+    result = plan.plan(**options)
+    if args.json:
+        extra = {name: getattr(result, name) for name in ("total", "fits", "received")}
+        print(json.dumps(dataclasses.asdict(result) | extra, indent=2))
+    else:
+        print_rows(plan.rows(result), None)
+    return 0 if result.fits else 1
 
 
 def print_rows(rows, header):

@@ -115,6 +115,15 @@ def published_config(preset):
     return row and T5GemmaConfig.pair(*row[:2])
 
 
+def pair_config(name):
+    """The `T5GemmaConfig` of a published pair without an objective, `"t5gemma_9b_2b"`.
+
+    `None` for what is no such name.
+    """
+    pairs = {"_".join(("t5gemma", *pair)): pair for pair in _PAIRS}
+    return T5GemmaConfig.pair(*pairs[name]) if name in pairs else None
+
+
 def resolve(preset):
     """The folder or handle of a T5Gemma preset, and its format.
 

@@ -146,7 +146,7 @@ class Backbone(keras_hub.models.Backbone):
         """Quantise projections and embeddings; see `keras.Model.quantize`."""
         mesh.prepare(self.config)
         if filters is None:
-            filters = _is_projection_or_embedding
+            filters = is_projection_or_embedding
         gc.freeze()  # Keras collects garbage after every layer, 0.4 s each time.
         try:
             super().quantize(mode, filters=filters, **kwargs)
@@ -288,7 +288,8 @@ class Backbone(keras_hub.models.Backbone):
         }
 
 
-def _is_projection_or_embedding(layer):
+def is_projection_or_embedding(layer):
+    """Whether `quantize` does something to a layer, by default."""
     return isinstance(layer, keras.layers.Dense | keras.layers.Embedding)
 
 

@@ -333,12 +333,23 @@ def _logits_at_once(states):
 
 
 def _parts(size, tokens, at_once):
-    """Into how many equal parts to cut a vocabulary: a power of two, if it can be."""
     tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
     tokens = -(-tokens // mesh.size("data"))
+    return parts_of_vocabulary(size, tokens, at_once, mesh.pieces_of_width())
+
+
+def parts_of_vocabulary(size, tokens, at_once, pieces=1):
+    """Into how many equal parts to cut a vocabulary: a power of two, if it can be.
+
+    Args:
+        size: rows of the table, on one device.
+        tokens: on one device.
+        at_once: most logits of a part.
+        pieces: in how many the width of the table is cut. A part of such a table is
+            gathered: never all of it.
+    """
     wanted = 1 << max(0, (tokens * size - 1) // at_once).bit_length()
-    # A part of a table that is cut along its width is gathered: never all of it.
-    wanted = max(wanted, 1 << (mesh.pieces_of_width() - 1).bit_length())
+    wanted = max(wanted, 1 << (pieces - 1).bit_length())
     return math.gcd(size, wanted)
 
 

@@ -1,0 +1,236 @@
+"""What one layout costs a device: bytes of memory, bytes of communication.
+
+Weights and optimizer are those of the real model and optimizer, evaluated without
+values (`abstract`), laid out by `layouts.partition`; what a step holds beside them is
+`activations`. Communication, in bytes that a device receives in a step, n devices in a
+ring, c bytes a number in the compute dtype:
+
+    "data"    all-reduce of the gradients         2 (n - 1) / n gradients
+    "fsdp"    all-gather of the weights           (n - 1) / n weights at c bytes, in
+                                                  the forward and the backward pass
+              reduce-scatter of the gradients     (n - 1) / n gradients
+    "model"   all-reduce of the states            2 (n - 1) / n c B T D, after each
+                                                  sub-layer and before it in the
+                                                  backward pass; a third time where
+                                                  blocks are computed anew
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.distribution import activations
+from keras_t5gemma.distribution.abstract import model_variables, optimizer_variables
+from keras_t5gemma.distribution.layouts import check_mesh, partition
+
+COMPUTE_BYTES = {"float32": 4, "mixed_bfloat16": 2, "bfloat16": 2}
+# Mesh axes that share a variable: in memory, and while it is used.
+_STORED, _USED = ("data", "model"), ("model",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on each device, and the layout they are for.
+
+    Attributes:
+        strategy: `"data"`, `"fsdp"` or `"tensor"`.
+        mesh: dict of `"data"` and `"model"`, devices along each axis.
+        memory: bytes that a device has.
+        weights: of the model.
+        optimizer: its state.
+        gradients: of all that is trained.
+        activations: what blocks keep for the backward pass.
+        activations_rematerialized: likewise when they keep their input alone.
+        working: of one block's backward pass.
+        copies: weights cast or gathered to be used.
+        logits: the part of them that exists at a time.
+        step: the most that a step holds at a time beside weights and optimizer:
+            what of the rows above is there together.
+        caches: of `generate`, for the same batch and lengths; not with training.
+        communication: bytes received in a step, `{what: bytes}`.
+        advice: what else would fit, or what to change so that it does.
+    """
+
+    strategy: str
+    mesh: dict
+    memory: int
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    activations_rematerialized: int
+    working: int
+    copies: int
+    logits: int
+    step: int
+    caches: int
+    communication: dict
+    advice: tuple = ()
+
+    @property
+    def total(self):
+        """Bytes of training: weights, optimizer, and the most of a step."""
+        return self.weights + self.optimizer + self.step
+
+    @property
+    def fits(self):
+        """Whether a device has that much."""
+        return self.total <= self.memory
+
+    @property
+    def received(self):
+        """Bytes of communication in all."""
+        return sum(self.communication.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be trained, checked: the arguments of `plan`."""
+
+    config: T5GemmaConfig
+    devices: int
+    memory: int
+    batch: int
+    length: tuple
+    optimizer: object
+    dtype: str = "mixed_bfloat16"
+    rematerialize: bool = True
+    lora_rank: int | None = None
+    quantize: str | None = None
+    at_once: int = activations.AT_ONCE_ON_ACCELERATOR
+
+    def variables(self):
+        """Of the model; see `abstract.model_variables`."""
+        return model_variables(self.config, self.dtype, self.lora_rank, self.quantize)
+
+
+def evaluate(job, mesh, strategy):
+    """The `Plan` of one layout.
+
+    Raises:
+        ValueError: when the layout does not fit the model or the batch.
+    """
+    check_mesh(mesh)
+    data, model = mesh.get("data", 1), mesh.get("model", 1)
+    if data * model != job.devices:
+        raise ValueError(
+            f"`mesh` {mesh} has {data * model} devices; `devices` is {job.devices}."
+        )
+    if strategy == "data" and model > 1:
+        raise ValueError(
+            f"`strategy` 'data' uses the mesh axis 'data' alone; got {mesh}."
+        )
+    if job.batch % data:
+        raise ValueError(
+            f"`batch` {job.batch} cannot be split over the mesh axis 'data' of {data} "
+            "devices."
+        )
+
+    def share(variable):
+        """Of a variable on one device: all, and without what "data" splits."""
+        axes = partition(variable.path, variable.shape, mesh, strategy, job.config)
+        shares = [
+            1 / math.prod(mesh[a] for a in axes if a in names)
+            for names in (_STORED, _USED)
+        ]
+        return shares
+
+    variables, c = job.variables(), COMPUTE_BYTES[job.dtype]
+    weights = trained = gathered = reduced = repeated = 0
+    gradients, largest, copies = {}, {}, {}
+    for v in variables:
+        mine, whole = share(v)
+        weights += v.nbytes * mine
+        part = _part(v.path)
+        is_split = mine < whole
+        if v.trainable:
+            gradients[part] = gradients.get(part, 0) + v.nbytes * mine
+            largest[part] = max(largest.get(part, 0), v.nbytes * mine)
+            if is_split:
+                reduced += v.nbytes * whole
+            else:
+                repeated += v.nbytes * whole
+        numbers, is_cast = _numbers(v, job)
+        if is_split:
+            gathered += numbers * c * whole
+        if is_split or is_cast:
+            copies[part] = copies.get(part, 0) + numbers * c * whole
+    trained = sum(gradients.values())
+    state = sum(
+        v.nbytes * share(v)[0] for v in optimizer_variables(job.optimizer, variables)
+    )
+    s = activations.Shape(
+        job.batch // data, *job.length, c, model, job.lora_rank is None
+    )
+    parts = activations.parts_of_step(job.config, s)
+    chunk = 0
+    if job.config.decoder is not None:
+        shards = 1 if strategy == "data" else model
+        pieces = data if strategy == "fsdp" else 1
+        chunk = activations.logits_chunk(job.config, s, shards, pieces, job.at_once)
+    around = (data - 1) / data
+    passes = 3 if job.rematerialize else 2
+    states = _reduced_states(job.config, s) * 2 * (model - 1) / model
+    communication = {
+        "all-gather of weights": 2 * around * gathered,
+        "reduce-scatter of gradients": around * reduced,
+        "all-reduce of gradients": 2 * around * repeated,
+        "all-reduce of states": passes * states,
+    }
+    optimizer = job.optimizer
+    holds_all = bool(optimizer.global_clipnorm or optimizer.gradient_accumulation_steps)
+    step = activations.peak(
+        parts,
+        gradients if holds_all else largest,
+        copies,
+        chunk,
+        job.rematerialize,
+        holds_all,
+    )
+    return Plan(
+        strategy=strategy,
+        mesh={"data": data, "model": model},
+        memory=job.memory,
+        weights=math.ceil(weights),
+        optimizer=math.ceil(state),
+        gradients=math.ceil(trained),
+        activations=math.ceil(sum(p.kept for p in parts)),
+        activations_rematerialized=math.ceil(sum(p.entered for p in parts)),
+        working=math.ceil(max(p.working for p in parts)),
+        copies=math.ceil(sum(copies.values())),
+        logits=math.ceil(chunk),
+        step=step,
+        caches=math.ceil(activations.cache_bytes(job.config, s)),
+        communication={k: math.ceil(v) for k, v in communication.items()},
+    )
+
+
+def _part(path):
+    folders = path.split("/")
+    return "/".join(folders[: 2 if folders[1].startswith("block_") else 1])
+
+
+def _numbers(variable, job):
+    """How many numbers a variable has, and whether they are cast to be used."""
+    count = math.prod(variable.shape)
+    if len(variable.shape) < 2:
+        return count, False
+    if variable.dtype == "int8":
+        return count * (2 if job.quantize == "int4" else 1), True
+    return count, np.dtype(variable.dtype).itemsize > COMPUTE_BYTES[job.dtype]
+
+
+def _reduced_states(config, s):
+    """Bytes of all states that are summed over "model" in a forward pass."""
+    total = 0
+    for side, length, sub_layers in (
+        ("encoder", s.source, 2),
+        ("decoder", s.target, 3),
+    ):
+        stack = getattr(config, side)
+        if stack is not None:
+            rows = stack.num_layers * sub_layers + 1  # And the embedding's.
+            total += rows * s.batch * length * stack.hidden_dim * s.itemsize
+    return total
