@@ -11,6 +11,7 @@ from keras_t5gemma.checkpoints.presets import presets as presets
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
 from keras_t5gemma.distribution.distribute import distribute as distribute
+from keras_t5gemma.distribution.plan import plan as plan
 from keras_t5gemma.distribution.processes import connect as connect
 from keras_t5gemma.evaluation.evaluate import evaluate_encoders as evaluate_encoders
 from keras_t5gemma.generation.engine import (
