@@ -35,8 +35,11 @@ ROWS = (
 NAMES = {"V": "vocabulary", "N": "query heads", "F": "feed-forward"}
 
 # What may be large and yet the same on all devices of `"model"`: key and value heads
-# fewer than these, or not a multiple of them, are not cut up.
-REPLICATED = ("attention/(key|value)/(kernel(_scale|_zero)?|lora_kernel_b)",)
+# fewer than these, or not a multiple of them, are not cut up, nor are int4's groups.
+REPLICATED = (
+    "attention/(key|value)/(kernel(_scale|_zero)?|lora_kernel_b)",
+    "(output|down)/kernel_(scale|zero)",
+)
 
 # Elements from which on a variable is large: of 8 bytes each, still below 1 MB.
 LARGE = 2**16

@@ -78,6 +78,8 @@ class Backbone(keras_hub.models.Backbone):
         self.lineage = lineage
         self.encoder = encoder
         self.decoder = decoder
+        if mesh.current() is not None:
+            self.get_layout_map(mesh.current().device_mesh, mesh.current().strategy)
         track_parameters(self)
 
     def encode(self, token_ids, padding_mask, training=False):
@@ -182,7 +184,8 @@ class Backbone(keras_hub.models.Backbone):
         found = layouts.make_layout_map(
             self.variables, device_mesh, strategy, self.config
         )
-        if strategy != "data":
+        is_split = strategy != "data" and device_mesh.devices.size > 1
+        if is_split:
             layouts.check_layouts(self, found)
         return found
 
