@@ -41,33 +41,12 @@ RUN = Path("runs/pod")
 RUN.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
-# ## What fits?
-#
-# `plan` adds up what a training takes on each device, weights, gradients, optimizer,
-# activations and what is gathered meanwhile, and looks for the layout that fits and
-# has least to send. Nothing of the model is made. All weights of 9B-2B with AdamW, 256
-# pairs of 4,096 and 1,024 tokens a step, on 64 devices:
-
-# %%
-found = keras_t5gemma.plan(
-    "t5gemma_9b_2b", devices=64, memory="80GB", batch=256, length=(4096, 1024)
-)
-print(found.strategy, found.mesh, f"{found.total / 1e9:.0f} GB on each device")
-
-# %% [markdown]
-# The same as a command, with every part in a table:
-#
-# ```bash
-# keras-t5gemma plan --preset t5gemma_9b_2b --devices 64 --memory 80GB \
-#     --batch 256 --length 4096 1024
-# ```
-#
 # ## Several processes
 #
 # A pod is many machines with a process each, all started with this same script. They
 # meet at the address of the first one. Who is missing, or was started with something
 # else, is named in an error in all of them, after `timeout` seconds. One process, as
-# here, has nobody to meet.
+# here, has nobody to meet. It comes before anything is computed.
 
 # %%
 PROCESSES = int(os.environ.get("POD_PROCESSES", "1"))
@@ -97,9 +76,31 @@ if INDEX == 0:  # All processes read the same files; one writes them, before the
     for i in range(4):
         (RUN / f"texts/{i}.jsonl").write_text("".join(lines[i::4]), encoding="utf-8")
 
-keras.utils.set_random_seed(0)
 if PROCESSES > 1:
     keras_t5gemma.connect(ADDRESS, PROCESSES, INDEX, timeout=300)
+keras.utils.set_random_seed(0)
+
+# %% [markdown]
+# ## What fits?
+#
+# `plan` adds up what a training takes on each device, weights, gradients, optimizer,
+# activations and what is gathered meanwhile, and looks for the layout that fits and
+# has least to send. Nothing of the model is made. All weights of 9B-2B with AdamW, 256
+# pairs of 4,096 and 1,024 tokens a step, on 64 devices:
+
+# %%
+found = keras_t5gemma.plan(
+    "t5gemma_9b_2b", devices=64, memory="80GB", batch=256, length=(4096, 1024)
+)
+print(found.strategy, found.mesh, f"{found.total / 1e9:.0f} GB on each device")
+
+# %% [markdown]
+# The same as a command, with every part in a table:
+#
+# ```bash
+# keras-t5gemma plan --preset t5gemma_9b_2b --devices 64 --memory 80GB \
+#     --batch 256 --length 4096 1024
+# ```
 
 # %% [markdown]
 # ## One switch

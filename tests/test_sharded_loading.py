@@ -188,7 +188,7 @@ with distribution.ModelParallel(layout_map=layouts).scope():
 tracemalloc.start()
 backbone.save_to_preset(sys.argv[2], max_shard_size=0.002)
 left, peak = tracemalloc.get_traced_memory()
-again = kt.Backbone.from_preset(sys.argv[2])  # On one device.
+again = kt.Backbone.from_preset(sys.argv[2], dtype=sys.argv[3])  # On one device.
 for saved, loaded in zip(backbone.weights, again.weights, strict=True):
     assert saved.path == loaded.path and saved.dtype == loaded.dtype
     assert (np.asarray(saved.value) == np.asarray(loaded.value)).all(), saved.path
