@@ -101,8 +101,7 @@ print(found.strategy, found.mesh, f"{found.total / 1e9:.0f} GB on each device")
 # keras-t5gemma plan --preset t5gemma_9b_2b --devices 64 --memory 80GB \
 #     --batch 256 --length 4096 1024
 # ```
-
-# %% [markdown]
+#
 # ## One switch
 #
 # From here on models are made in pieces: `"fsdp"` splits every large variable over the
@@ -157,18 +156,17 @@ print(f"loss: {first:.4f} in the first epoch, {last:.4f} in the second")
 # %% [markdown]
 # ## Use it
 #
-# `generate` and `score` run on the mesh as they do on one device. The preset is one, as
-# any other: it loads on another mesh, or on none.
+# The preset is written whole, tensor by tensor, and is one as any other: it loads on
+# another mesh, or on none. `generate` and `score` give on a mesh what they give on one
+# device.
 
 # %%
 model.preprocessor.objective = None
-text = documents()[0][:200]
-answer = model.generate(text, max_length=24)
 model.save_to_preset(RUN / "preset")
-print("written on the mesh:", " ".join(answer.split()))
-
-# %%
 if PROCESSES == 1:
+    text = documents()[0][:200]
+    answer = model.generate(text, max_length=24)
+    print("written on the mesh:", " ".join(answer.split()))
     mesh.undo()
     alone = keras_t5gemma.Seq2SeqLM.from_preset(RUN / "preset")
     print("one device agrees:", alone.generate(text, max_length=24) == answer)

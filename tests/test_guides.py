@@ -1,8 +1,10 @@
 """The guides run as scripts and reach what they say; notebooks can be made of them."""
 
+import concurrent.futures
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +144,37 @@ def test_classify_and_search(tmp_path):
     assert "states (2, 16, 192)" in printed
     drawn = (tmp_path / "runs/encoder/map.png").exists()
     assert drawn != ("pip install matplotlib" in printed)
+
+
+@runs_here
+def test_train_on_a_pod(tmp_path):
+    """On 8 simulated devices, of one process and of two."""
+
+    def start(folder, count, index, port):
+        folder.mkdir(exist_ok=True)
+        flags = f"--xla_force_host_platform_device_count={8 // count}"
+        pod = {"PROCESSES": count, "INDEX": index, "ADDRESS": f"127.0.0.1:{port}"}
+        environment = {f"POD_{name}": str(value) for name, value in pod.items()}
+        return run("train_on_a_pod", folder, XLA_FLAGS=flags, **environment)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = start(tmp_path / "alone", 1, 0, port)
+    assert "one device agrees: True" in alone
+    numbers(r"'model': \d+\} (\d+) GB on each device", alone)
+    weights, state = numbers(r"holds (\d+) % of the weights and (\d+) %", alone)
+    assert weights < 30 and state < 30
+    first, last = numbers(r"loss: ([\d.]+) in the first .* ([\d.]+) in the", alone)
+    assert last < first - 0.5
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        jobs = [(tmp_path / "two", 2, index, port) for index in range(2)]
+        both = list(threads.map(lambda job: start(*job), jobs))
+    for printed in both:
+        found = numbers(r"loss: ([\d.]+) in the first .* ([\d.]+) in the", printed)
+        assert found == pytest.approx([first, last], abs=2e-3)
+    assert (tmp_path / "two/runs/pod/preset/config.json").exists()
+    assert not (tmp_path / "two/runs/pod/backup").exists()
 
 
 @runs_here

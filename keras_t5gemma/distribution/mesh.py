@@ -6,6 +6,7 @@ Without `distribute` there is none: all functions then give back what they got.
 import keras
 import numpy as np
 
+from keras_t5gemma.checkpoints.tensors import gathered
 from keras_t5gemma.distribution.distribute import MeshDistribution
 
 
@@ -91,15 +92,30 @@ def look_up(layer, token_ids):
 
 
 def split_rows(tree):
-    """Arrays, their first axes split over `"data"` where it divides them."""
-    if current() is None:
+    """Arrays of the host, their first axes split over `"data"` where it divides them.
+
+    Where there are several processes, all of them have the same arrays.
+    """
+    mesh = current()
+    if mesh is None:
         return tree
+    import jax
 
     def split(x):
-        axes = ("data", *[None] * (len(x.shape) - 1)) if len(x.shape) else ()
-        return lay_out(x, *axes)
+        x = np.asarray(x)
+        over = "data" if x.ndim and len(x) % mesh.mesh["data"] == 0 else None
+        axes = [over, *[None] * (x.ndim - 1)] if x.ndim else []
+        layout = keras.distribution.TensorLayout(axes, mesh.device_mesh)
+        return jax.make_array_from_callback(
+            x.shape, layout.backend_layout, lambda index: x[index]
+        )
 
     return keras.tree.map_structure(split, tree)
+
+
+def to_numpy(x):
+    """A NumPy array of one that the mesh may share; all processes call it."""
+    return keras.ops.convert_to_numpy(x if current() is None else gathered(x))
 
 
 def like(x, source):

@@ -46,7 +46,8 @@ class Engine:
 
     def advance(self, state, limit):
         """See `decoding.advance`; the state that is passed must not be used again."""
-        return self._advance(state, ops.convert_to_tensor(limit, "int32"))
+        limit = mesh.split_rows(ops.convert_to_tensor(limit, "int32"))
+        return self._advance(state, limit)
 
     def compiled_programs(self):
         """How many programs have been compiled so far."""
@@ -56,7 +57,7 @@ class Engine:
 def results(state, options):
     """What has been written, `(token_ids, token_log_probs)`, NumPy `(rows, L)`."""
     names = set(state) - {"cache", "knobs"}
-    arrays = {name: ops.convert_to_numpy(state[name]) for name in names}
+    arrays = {name: mesh.to_numpy(state[name]) for name in names}
     if options.num_beams > 1:
         return beam.results(arrays, options)
     return arrays["token_ids"], arrays["token_log_probs"]

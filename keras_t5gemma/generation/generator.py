@@ -6,9 +6,8 @@ import time
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_t5gemma.distribution import mesh
+from keras_t5gemma.distribution import mesh, processes
 from keras_t5gemma.generation.decoding import select
 from keras_t5gemma.generation.engine import Engine, results
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
@@ -100,7 +99,7 @@ class Generator:
                     ids[places], log_probs[places] = written, scores
                     ends[places] = np.maximum(ends[places], end)
                     advance(len(places))
-                if time.monotonic() > deadline:
+                if _is_late(deadline):
                     break
         flat = (len(prompts) * answers, -1)
         return ids.reshape(flat), log_probs.reshape(flat), ends.reshape(-1)
@@ -115,9 +114,9 @@ class Generator:
         shown = tokenizer.detokenize(inputs["decoder_token_ids"][0, :begin].tolist())
         for limit in range(begin + 1, request.max_length + 1):
             state = engine.advance(state, limit)
-            ids = ops.convert_to_numpy(state["token_ids"])[0, :limit].tolist()
+            ids = mesh.to_numpy(state["token_ids"])[0, :limit].tolist()
             is_last = limit == request.max_length
-            is_last |= bool(ops.convert_to_numpy(state["done"])[0])
+            is_last |= bool(mesh.to_numpy(state["done"])[0])
             written = tokenizer.detokenize(ids)
             whole = is_last or not written.endswith("\ufffd")
             if whole and len(written) > len(shown):
@@ -151,6 +150,13 @@ class Generator:
         return self.engines[key]
 
 
+def _is_late(deadline):
+    """Whether to stop; where there are several processes, by the first one's clock."""
+    if deadline == math.inf:
+        return False
+    return processes.from_first(time.monotonic() > deadline)
+
+
 def _write(engine, inputs, real, max_length, deadline, shrinks):
     """Write a batch; leave behind what is done, each time that half of it is.
 
@@ -171,9 +177,9 @@ def _write(engine, inputs, real, max_length, deadline, shrinks):
     while True:
         end = min(end + _TOKENS_AT_A_TIME, max_length)
         state = engine.advance(state, end)
-        done = ops.convert_to_numpy(state["done"]).reshape(len(chosen), -1).all(axis=1)
+        done = mesh.to_numpy(state["done"]).reshape(len(chosen), -1).all(axis=1)
         done |= ~real[chosen]
-        if done.all() or end == max_length or time.monotonic() > deadline:
+        if done.all() or end == max_length or _is_late(deadline):
             yield chosen, state, max_length if done.all() else end
             return
         size = mesh.round_up(power_of_two(np.count_nonzero(~done)))
