@@ -47,6 +47,20 @@ def build_and_fill(build, read):
     return model
 
 
+def build_abstract(build):
+    """Build what has variables, and never give them values: `build()`'s result.
+
+    Keras would fill them at the next model that it builds, whoever's that is.
+    """
+    already = global_state.get_global_attribute(_PENDING) or []
+    try:
+        global_state.set_global_attribute(_PENDING, [])
+        with keras.StatelessScope(initialize_variables=False):
+            return build()
+    finally:
+        global_state.set_global_attribute(_PENDING, already)
+
+
 class _Reader:
     """An initialiser that reads."""
 
