@@ -57,13 +57,14 @@ def model_variables(config, dtype, lora_rank=None, quantize=None):
 
     Args:
         config: a `T5GemmaConfig`.
-        dtype: a policy's name.
+        dtype: a policy's name; that of its variables matters alone.
         lora_rank: of adapters on `enable_lora`'s default layers, or `None`.
         quantize: `"int8"`, `"int4"` or `None`; then nothing but adapters learns.
 
     Returns:
         A tuple of `Variable`.
     """
+    dtype = keras.dtype_policies.get(dtype).variable_dtype
     small = dataclasses.replace(
         config, encoder=_one_block(config.encoder), decoder=_one_block(config.decoder)
     )
