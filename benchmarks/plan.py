@@ -1,6 +1,6 @@
 """The planner's bytes against the compiler's memory analysis, on small models.
 
-    python benchmarks/plan.py [--cases one mesh] [--json]
+    python benchmarks/plan.py [--cases equal "fsdp 8 x 1"] [--json]
 
 The real Keras training step is compiled by JAX for CPUs, one or 8 simulated ones, and
 not run.
@@ -142,19 +142,22 @@ def compare(name, job, mesh=None, strategy="fsdp"):
 
 
 def rows_of(cases):
-    """All rows of `"one"` and of `"mesh"`."""
+    """Rows of the cases with a name in `cases`; an empty list is all."""
     for rematerialize in (False, True):
-        for name, case in ONE.items() if "one" in cases else ():
-            yield compare(name, make_job(case, rematerialize))
-        for strategy, data, model in MESHES if "mesh" in cases else ():
-            mesh = {"data": data, "model": model}
-            job = make_job(MESH_CASE, rematerialize, data * model)
-            yield compare(f"{strategy} {data} x {model}", job, mesh, strategy)
+        for name, case in ONE.items():
+            if not cases or name in cases:
+                yield compare(name, make_job(case, rematerialize))
+        for strategy, data, model in MESHES:
+            name = f"{strategy} {data} x {model}"
+            if not cases or name in cases:
+                mesh = {"data": data, "model": model}
+                job = make_job(MESH_CASE, rematerialize, data * model)
+                yield compare(name, job, mesh, strategy)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", nargs="+", default=["one", "mesh"])
+    parser.add_argument("--cases", nargs="+", default=[])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     columns = ("planned state", "compiled state", "planned step", "compiled step")

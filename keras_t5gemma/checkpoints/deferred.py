@@ -61,6 +61,7 @@ def build_and_fill(build, read):
     return model
 
 
+<<<<<<< HEAD
 def variable_sharding(variable):
     """How the devices share a variable: JAX's `Sharding`, or `None` for one device."""
     distribution = keras.distribution.distribution()
@@ -93,6 +94,20 @@ def read_onto_devices(tensor, sharding, dtype):
         pieces += [jax.device_put(array, device) for device in devices]
     jax.block_until_ready(pieces)  # Until then the host's arrays are held too.
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+=======
+def build_abstract(build):
+    """Build what has variables, and never give them values: `build()`'s result.
+
+    Keras would fill them at the next model that it builds, whoever's that is.
+    """
+    already = global_state.get_global_attribute(_PENDING) or []
+    try:
+        global_state.set_global_attribute(_PENDING, [])
+        with keras.StatelessScope(initialize_variables=False):
+            return build()
+    finally:
+        global_state.set_global_attribute(_PENDING, already)
+>>>>>>> 6cf57a92437489cd847e2a5ef5f233306770ab0c
 
 
 class _Reader:

@@ -13,6 +13,7 @@ import keras
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16 by name.
 import numpy as np
 
+from keras_t5gemma.checkpoints.deferred import build_abstract
 from keras_t5gemma.modeling.backbone import Backbone, is_projection_or_embedding
 
 # What `Backbone.quantize` makes of its default settings.
@@ -56,17 +57,19 @@ def model_variables(config, dtype, lora_rank=None, quantize=None):
 
     Args:
         config: a `T5GemmaConfig`.
-        dtype: a policy's name.
+        dtype: a policy's name; that of its variables matters alone.
         lora_rank: of adapters on `enable_lora`'s default layers, or `None`.
         quantize: `"int8"`, `"int4"` or `None`; then nothing but adapters learns.
 
     Returns:
         A tuple of `Variable`.
     """
+    dtype = keras.dtype_policies.get(dtype).variable_dtype
     small = dataclasses.replace(
         config, encoder=_one_block(config.encoder), decoder=_one_block(config.decoder)
     )
-    with keras.StatelessScope(initialize_variables=False):
+
+    def build():
         backbone = Backbone(small, dtype=dtype)
         if quantize:
             backbone = Backbone(small, dtype=_quantized(backbone, dtype, quantize))
@@ -74,6 +77,9 @@ def model_variables(config, dtype, lora_rank=None, quantize=None):
             backbone.enable_lora(lora_rank)
         elif quantize:
             backbone.trainable = False
+        return backbone
+
+    backbone = build_abstract(build)
     found = []
     for v in backbone.weights:
         stack = getattr(config, v.path.split("/")[0])

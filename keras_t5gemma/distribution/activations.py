@@ -184,7 +184,7 @@ def peak(parts, gradients, copies, chunk, rematerialize, holds_all):
     Returns:
         Bytes.
     """
-    last = parts[-1].name.split("/")[0]
+    last = parts[-1].name.split("/")[0]  # The tower of the logit table.
     held = gradients.get(last, 0)  # Of the logit table: the first that is known.
     alive = sum(p.entered if rematerialize else p.kept for p in parts)
     if rematerialize:

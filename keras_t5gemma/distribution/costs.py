@@ -9,6 +9,8 @@ ring, c bytes a number in the compute dtype:
     "fsdp"    all-gather of the weights           (n - 1) / n weights at c bytes, in
                                                   the forward and the backward pass
               reduce-scatter of the gradients     (n - 1) / n gradients
+              exchange of embedded tokens         (n - 1) / n c B T D, twice a tower
+                                                  (the tables are split by width)
     "model"   all-reduce of the states            2 (n - 1) / n c B T D, after each
                                                   sub-layer and before it in the
                                                   backward pass; a third time where
@@ -43,7 +45,8 @@ class Plan:
         gradients: of all that is trained.
         activations: what blocks keep for the backward pass.
         activations_rematerialized: likewise when they keep their input alone.
-        working: of one block's backward pass.
+        working: of one block's backward pass, with its gradients as they are before
+            they are reduced.
         copies: weights cast or gathered to be used.
         logits: the part of them that exists at a time.
         step: the most that a step holds at a time beside weights and optimizer:
@@ -122,6 +125,10 @@ def evaluate(job, mesh, strategy):
         raise ValueError(
             f"`strategy` 'data' uses the mesh axis 'data' alone; got {mesh}."
         )
+    if strategy == "tensor" and model == 1 < job.devices:
+        raise ValueError(
+            f"`strategy` 'tensor' splits nothing over the mesh axis 'data'; got {mesh}."
+        )
     if job.batch % data:
         raise ValueError(
             f"`batch` {job.batch} cannot be split over the mesh axis 'data' of {data} "
@@ -138,39 +145,50 @@ def evaluate(job, mesh, strategy):
         return shares
 
     variables, c = job.variables(), COMPUTE_BYTES[job.dtype]
-    weights = trained = gathered = reduced = repeated = 0
-    gradients, largest, copies = {}, {}, {}
+    weights = gathered = reduced = repeated = 0
+    gradients, largest, whole_gradients, copies = {}, {}, {}, {}
     for v in variables:
         mine, whole = share(v)
         weights += v.nbytes * mine
-        part = _part(v.path)
-        is_split = mine < whole
+        part, is_split = _part(v.path), mine < whole
+        is_table = "/token_embedding/" in v.path
+        is_looked_up = is_table and part == "encoder"
         if v.trainable:
-            gradients[part] = gradients.get(part, 0) + v.nbytes * mine
+            _add(gradients, part, v.nbytes * mine)
             largest[part] = max(largest.get(part, 0), v.nbytes * mine)
-            if is_split:
-                reduced += v.nbytes * whole
-            else:
+            if not is_split:
                 repeated += v.nbytes * whole
+            elif not is_looked_up:
+                reduced += v.nbytes * whole
+                if not is_table:
+                    _add(whole_gradients, part, v.nbytes * whole)
         numbers, is_cast = _numbers(v, job)
+        if is_looked_up:  # Rows are found where they lie, then cast.
+            continue
         if is_split:
             gathered += numbers * c * whole
-        if is_split or is_cast:
-            copies[part] = copies.get(part, 0) + numbers * c * whole
+        # Of the logit table a part at a time: see `activations.logits_chunk`.
+        if is_cast or (is_split and not is_table):
+            _add(copies, part, numbers * c * (mine if is_table else whole))
     trained = sum(gradients.values())
     state = sum(
         v.nbytes * share(v)[0] for v in optimizer_variables(job.optimizer, variables)
     )
+    around = (data - 1) / data
     s = activations.Shape(
         job.batch // data, *job.length, c, model, job.lora_rank is None
     )
-    parts = activations.parts_of_step(job.config, s)
-    chunk = 0
+    parts = [
+        dataclasses.replace(p, working=p.working + whole_gradients.get(p.name, 0))
+        for p in activations.parts_of_step(job.config, s)
+    ]
+    chunk = exchanged = 0
+    if strategy == "fsdp":
+        exchanged = 2 * around * _embedded(job.config, s)
     if job.config.decoder is not None:
         shards = 1 if strategy == "data" else model
         pieces = data if strategy == "fsdp" else 1
         chunk = activations.logits_chunk(job.config, s, shards, pieces, job.at_once)
-    around = (data - 1) / data
     passes = 3 if job.rematerialize else 2
     states = _reduced_states(job.config, s) * 2 * (model - 1) / model
     communication = {
@@ -178,6 +196,7 @@ def evaluate(job, mesh, strategy):
         "reduce-scatter of gradients": around * reduced,
         "all-reduce of gradients": 2 * around * repeated,
         "all-reduce of states": passes * states,
+        "exchange of embedded tokens": exchanged,
     }
     optimizer = job.optimizer
     holds_all = bool(optimizer.global_clipnorm or optimizer.gradient_accumulation_steps)
@@ -207,6 +226,10 @@ def evaluate(job, mesh, strategy):
     )
 
 
+def _add(sums, name, count):
+    sums[name] = sums.get(name, 0) + count
+
+
 def _part(path):
     folders = path.split("/")
     return "/".join(folders[: 2 if folders[1].startswith("block_") else 1])
@@ -220,6 +243,16 @@ def _numbers(variable, job):
     if variable.dtype == "int8":
         return count * (2 if job.quantize == "int4" else 1), True
     return count, np.dtype(variable.dtype).itemsize > COMPUTE_BYTES[job.dtype]
+
+
+def _embedded(config, s):
+    """Bytes of the rows that both towers look up, c B T D."""
+    towers = ((config.encoder, s.source), (config.decoder, s.target))
+    return sum(
+        s.batch * length * stack.hidden_dim * s.itemsize
+        for stack, length in towers
+        if stack is not None
+    )
 
 
 def _reduced_states(config, s):

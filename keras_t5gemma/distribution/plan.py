@@ -99,6 +99,8 @@ def _best(job, strategy=None, mesh=None):
     found, errors = [], []
     for each in meshes:
         for name in STRATEGIES if strategy is None else (strategy,):
+            if strategy is None and name == "fsdp" and each.get("data", 1) == 1:
+                continue  # It is "data" or "tensor" then.
             try:
                 found.append(evaluate(job, each, name))
             except ValueError as error:
