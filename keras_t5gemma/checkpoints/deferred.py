@@ -61,7 +61,6 @@ def build_and_fill(build, read):
     return model
 
 
-<<<<<<< HEAD
 def variable_sharding(variable):
     """How the devices share a variable: JAX's `Sharding`, or `None` for one device."""
     distribution = keras.distribution.distribution()
@@ -94,7 +93,8 @@ def read_onto_devices(tensor, sharding, dtype):
         pieces += [jax.device_put(array, device) for device in devices]
     jax.block_until_ready(pieces)  # Until then the host's arrays are held too.
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-=======
+
+
 def build_abstract(build):
     """Build what has variables, and never give them values: `build()`'s result.
 
@@ -107,7 +107,6 @@ def build_abstract(build):
             return build()
     finally:
         global_state.set_global_attribute(_PENDING, already)
->>>>>>> 6cf57a92437489cd847e2a5ef5f233306770ab0c
 
 
 class _Reader:
