@@ -137,6 +137,10 @@ class TextEmbedder(EncoderTask):
         shape = (self._parts, -1, ops.shape(ids)[1])
         ids, padding = ops.reshape(ids, shape), ops.reshape(padding, shape)
         run = keras.remat(run)
+        if keras.config.backend() == "jax":
+            # A loop: XLA would compute parts that only stand in a row all at once.
+            vectors = ops.map(lambda part: run(*part), (ids, padding))
+            return ops.reshape(vectors, (-1, vectors.shape[-1]))
         return ops.concatenate([run(ids[i], padding[i]) for i in range(self._parts)])
 
     def embed(self, texts, batch_size=32, dimensions=None):
