@@ -40,6 +40,7 @@ def plan(
     Of the meshes (data x model) and strategies that divide heads, widths and batch,
     the one that fits in memory with the least communication; when none fits, the one
     that takes the least memory, with advice. Nothing of the model is allocated.
+    benchmarks/RESULTS.md has how far XLA's own account differs; leave a margin.
 
     Args:
         preset: a name of `keras_t5gemma.presets()`, a pair's such as
