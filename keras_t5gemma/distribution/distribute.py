@@ -37,8 +37,8 @@ def distribute(strategy="fsdp", data=None, model=None, devices=None):
         devices: their names, e.g. `["gpu:0", "gpu:1"]`; `None` is all there are.
 
     Returns:
-        The `MeshDistribution`, which is Keras's distribution from now on. `undo()` of
-        it, or the end of a `with` block, brings back the one before.
+        The `MeshDistribution`, which is Keras's distribution from now on where there
+        is more than one device. `undo()` of it, or the end of a `with` block, brings back the one before.
 
     Raises:
         ValueError: on another backend than JAX, whose devices Keras does not use; for
@@ -79,7 +79,8 @@ def distribute(strategy="fsdp", data=None, model=None, devices=None):
     mesh = keras.distribution.DeviceMesh((data, model), MESH_AXES, devices)
     distribution = MeshDistribution(mesh, strategy)
     distribution.before = keras.distribution.distribution()
-    keras.distribution.set_distribution(distribution)
+    if count > 1:  # One has nothing to share, and Keras would warn.
+        keras.distribution.set_distribution(distribution)
     return distribution
 
 
