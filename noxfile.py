@@ -9,7 +9,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "tests", "without_tensorflow"]
 
 # Two processes of one thread each: most of the time is compilation, in one thread.
-PYTEST = ("pytest", "-n", "2")
+# Groups are tests that share what takes long to make.
+PYTEST = ("pytest", "-n", "2", "--dist", "loadgroup")
 BACKENDS = ("jax", "tensorflow", "torch")
 # The versions that are tested together. torch first and by number: the next one
 # that pip finds brings gigabytes of GPU libraries.

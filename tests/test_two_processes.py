@@ -16,9 +16,10 @@ from conftest import SENTENCES, one_block_config
 
 import keras_t5gemma as kt
 
-pytestmark = pytest.mark.skipif(
-    keras.config.backend() != "jax", reason="`connect` is for JAX"
-)
+pytestmark = [
+    pytest.mark.skipif(keras.config.backend() != "jax", reason="`connect` is for JAX"),
+    pytest.mark.xdist_group("two_processes"),
+]
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
 

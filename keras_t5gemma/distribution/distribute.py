@@ -38,7 +38,8 @@ def distribute(strategy="fsdp", data=None, model=None, devices=None):
 
     Returns:
         The `MeshDistribution`, which is Keras's distribution from now on where there
-        is more than one device. `undo()` of it, or the end of a `with` block, brings back the one before.
+        is more than one device. `undo()` of it, or the end of a `with` block, brings
+        back the one before.
 
     Raises:
         ValueError: on another backend than JAX, whose devices Keras does not use; for
