@@ -85,8 +85,9 @@ keras.utils.set_random_seed(0)
 #
 # `plan` adds up what a training takes on each device, weights, gradients, optimizer,
 # activations and what is gathered meanwhile, and looks for the layout that fits and
-# has least to send. Nothing of the model is made. All weights of 9B-2B with AdamW, 256
-# pairs of 4,096 and 1,024 tokens a step, on 64 devices:
+# has least to send. Nothing of the model is made. Weights and optimizer are exact, the
+# rest is what a compiler should need and may exceed: leave room. All weights of 9B-2B
+# with AdamW, 256 pairs of 4,096 and 1,024 tokens a step, on 64 devices:
 
 # %%
 found = keras_t5gemma.plan(

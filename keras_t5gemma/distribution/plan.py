@@ -40,6 +40,11 @@ def plan(
     Of the meshes (data x model) and strategies that divide heads, widths and batch,
     the one that fits in memory with the least communication; when none fits, the one
     that takes the least memory, with advice. Nothing of the model is allocated.
+
+    Weights and optimizer are exact. What a step holds beside them was compared with
+    XLA's own account on CPUs: within 15 % without rematerialisation, too small by half
+    with it on a mesh, or with clipped gradients and long sequences, where XLA's CPU
+    scheduler keeps more than it has to (`benchmarks/RESULTS.md`). Leave room.
     benchmarks/RESULTS.md has how far XLA's own account differs; leave a margin.
 
     Args:
