@@ -45,7 +45,6 @@ def plan(
     XLA's own account on CPUs: within 15 % without rematerialisation, too small by half
     with it on a mesh, or with clipped gradients and long sequences, where XLA's CPU
     scheduler keeps more than it has to (`benchmarks/RESULTS.md`). Leave room.
-    benchmarks/RESULTS.md has how far XLA's own account differs; leave a margin.
 
     Args:
         preset: a name of `keras_t5gemma.presets()`, a pair's such as
