@@ -3,6 +3,8 @@
 Prints one JSON object: for each case what it got, beside the same on one device.
 """
 
+import dataclasses
+import functools
 import json
 import re
 
@@ -23,6 +25,7 @@ CASES = {
     "full tensor 2x4": ("tensor", 2, 4, False),
     "full tensor 1x8": ("tensor", 1, 8, False),
     "full data 8x1": ("data", 8, 1, False),
+    "lora tensor 1x8": ("tensor", 1, 8, True),
     "lora fsdp 2x4": ("fsdp", 2, 4, True),
     "lora tensor 4x2": ("tensor", 4, 2, True),
 }
@@ -174,6 +177,29 @@ def use(model):
     return texts, scores, logits, losses
 
 
+def use_encoder(tokenizer):
+    """Numbers of the tasks of an encoder alone, before and after a training."""
+    keras.utils.set_random_seed(0)
+    config = dataclasses.replace(one_block_config(), decoder=None)
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 8)
+    found, texts = [], 2 * SENTENCES
+    for make, labels in (
+        (kt.TextEmbedder, texts[1:9]),
+        (functools.partial(kt.TextClassifier, num_classes=2), [0, 1] * 4),
+    ):
+        model = make(kt.Backbone(config), preprocessor)
+        fill(model.backbone.weights, np.random.default_rng(0), 0.2)
+        fill(model.layers[-1].weights, np.random.default_rng(1), 0.2)
+        cache = {"gradient_cache_rows": 4} if make is kt.TextEmbedder else {}
+        model.compile(keras.optimizers.SGD(0.1), **cache)
+        read = model.embed if cache else model.predict
+        found.append(read(SENTENCES[:3]))
+        args = {"batch_size": 8, "shuffle": False, "epochs": 2, "verbose": 0}
+        history = model.fit(texts[:8], labels, **args).history["loss"]
+        found += [np.array(history), read(SENTENCES[:3])]
+    return found
+
+
 def refused(tokenizer):
     """What the errors say that come before anything is computed."""
     model = text_model(tokenizer)
@@ -196,14 +222,18 @@ def refused(tokenizer):
 def on_text():
     tokenizer = kt.Tokenizer(make_proto())
     texts, scores, logits, losses = use(text_model(tokenizer))
+    alone = use_encoder(tokenizer)
     with kt.distribute("fsdp", data=4, model=2):
         found = use(text_model(tokenizer))
+        encoder = use_encoder(tokenizer)
         errors = list(refused(tokenizer))
     return {
         "same_texts": [a == b for a, b in zip(found[0], texts, strict=True)],
         "score": difference([np.array(found[1])], [np.array(scores)]),
         "predict": difference([found[2]], [logits]),
         "fit": [abs(a / b - 1) for a, b in zip(found[3], losses, strict=True)],
+        "encoder": difference(encoder, alone),
+        "learned": difference(alone[2], alone[0]),
         "errors": errors,
     }
 

@@ -308,6 +308,7 @@ def test_texts_on_a_mesh_are_one_devices(whole_report):
     assert all(text["same_texts"]), text["same_texts"]
     assert text["score"] < 1e-5 and text["predict"] < 1e-4
     assert len(text["fit"]) == 3 and max(text["fit"]) < 1e-5
+    assert text["encoder"] < 1e-5 and text["learned"] > 1e-3
     assert "batch_size has 6 rows" in text["errors"][0]
     assert "last batch of `x` has 3 rows" in text["errors"][1]
     words = "decoder/block_0/self_attention/query/kernel.*3 query heads.*'model' of 2"
