@@ -30,7 +30,7 @@ class Recipe:
         retrieval_batch_size: pairs a step; each has so many documents to choose from.
         pooling: of the classifier; embeddings are the mean of the tokens.
         dropout: of what the classifier's head reads.
-        encoder_sequence_length: tokens that are read, `None` as the preset has it.
+        encoder_sequence_length: tokens that are read, the same for all models.
         dtype: policy, `None` is Keras's.
         frozen: train no encoder, only a linear model on its states.
     """
@@ -40,7 +40,7 @@ class Recipe:
     retrieval_batch_size: int = 64
     pooling: str = "last"
     dropout: float = 0.0
-    encoder_sequence_length: int | None = None
+    encoder_sequence_length: int = 256
     dtype: str | None = None
     frozen: bool = False
 
@@ -83,7 +83,6 @@ class Model:
 
     def _load(self, recipe):
         lengths = {"encoder_sequence_length": recipe.encoder_sequence_length}
-        lengths = {name: value for name, value in lengths.items() if value}
         if self.kind == "decoder_only":
             backbone = keras_hub.models.GemmaBackbone.from_preset(
                 self.preset, dtype=recipe.dtype

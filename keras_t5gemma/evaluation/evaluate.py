@@ -31,7 +31,7 @@ def evaluate_encoders(
     retrieval_batch_size: int = 64,
     pooling: str = "last",
     dropout: float = 0.0,
-    encoder_sequence_length: int = None,
+    encoder_sequence_length: int = 256,
     train_rows: int = None,
     dtype: str = None,
 ):
@@ -60,7 +60,7 @@ def evaluate_encoders(
         retrieval_batch_size: pairs a step of a retrieval.
         pooling: last, mean, first or weighted, of the classifiers.
         dropout: of what the classifier's head reads.
-        encoder_sequence_length: tokens that are read; default: as the preset has it.
+        encoder_sequence_length: tokens that are read, the same for all models.
         train_rows: use so many training rows of each task, the first ones of a
             shuffle that is the same for all.
         dtype: policy of the models.
