@@ -227,16 +227,11 @@ def test_what_distribute_refuses():
 
 
 @on_jax
-def test_one_device_is_a_mesh_too():
-    expected = kt.Backbone(one_block_config())(random_inputs())
-    keras.utils.set_random_seed(0)
+def test_one_device_shares_nothing():
     with kt.distribute() as distribution:
         assert repr(distribution) == "<MeshDistribution fsdp: data=1, model=1>"
-        assert mesh.current() is distribution and mesh.round_up(3) == 3
-        found = kt.Backbone(one_block_config())(random_inputs())
-    assert mesh.current() is None
-    for name in expected:
-        assert expected[name].shape == found[name].shape
+        assert mesh.current() is None and mesh.round_up(3) == 3
+        assert keras.distribution.distribution() is None
 
 
 @pytest.mark.skipif(IS_JAX, reason="there it works")

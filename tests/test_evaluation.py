@@ -206,6 +206,12 @@ def test_refusals(tmp_path):
         ({"learning_rates": ["fast"]}, "`learning_rates` must be numbers.*'fast'"),
         ({"learning_rates": [0]}, "`learning_rates` must be above 0"),
         ({"train_rows": 1}, "`train_rows` must be 2 or more.*got 1"),
+        ({"train_rows": 0}, "`train_rows` must be 1 or more; got 0"),
+        ({"pooling": "max"}, "`pooling` must be one of.*'max'"),
+        ({"tasks": "nothing"}, "`tasks` must be of supersense.*'nothing'"),
+        # Before anything is measured: there is no results.json.
+        ({"presets": "no_such_preset"}, "no_such_preset"),
+        ({"decoder_only": ["no_such_gemma"]}, "no_such_gemma"),
         ({"presets": ["a/x", "b/x"]}, "different names"),
     ):
         with pytest.raises(ValueError, match=message):

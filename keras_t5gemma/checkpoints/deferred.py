@@ -11,6 +11,7 @@ devices that hold them: a process reads what its own devices hold, and never has
 whole of a variable that is split.
 """
 
+import contextlib
 import math
 
 import keras
@@ -35,9 +36,7 @@ def build_and_fill(build, read):
     Returns:
         The model. When anything raises, nothing of it is left behind.
     """
-    already = global_state.get_global_attribute(_PENDING) or []
-    try:
-        global_state.set_global_attribute(_PENDING, [])
+    with _own_pending():
         with keras.StatelessScope(initialize_variables=False):
             model = build()
         tensors = read(model)
@@ -56,9 +55,18 @@ def build_and_fill(build, read):
             if tensor is not None:
                 variable._initializer = _Reader(tensor.read)
             variable._deferred_initialize()
+    return model
+
+
+@contextlib.contextmanager
+def _own_pending():
+    """Keras's list of unfilled variables, empty inside and as it was afterwards."""
+    already = global_state.get_global_attribute(_PENDING) or []
+    global_state.set_global_attribute(_PENDING, [])
+    try:
+        yield
     finally:
         global_state.set_global_attribute(_PENDING, already)
-    return model
 
 
 def variable_sharding(variable):
@@ -100,13 +108,8 @@ def build_abstract(build):
 
     Keras would fill them at the next model that it builds, whoever's that is.
     """
-    already = global_state.get_global_attribute(_PENDING) or []
-    try:
-        global_state.set_global_attribute(_PENDING, [])
-        with keras.StatelessScope(initialize_variables=False):
-            return build()
-    finally:
-        global_state.set_global_attribute(_PENDING, already)
+    with _own_pending(), keras.StatelessScope(initialize_variables=False):
+        return build()
 
 
 class _Reader:

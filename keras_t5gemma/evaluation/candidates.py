@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import keras_hub
 
+from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.gemma2 import open_gemma2
 from keras_t5gemma.evaluation import measures
 from keras_t5gemma.evaluation.examples import CLASSES
@@ -65,6 +66,13 @@ class Model:
         name = folder.parent.name if folder.name == "preset" else folder.name
         more = {"scratch": " from scratch", "decoder_only": " (decoder-only)"}
         return name + more.get(self.kind, "")
+
+    def check(self):
+        """Raise what loading would, before anything else is trained."""
+        if self.kind == "decoder_only":
+            open_gemma2(self.preset, "decoder_only")
+        else:
+            open_checkpoint(self.preset)
 
     def run(self, task, recipe, seed, learning_rate):
         """Train for a task, and measure.
@@ -152,10 +160,11 @@ def _train(model, task, batch_size, epochs, learning_rate):
 
 def _linear(task, features):
     """Logistic regression of features, which are functions of texts."""
-    linear_model = _scikit_learn("linear_model")
+    from sklearn.linear_model import LogisticRegression
+
     train, test = (features[s](getattr(task, s).x) for s in ("train", "test"))
     mean, spread = train.mean(axis=0), train.std(axis=0) + 1e-6
-    model = linear_model.LogisticRegression(max_iter=500)
+    model = LogisticRegression(max_iter=500)
     model.fit((train - mean) / spread, task.train.y)
     predicted = model.predict((test - mean) / spread)
     return measures.of_classes(predicted.tolist(), task.test), 0.0
@@ -166,12 +175,17 @@ class TfIdf:
 
     name, has_seeds = "TF-IDF, linear", False
 
+    def check(self):
+        """There is nothing to load."""
+
     def run(self, task, recipe, seed, learning_rate):
         """As `Model.run`; nothing is chosen, and there are no seeds."""
-        text = _scikit_learn("feature_extraction.text")
-        words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.svm import LinearSVC
+
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
         if task.kind == CLASSES:
-            model = _scikit_learn("svm").LinearSVC()
+            model = LinearSVC()
             model.fit(words.fit_transform(_joined(task.train.x)), task.train.y)
             predicted = model.predict(words.transform(_joined(task.test.x)))
             return measures.of_classes(predicted.tolist(), task.test), 0.0
@@ -183,14 +197,3 @@ class TfIdf:
 
 def _joined(texts):
     return ["\n".join(t) if isinstance(t, tuple) else t for t in texts]
-
-
-def _scikit_learn(module):
-    import importlib
-
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError as error:
-        raise ImportError(
-            "TF-IDF and frozen encoders need scikit-learn: pip install scikit-learn"
-        ) from error

@@ -1,6 +1,7 @@
 """Encoders compared: several models, several tasks, several seeds, one table."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from keras_t5gemma.evaluation.candidates import Model, Recipe, TfIdf
 from keras_t5gemma.evaluation.examples import CLASSES, read_task
 from keras_t5gemma.evaluation.measures import mean_and_error
+from keras_t5gemma.modeling.pooling import POOLINGS
 from keras_t5gemma.progress import progress_bar
 
 RESULTS, TABLE = "results.json", "results.md"
@@ -70,17 +72,27 @@ def evaluate_encoders(
 
     Raises:
         ValueError: for an unknown task, nothing to measure, options out of range, or
-            an `output` of other options.
+            an `output` of other options; as `from_preset` for a preset.
         FileNotFoundError: naming the file that is not there.
+        ImportError: without scikit-learn.
     """
+    _require_scikit_learn()
+    tasks, presets, scratch, decoder_only = (
+        [names] if isinstance(names, str | os.PathLike) else list(names)
+        for names in (tasks, presets, scratch, decoder_only)
+    )
     rates = _numbers(learning_rates)
     counts = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size}
+    counts |= {"retrieval_batch_size": retrieval_batch_size, "train_rows": train_rows}
+    counts |= {"encoder_sequence_length": encoder_sequence_length}
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"`{name}` must be 1 or more; got {value!r}.")
-    models = [Model(preset, "preset") for preset in presets]
-    models += [Model(preset, "scratch") for preset in scratch]
-    models += [Model(preset, "decoder_only") for preset in decoder_only]
+    if pooling not in POOLINGS:
+        raise ValueError(f"`pooling` must be one of {POOLINGS}; got {pooling!r}.")
+    models = [Model(str(preset), "preset") for preset in presets]
+    models += [Model(str(preset), "scratch") for preset in scratch]
+    models += [Model(str(preset), "decoder_only") for preset in decoder_only]
     models += [TfIdf()] if tfidf else []
     if not models:
         raise ValueError(
@@ -100,6 +112,8 @@ def evaluate_encoders(
         dtype=dtype,
         frozen=frozen,
     )
+    for model in models:
+        model.check()
     read = {name: _shortened(read_task(name, data), train_rows) for name in tasks}
     options = {**dataclasses.asdict(recipe), "train_rows": train_rows}
     runs = Runs(output, {**options, "learning_rates": rates})
@@ -145,9 +159,14 @@ def _shortened(task, rows):
     return dataclasses.replace(task, train=task.train.take(chosen[:rows]))
 
 
+def _require_scikit_learn():
+    if importlib.util.find_spec("sklearn") is None:
+        raise ImportError("Measuring needs scikit-learn: pip install scikit-learn")
+
+
 def _numbers(rates):
     try:
-        rates = [float(rate) for rate in rates]
+        rates = [float(rate) for rate in np.atleast_1d(rates)]
     except ValueError as error:
         raise ValueError(f"`learning_rates` must be numbers; {error}.") from error
     if not rates or min(rates) <= 0:
