@@ -11,7 +11,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import one_block_config, random_inputs
 
 import keras_t5gemma as kt
 from keras_t5gemma.distribution import mesh
