@@ -4,7 +4,6 @@ Prints one JSON object: for each case what it got, beside the same on one device
 """
 
 import dataclasses
-import functools
 import json
 import re
 
@@ -183,11 +182,11 @@ def use_encoder(tokenizer):
     config = dataclasses.replace(one_block_config(), decoder=None)
     preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 8)
     found, texts = [], 2 * SENTENCES
-    for make, labels in (
-        (kt.TextEmbedder, texts[1:9]),
-        (functools.partial(kt.TextClassifier, num_classes=2), [0, 1] * 4),
+    for make, options, labels in (
+        (kt.TextEmbedder, {"lexical_dim": 16}, texts[1:9]),
+        (kt.TextClassifier, {"num_classes": 2}, [0, 1] * 4),
     ):
-        model = make(kt.Backbone(config), preprocessor)
+        model = make(kt.Backbone(config), preprocessor, **options)
         fill(model.backbone.weights, np.random.default_rng(0), 0.2)
         fill(model.layers[-1].weights, np.random.default_rng(1), 0.2)
         cache = {"gradient_cache_rows": 4} if make is kt.TextEmbedder else {}

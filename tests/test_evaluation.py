@@ -207,6 +207,7 @@ def test_refusals(tmp_path):
         ({"learning_rates": [0]}, "`learning_rates` must be above 0"),
         ({"train_rows": 1}, "`train_rows` must be 2 or more.*got 1"),
         ({"train_rows": 0}, "`train_rows` must be 1 or more; got 0"),
+        ({"lexical_dim": 0}, "`lexical_dim` must be 1 or more; got 0"),
         ({"pooling": "max"}, "`pooling` must be one of.*'max'"),
         ({"tasks": "nothing"}, "`tasks` must be of supersense.*'nothing'"),
         # Before anything is measured: there is no results.json.
@@ -296,15 +297,14 @@ def test_a_table_that_goes_on(data, presets, tmp_path, capsys):
 
 
 def test_frozen_encoders(data, presets, tmp_path):
-    found = kt.evaluate_encoders(
-        ["kinds", "search"],
-        data,
-        tmp_path,
-        presets=[str(presets / "pair")],
-        seeds=1,
-        frozen=True,
-        pooling="mean",
-    )
+    options = {"data": data, "presets": [str(presets / "pair")], "seeds": 1}
+    options |= {"frozen": True, "pooling": "mean"}
+    found = kt.evaluate_encoders(["kinds", "search"], output=tmp_path / "a", **options)
     # Which words there are shows in the mean of any embeddings.
     assert found["kinds"]["pair"]["accuracy"]["mean"] == 100
-    assert found["search"]["pair"]["recall@1"]["mean"] > 0
+    options["decoder_only"] = [str(presets / "gemma")]
+    with_words = kt.evaluate_encoders(
+        ["search"], output=tmp_path / "b", lexical_dim=480, **options
+    )["search"]
+    mrr = [table["pair"]["mrr"]["mean"] for table in (found["search"], with_words)]
+    assert mrr[0] < mrr[1] and len(with_words) == 2

@@ -8,6 +8,7 @@ import pytest
 from conftest import enlarge, max_difference, numpy, tiny_config
 
 import keras_t5gemma as kt
+from keras_t5gemma.modeling.hybrid import HybridVector
 from keras_t5gemma.modeling.pooling import POOLINGS, pool
 from keras_t5gemma.text.encoder_batches import width_of
 from keras_t5gemma.training.contrastive import own_is_nearest
@@ -96,6 +97,49 @@ def test_hidden_states_are_those_of_transformers(embedder, tmp_path):
         states, _ = embedder.hidden_states(text, layer)
         expected = found.hidden_states[layer].numpy()
         assert max_difference(states, expected) < 1e-4, layer
+
+
+@pytest.mark.parametrize("bins", [5, 64])
+def test_hybrid_vectors_by_hand(bins):
+    rng = np.random.default_rng(0)
+    pooled, states = rng.normal(size=(3, 4)), rng.normal(size=(3, 6, 4))
+    ids = rng.integers(0, 20, (3, 6))
+    padding = np.arange(6) < np.array([[6], [3], [1]])
+    layer = HybridVector(bins, 20)
+    arrays = [x.astype("float32") for x in (pooled, states)]
+    arrays += [x.astype("int32") for x in (ids, padding)]
+    layer(*map(keras.ops.convert_to_tensor, arrays))
+    of_state, of_token, share = (rng.normal(size=w.shape) for w in layer.weights)
+    layer.set_weights([of_state, of_token, share])
+    found = numpy(layer(*map(keras.ops.convert_to_tensor, arrays)))
+    for row in range(3):
+        sums = np.zeros(bins)
+        for i in range(padding[row].sum()):
+            token = ids[row, i]
+            weight = np.log1p(np.exp(states[row, i] @ of_state + of_token[token]))
+            sums[token % bins] += weight * (-1) ** (token // bins)
+        lexical = np.sign(sums) * np.log1p(np.abs(sums))
+        parts = [x / np.linalg.norm(x) for x in (pooled[row], lexical)]
+        part = 1 / (1 + np.exp(-share))
+        expected = [np.sqrt(part) * parts[0], np.sqrt(1 - part) * parts[1]]
+        assert max_difference(found[row], np.concatenate(expected)) < 1e-5
+
+
+def test_hybrid_vectors_learn_and_come_back(tokenizer, tmp_path):
+    embedder = make_embedder(tokenizer, projection_dim=8, lexical_dim=16)
+    vectors = embedder.embed(TEXTS, batch_size=2)
+    assert vectors.shape == (5, 24)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        assert max_difference(embedder.embed([text])[0], vector) < 1e-5
+    embedder.compile(keras.optimizers.Adam(3e-3), loss=kt.InfoNCE(0.1))
+    history = embedder.fit(PAIRS, batch_size=4, epochs=12, verbose=0).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert all(numpy(w).any() for w in embedder.get_layer("hybrid").weights)
+    embedder.save_to_preset(tmp_path)
+    again = kt.TextEmbedder.from_preset(tmp_path)
+    assert np.array_equal(again.embed(TEXTS), embedder.embed(TEXTS))
+    new = kt.TextEmbedder.from_preset(tmp_path, lexical_dim=None)
+    assert new.embed(TEXTS).shape == (5, 32)
 
 
 def test_a_loss_by_hand():
@@ -233,6 +277,9 @@ def test_refusals(embedder, model, tokenizer):
         kt.TextEmbedder(model.backbone)
     with pytest.raises(ValueError, match="`pooling` must be one of.*'max'"):
         make_embedder(tokenizer, pooling="max")
+    for wrong in ({"lexical_dim": 0}, {"lexical_dim": 8, "normalize": False}):
+        with pytest.raises(ValueError, match="`lexical_dim` must be 1 or more, with"):
+            make_embedder(tokenizer, **wrong)
     with pytest.raises(ValueError, match="'texts' must be a list of texts"):
         embedder.embed("a text")
     with pytest.raises(ValueError, match="at least one"):

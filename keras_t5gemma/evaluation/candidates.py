@@ -29,6 +29,7 @@ class Recipe:
         epochs: passes over the training rows; kept is the best by validation.
         batch_size: texts a step.
         retrieval_batch_size: pairs a step; each has so many documents to choose from.
+        lexical_dim: of the `TextEmbedder`.
         pooling: of the classifier; embeddings are the mean of the tokens.
         dropout: of what the classifier's head reads.
         encoder_sequence_length: tokens that are read, the same for all models.
@@ -39,6 +40,7 @@ class Recipe:
     epochs: int = 3
     batch_size: int = 32
     retrieval_batch_size: int = 64
+    lexical_dim: int | None = None
     pooling: str = "last"
     dropout: float = 0.0
     encoder_sequence_length: int = 256
@@ -127,7 +129,7 @@ class Model:
         return TextEmbedder(*self._load(recipe), pooling=pooling, **kwargs)
 
     def _retrieve(self, task, recipe, learning_rate):
-        model, valid = self._embedder(recipe), 0.0
+        model, valid = self._embedder(recipe, lexical_dim=recipe.lexical_dim), 0.0
         if not recipe.frozen:
             size = recipe.retrieval_batch_size
             history = _train(model, task, size, recipe.epochs, learning_rate)

@@ -31,6 +31,7 @@ def evaluate_encoders(
     epochs: int = 3,
     batch_size: int = 32,
     retrieval_batch_size: int = 64,
+    lexical_dim: int = None,
     pooling: str = "last",
     dropout: float = 0.0,
     encoder_sequence_length: int = 256,
@@ -60,6 +61,8 @@ def evaluate_encoders(
         epochs: passes over the training rows; kept is the best by validation.
         batch_size: texts a step.
         retrieval_batch_size: pairs a step of a retrieval.
+        lexical_dim: in a retrieval so many numbers of a vector say which tokens a text
+            has, see `TextEmbedder`.
         pooling: last, mean, first or weighted, of the classifiers.
         dropout: of what the classifier's head reads.
         encoder_sequence_length: tokens that are read, the same for all models.
@@ -85,6 +88,7 @@ def evaluate_encoders(
     counts = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size}
     counts |= {"retrieval_batch_size": retrieval_batch_size, "train_rows": train_rows}
     counts |= {"encoder_sequence_length": encoder_sequence_length}
+    counts |= {"lexical_dim": lexical_dim}
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be 1 or more; got {value!r}.")
@@ -106,6 +110,7 @@ def evaluate_encoders(
         epochs=epochs,
         batch_size=batch_size,
         retrieval_batch_size=retrieval_batch_size,
+        lexical_dim=lexical_dim,
         pooling=pooling,
         dropout=dropout,
         encoder_sequence_length=encoder_sequence_length,

@@ -26,3 +26,9 @@ def pool(states, padding, pooling):
         weights = keep if pooling == "mean" else ops.cumsum(keep, axis=1) * keep
         weights /= ops.maximum(ops.sum(weights, axis=1, keepdims=True), 1.0)
     return ops.einsum("bt,btd->bd", weights, ops.cast(states, "float32"))
+
+
+def unit_length(vectors):
+    """Vectors of length 1; zeros stay zeros, with a gradient that is a number."""
+    squares = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
+    return vectors * ops.rsqrt(ops.maximum(squares, 1e-24))

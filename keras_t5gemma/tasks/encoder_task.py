@@ -9,7 +9,7 @@ import keras_hub
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.modeling.backbone import Backbone, track_parameters
-from keras_t5gemma.modeling.pooling import POOLINGS, pool
+from keras_t5gemma.modeling.pooling import POOLINGS
 from keras_t5gemma.tasks.seq2seq_lm import check_vocabulary
 from keras_t5gemma.text.encoder_batches import EncoderBatches
 from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
@@ -28,7 +28,8 @@ class EncoderTask(TextFit, keras_hub.models.Task):
             KerasHub's `GemmaBackbone`, to compare with the decoder-only source.
         preprocessor: a `Seq2SeqLMPreprocessor`, of which the encoder's side is used.
         pooling: see `pool`.
-        head: a function of what is pooled, `(B, D)` float32, that makes the output.
+        head: a function of states `(B, T, D)`, ids `(B, T)` and the padding mask
+            `(B, T)` that makes the output.
 
     Raises:
         ValueError: for a backbone with a decoder, an unknown pooling, or a tokenizer
@@ -61,8 +62,8 @@ class EncoderTask(TextFit, keras_hub.models.Task):
         else:
             ids, padding = (inputs[name] for name in INPUTS)
             states = backbone({"token_ids": ids, "padding_mask": padding})
-        pooled = pool(states, inputs["encoder_padding_mask"], pooling)
-        super().__init__(inputs=inputs, outputs=head(pooled), **kwargs)
+        outputs = head(states, *inputs.values())
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         if is_ours:
             track_parameters(self)
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_t5gemma.modeling.pooling import pool
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.tasks.encoder_task import EncoderTask
 from keras_t5gemma.text.columns import pairs_of
@@ -74,8 +75,9 @@ class TextClassifier(EncoderTask):
         self.dropout = dropout
         self.separator = separator
 
-        def head(pooled):
+        def head(states, token_ids, padding):
             dtype = "float32"
+            pooled = pool(states, padding, pooling)
             pooled = keras.layers.Dropout(dropout, dtype=dtype, name="dropout")(pooled)
             initializer = keras.initializers.RandomNormal(stddev=0.02)
             return keras.layers.Dense(

@@ -4,11 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.modeling.hybrid import HybridVector
+from keras_t5gemma.modeling.pooling import pool, unit_length
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
 from keras_t5gemma.text.columns import pairs_of
 from keras_t5gemma.text.encoder_batches import by_length, encoder_ids
-from keras_t5gemma.training.contrastive import InfoNCE, own_is_nearest, unit_length
+from keras_t5gemma.training.contrastive import InfoNCE, own_is_nearest
 
 PAIR = ("anchor", "positive")
 # What their arrays are called: Keras wants those of the network.
@@ -29,12 +31,18 @@ class TextEmbedder(EncoderTask):
         pooling: `"mean"`, `"last"`, `"first"` or `"weighted"`, see `pool`.
         projection_dim: width of a learned linear map on top, or `None` for none.
         normalize: make vectors of length 1.
+        lexical_dim: so many numbers more say which tokens a text has, each weighed by
+            what it says about the text, see `HybridVector`. Names and rare words are
+            found by them, which a pooled state forgets, that of a small model first.
+            As many as the vocabulary keep all tokens apart, a few thousand nearly so.
+            `None` for none.
 
     Raises:
-        ValueError: for a backbone with a decoder, or an unknown pooling.
+        ValueError: for a backbone with a decoder, an unknown pooling, or
+            `lexical_dim` without `normalize`.
     """
 
-    HEAD = ("projection_dim",)
+    HEAD = ("projection_dim", "lexical_dim")
 
     def __init__(
         self,
@@ -43,18 +51,30 @@ class TextEmbedder(EncoderTask):
         pooling="mean",
         projection_dim=None,
         normalize=True,
+        lexical_dim=None,
         **kwargs,
     ):
         self._parts = 1
         self.projection_dim = projection_dim
         self.normalize = normalize
+        self.lexical_dim = lexical_dim
+        if lexical_dim is not None and (lexical_dim < 1 or not normalize):
+            raise ValueError(
+                "`lexical_dim` must be 1 or more, with `normalize=True`; got "
+                f"{lexical_dim!r} and normalize={normalize!r}."
+            )
 
-        def head(pooled):
+        def head(states, token_ids, padding):
+            pooled = pool(states, padding, pooling)
             if projection_dim is not None:
                 projection = keras.layers.Dense(
                     projection_dim, use_bias=False, dtype="float32", name="projection"
                 )
                 pooled = projection(pooled)
+            if lexical_dim is not None:
+                size = getattr(backbone, "config", backbone).vocabulary_size
+                hybrid = HybridVector(lexical_dim, size, dtype="float32", name="hybrid")
+                return hybrid(pooled, states, token_ids, padding)
             return unit_length(pooled) if normalize else pooled
 
         super().__init__(backbone, preprocessor, pooling, head, **kwargs)
@@ -242,6 +262,7 @@ class TextEmbedder(EncoderTask):
             **super().get_config(),
             "projection_dim": self.projection_dim,
             "normalize": self.normalize,
+            "lexical_dim": self.lexical_dim,
         }
 
 

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.modeling.pooling import unit_length
+
 FAR = -1e30
 
 
@@ -62,12 +64,6 @@ class InfoNCE(keras.losses.Loss):
             "dimensions": self.dimensions,
             "name": self.name,
         }
-
-
-def unit_length(vectors):
-    """Vectors of length 1; zeros stay zeros, with a gradient that is a number."""
-    squares = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
-    return vectors * ops.rsqrt(ops.maximum(squares, 1e-24))
 
 
 def cosines(pairs):
