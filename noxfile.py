@@ -39,11 +39,17 @@ def tests(session):
     session.install(PINNED["jax"], PINNED["tensorflow"])
     session.install(*KERAS_HUB)
     session.install("-e", ".[test]", "keras==3.15.1")
+    failed = []
     for backend in BACKENDS:
         session.log(f"backend: {backend}")
         env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
         chosen = () if backend == "torch" else ("-m", "not one_backend")
-        session.run(*PYTEST, *chosen, *session.posargs, env=env)
+        try:
+            session.run(*PYTEST, *chosen, *session.posargs, env=env)
+        except nox.command.CommandFailed:  # The others are of interest too.
+            failed.append(backend)
+    if failed:
+        session.error(f"Tests failed on {', '.join(failed)}.")
 
 
 @nox.session
