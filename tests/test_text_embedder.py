@@ -105,18 +105,18 @@ def test_hybrid_vectors_by_hand(bins):
     pooled, states = rng.normal(size=(3, 4)), rng.normal(size=(3, 6, 4))
     ids = rng.integers(0, 20, (3, 6))
     padding = np.arange(6) < np.array([[6], [3], [1]])
-    layer = HybridVector(bins, 20)
+    layer = HybridVector(bins)
     arrays = [x.astype("float32") for x in (pooled, states)]
     arrays += [x.astype("int32") for x in (ids, padding)]
     layer(*map(keras.ops.convert_to_tensor, arrays))
-    of_state, of_token, share = (rng.normal(size=w.shape) for w in layer.weights)
-    layer.set_weights([of_state, of_token, share])
+    kernel, share = (rng.normal(size=w.shape) for w in layer.weights)
+    layer.set_weights([kernel, share])
     found = numpy(layer(*map(keras.ops.convert_to_tensor, arrays)))
     for row in range(3):
         sums = np.zeros(bins)
         for i in range(padding[row].sum()):
             token = ids[row, i]
-            weight = np.log1p(np.exp(states[row, i] @ of_state + of_token[token]))
+            weight = np.log1p(np.exp(states[row, i] @ kernel))
             sums[token % bins] += weight * (-1) ** (token // bins)
         lexical = np.sign(sums) * np.log1p(np.abs(sums))
         parts = [x / np.linalg.norm(x) for x in (pooled[row], lexical)]

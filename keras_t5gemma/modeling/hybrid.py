@@ -10,34 +10,28 @@ from keras_t5gemma.modeling.pooling import unit_length
 class HybridVector(keras.layers.Layer):
     """A pooled state and the weights of the text's tokens, float32 `(B, D + bins)`.
 
-    A linear map of a token's state, and a number of its own for each token of the
-    vocabulary, make a token's weight (uniCOIL, arXiv 2106.14807). Weights of equal
-    tokens are added up; the logarithm of 1 + the sum is taken. With fewer bins than
-    tokens several share one, with different signs (feature hashing, arXiv 0902.2206).
-    Both parts have length 1, times a learned share each.
+    A linear map of a token's state is the token's weight (uniCOIL, arXiv 2106.14807).
+    Weights of equal tokens are added up; the logarithm of 1 + the sum is taken. With
+    fewer bins than tokens in the vocabulary several share one, with different signs
+    (feature hashing, arXiv 0902.2206). Both parts have length 1, times a learned share
+    each.
 
     Args:
         bins: how many numbers say which tokens a text has.
-        vocabulary_size: how many tokens there are.
     """
 
-    def __init__(self, bins, vocabulary_size, **kwargs):
+    def __init__(self, bins, **kwargs):
         super().__init__(**kwargs)
         self.bins = bins
-        self.vocabulary_size = vocabulary_size
 
     def build(self, pooled_shape, states_shape, *_):
-        def zeros(name, *shape):
-            return self.add_weight(shape, initializer="zeros", name=name)
-
-        self.of_state = zeros("of_state", states_shape[-1])
-        self.of_token = zeros("of_token", self.vocabulary_size)
-        self.share = zeros("share")
+        width = states_shape[-1]
+        self.kernel = self.add_weight((width,), initializer="zeros", name="kernel")
+        self.share = self.add_weight((), initializer="zeros", name="share")
 
     def call(self, pooled, states, token_ids, padding):
         """Of `(B, D)`, `(B, T, width)` and, twice, `(B, T)`; padding is 0."""
-        scores = ops.matmul(ops.cast(states, "float32"), self.of_state)
-        weights = ops.softplus(scores + ops.take(self.of_token, token_ids))
+        weights = ops.softplus(ops.matmul(ops.cast(states, "float32"), self.kernel))
         lexical = self._binned(weights, token_ids, padding)
         parts = (ops.sigmoid(self.share), pooled), (ops.sigmoid(-self.share), lexical)
         return ops.concatenate([ops.sqrt(s) * unit_length(x) for s, x in parts], -1)
@@ -58,5 +52,4 @@ class HybridVector(keras.layers.Layer):
         return keras.KerasTensor((pooled.shape[0], size), dtype="float32")
 
     def get_config(self):
-        sizes = {"bins": self.bins, "vocabulary_size": self.vocabulary_size}
-        return {**super().get_config(), **sizes}
+        return {**super().get_config(), "bins": self.bins}

@@ -72,8 +72,7 @@ class TextEmbedder(EncoderTask):
                 )
                 pooled = projection(pooled)
             if lexical_dim is not None:
-                size = getattr(backbone, "config", backbone).vocabulary_size
-                hybrid = HybridVector(lexical_dim, size, dtype="float32", name="hybrid")
+                hybrid = HybridVector(lexical_dim, dtype="float32", name="hybrid")
                 return hybrid(pooled, states, token_ids, padding)
             return unit_length(pooled) if normalize else pooled
 
