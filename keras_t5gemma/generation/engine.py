@@ -56,8 +56,11 @@ class Engine:
 
 def results(state, options):
     """What has been written, `(token_ids, token_log_probs)`, NumPy `(rows, L)`."""
-    names = set(state) - {"cache", "knobs"}
-    arrays = {name: mesh.to_numpy(state[name]) for name in names}
+    arrays = {
+        name: mesh.to_numpy(value)  # In order: all processes gather the same one.
+        for name, value in state.items()
+        if name not in ("cache", "knobs")
+    }
     if options.num_beams > 1:
         return beam.results(arrays, options)
     return arrays["token_ids"], arrays["token_log_probs"]
