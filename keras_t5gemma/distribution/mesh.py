@@ -113,6 +113,17 @@ def split_rows(tree):
     return keras.tree.map_structure(split, tree)
 
 
+def join_rows(tree):
+    """Arrays of all processes, made of the `processes.local_rows` of each."""
+    import jax
+
+    def join(x):
+        layout = current().get_data_layout(x.shape).backend_layout
+        return jax.make_array_from_process_local_data(layout, np.asarray(x))
+
+    return keras.tree.map_structure(join, tree)
+
+
 def to_numpy(x):
     """A NumPy array of one that the mesh may share; all processes call it."""
     return keras.ops.convert_to_numpy(x if current() is None else gathered(x))

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.distribution.forward import JaxFunction
 from keras_t5gemma.generation import beam, decoding
 
 
@@ -32,7 +33,7 @@ class Engine:
             step = decoding.plain_step(backbone)
             return decoding.advance(step, state, limit, options, stop_ids)
 
-        compile = {"jax": _Jax, "tensorflow": _TensorFlow, "torch": _Torch}
+        compile = {"jax": JaxFunction, "tensorflow": _TensorFlow, "torch": _Torch}
         compile = compile[keras.config.backend()]
         if compile is _Torch:
             advance = _torch_advance(backbone, options, stop_ids, compiled)
@@ -87,26 +88,6 @@ def cache_compiled_programs(folder):
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-class _Jax:
-    def __init__(self, backbone, function, donate=False):
-        import jax
-
-        variables = self.variables = backbone.variables
-
-        def run(values, *args):
-            mapping = list(zip(variables, values, strict=True))
-            with keras.StatelessScope(state_mapping=mapping):
-                return function(*args)
-
-        self._compiled = jax.jit(run, donate_argnums=(1,) if donate else ())
-
-    def __call__(self, *args):
-        return self._compiled([v.value for v in self.variables], *args)
-
-    def count(self):
-        return self._compiled._cache_size()
 
 
 class _TensorFlow:

@@ -9,6 +9,7 @@ import numpy as np
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.distribution.forward import predict
 from keras_t5gemma.generation.generator import Generator
 from keras_t5gemma.generation.keras_hub_sampler import decode_batch
 from keras_t5gemma.generation.prompts import answer_mask, read_request
@@ -341,11 +342,8 @@ class Seq2SeqLM(TextTask):
         if self.__dict__.get("_scorer") is None:
             # Not a part of this model: it owns no weights and is not saved.
             object.__setattr__(self, "_scorer", make_scorer(self))
-        scores = self._scorer.predict(
-            mesh.fill_rows({**x, "labels": labels}),
-            batch_size=mesh.round_up(batch_size),
-            verbose=0,
-        )[: len(labels)]
+        arrays = {**x, "labels": labels}
+        scores = predict(self._scorer, arrays, mesh.round_up(batch_size))
         keep = weights > 0
         result = {
             "log_prob": (scores * keep).sum(axis=1, dtype="float64").tolist(),

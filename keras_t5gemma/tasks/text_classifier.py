@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_t5gemma.distribution.forward import predict_on_batch
 from keras_t5gemma.modeling.pooling import pool
 from keras_t5gemma.progress import progress_bar
 from keras_t5gemma.tasks.encoder_task import EncoderTask
@@ -162,7 +163,7 @@ class TextClassifier(EncoderTask):
             "Classifying", len(ids), verbose=len(ids) >= _MANY
         ) as advance:
             for rows, batch in by_length(ids, batch_size, limit):
-                found = keras.Model.predict_on_batch(self, batch)
+                found = predict_on_batch(self, batch)
                 logits[rows] = found[: len(rows)]
                 advance(len(rows))
         if self.kind == "regression":

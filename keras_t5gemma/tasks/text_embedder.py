@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.distribution.forward import predict_on_batch
 from keras_t5gemma.modeling.hybrid import HybridVector
 from keras_t5gemma.modeling.pooling import pool, unit_length
 from keras_t5gemma.progress import progress_bar
@@ -250,7 +251,7 @@ class TextEmbedder(EncoderTask):
 
     @staticmethod
     def _run(model, batch):
-        return np.asarray(keras.Model.predict_on_batch(model, batch), "float32")
+        return np.asarray(predict_on_batch(model, batch), "float32")
 
     def _columns(self, x, y, name):
         columns = pairs_of(x, y, PAIR, name)

@@ -1,7 +1,10 @@
 """`fit`, `evaluate` and `predict` on pairs of texts."""
 
 import keras
+import numpy as np
 
+from keras_t5gemma.distribution import processes
+from keras_t5gemma.distribution.forward import predict_on_batch
 from keras_t5gemma.text.batches import fit_arguments
 from keras_t5gemma.text.epochs import any_width
 from keras_t5gemma.text.text_batches import TextBatches
@@ -101,6 +104,8 @@ class TextTask(TextFit, TokenTask):
         """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
         with self._report_truncation(empty_targets=False):
             data = self._data(x, y, None, batch_size, steps=steps, batching="fixed")
+            if processes.count() > 1 and isinstance(data["x"], TextBatches):
+                return self._predict_together(data["x"])
             logits = keras.Model.predict(
                 self,
                 any_width(data["x"]),
@@ -111,6 +116,12 @@ class TextTask(TextFit, TokenTask):
         # A mesh may have asked for a few rows more.
         rows = len(data["x"].packs) if isinstance(data["x"], TextBatches) else None
         return logits[:rows]
+
+    def _predict_together(self, dataset):
+        """The logits of all pairs in all processes, each of which reads its own."""
+        own = [dataset[i][0] for i in range(dataset.batches_an_epoch())]
+        logits = [predict_on_batch(self, x, is_local=True) for x in own]
+        return np.concatenate(logits)[: len(dataset.packs)]
 
     def _teacher(self):
         """That of a `Distillation` loss, or `None`."""
