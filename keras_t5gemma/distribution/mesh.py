@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints.tensors import gathered
+from keras_t5gemma.distribution import processes
 from keras_t5gemma.distribution.distribute import MeshDistribution
 
 
@@ -126,7 +127,8 @@ def join_rows(tree):
 
 def to_numpy(x):
     """A NumPy array of one that the mesh may share; all processes call it."""
-    return keras.ops.convert_to_numpy(x if current() is None else gathered(x))
+    whole = current() is None or isinstance(x, np.ndarray)
+    return keras.ops.convert_to_numpy(x if whole else gathered(x))
 
 
 def like(x, source):
@@ -145,6 +147,18 @@ def like(x, source):
 def round_up(rows):
     """A number of rows, rounded up to what `"data"` divides."""
     return rows + -rows % size("data")
+
+
+def rows_for(count):
+    """Room for `count` rows of this process, so that `"data"` divides that of all.
+
+    Returns:
+        `(before, rows)`: the rows of the processes before this one, and its own.
+    """
+    held = processes.local_rows(size("data"))
+    first, last = held.start or 0, held.stop
+    rows = -(-count // (last - first))  # Of a place on the axis.
+    return first * rows, (last - first) * rows
 
 
 def fill_rows(tree):

@@ -3,6 +3,8 @@
 import numpy as np
 from keras import ops, tree
 
+from keras_t5gemma.distribution import mesh
+
 
 class SamplerEngine:
     """The interface of `engine.Engine` around KerasHub's compiled `generate_step`.
@@ -18,7 +20,7 @@ class SamplerEngine:
 
     def start(self, inputs):
         """The arrays of `decoding.start`, for `advance`."""
-        return tree.map_structure(ops.convert_to_tensor, inputs)
+        return mesh.split_rows(tree.map_structure(ops.convert_to_tensor, inputs))
 
     def advance(self, inputs, limit):
         """All tokens at once: a sampler has a loop of its own."""

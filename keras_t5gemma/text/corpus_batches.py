@@ -45,9 +45,9 @@ class CorpusBatches(TextBatches):
     def _read_pieces(self, columns, name):
         return read_pieces(self.preprocessor, columns, name)
 
-    def most_pieces(self):
-        """More pieces are in no batch, however they are shuffled."""
-        return int(np.sort(self.packs.lengths)[-self.batch_size :].sum())
+    def most_pieces(self, rows):
+        """More pieces are in no `rows` of a batch, however they are shuffled."""
+        return int(np.sort(self.packs.lengths)[-rows:].sum())
 
     def __getitem__(self, index):
         x, labels, weights = super().__getitem__(index)

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.text.tokenizer import Tokenizer
 
 
@@ -107,17 +108,18 @@ class TeacherInMemory:
         Returns:
             `teacher_token_ids` and `teacher_padding_mask`, int32 `(texts, width + 1)`,
             and `teacher_places`, int32 `(rows, length)`: positions in the former,
-            flattened, or -1.
+            those of all processes, flattened, or -1.
         """
         pieces = batches.pieces.take(pairs)
-        shape = (batches.most_pieces(), -(-(width + 1) // 8) * 8)
+        before, texts = mesh.rows_for(batches.most_pieces(len(mask)))
+        shape = (texts, -(-(width + 1) // 8) * 8)
         ids, read = np.zeros(shape, "int32"), np.zeros(shape, "int32")
         ids[: len(pieces), 0] = batches.preprocessor.tokenizer.start_token_id
         row = pieces.row_numbers()
         column = np.arange(len(row)) - pieces.starts[row] + 1
         ids[row, column] = pieces.values
         read[: len(pieces), 0] = read[row, column] = 1
-        start = places.row_numbers() * shape[1]
+        start = (before + places.row_numbers()) * shape[1]
         flat = np.where(places.values < 0, -1, start + places.values)
         return {
             "teacher_token_ids": ids,
