@@ -9,9 +9,11 @@ import re
 
 import jax
 import keras
+import keras_hub
 import numpy as np
 from conftest import SENTENCES, make_proto, one_block_config
 from keras.src.backend.jax.trainer import _distribute_data
+from test_distillation import make_teacher
 
 import keras_t5gemma as kt
 from keras_t5gemma.distribution.distribute import bytes_per_device
@@ -153,6 +155,10 @@ def text_model(tokenizer):
     return kt.Seq2SeqLM(backbone, kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16))
 
 
+class OwnSampler(keras_hub.samplers.BeamSampler):
+    """One that the package does not know, and runs as KerasHub does."""
+
+
 def use(model):
     """Texts in numbers that no mesh divides, through all that a task does."""
     sources, targets = SENTENCES, SENTENCES[::-1]
@@ -166,6 +172,8 @@ def use(model):
     ]
     scores = model.score(sources[:3], targets[:3])["log_prob"]
     logits = model.predict(sources[:3], targets[:3], verbose=0)
+    model.compile(sampler=OwnSampler(num_beams=2))
+    texts.append(model.generate(sources[:3], 8))
     model.compile(optimizer=keras.optimizers.SGD(0.1))
     losses = []
     for batching in ("packed", "fixed"):
@@ -199,6 +207,19 @@ def use_encoder(tokenizer):
     return found
 
 
+def learn_from_teachers(tokenizer):
+    """Losses of texts with a teacher's whole distribution, and a few choices of it."""
+    objective, losses = kt.objectives.PrefixLM(), []
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16, objective=objective)
+    for options in ({}, {"top_k": 4, "temperature": 2.0}):
+        model = kt.Seq2SeqLM(text_model(tokenizer).backbone, preprocessor)
+        loss = kt.Distillation(make_teacher(), **options)
+        model.compile(keras.optimizers.SGD(0.1), loss=loss)
+        args = {"batch_size": 4, "epochs": 2, "verbose": 0}
+        losses += model.fit(2 * SENTENCES, **args).history["loss"]
+    return losses
+
+
 def refused(tokenizer):
     """What the errors say that come before anything is computed."""
     model = text_model(tokenizer)
@@ -222,9 +243,12 @@ def on_text():
     tokenizer = kt.Tokenizer(make_proto())
     texts, scores, logits, losses = use(text_model(tokenizer))
     alone = use_encoder(tokenizer)
+    taught = learn_from_teachers(tokenizer)
     with kt.distribute("fsdp", data=4, model=2):
         found = use(text_model(tokenizer))
         encoder = use_encoder(tokenizer)
+        losses += taught
+        found[3].extend(learn_from_teachers(tokenizer))
         errors = list(refused(tokenizer))
     return {
         "same_texts": [a == b for a, b in zip(found[0], texts, strict=True)],

@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import two_processes
 from conftest import SENTENCES, one_block_config
 
 import keras_t5gemma as kt
@@ -31,6 +32,9 @@ def folder(tmp_path_factory, proto):
     preprocessor = kt.Seq2SeqLMPreprocessor(kt.Tokenizer(proto), 32, 8)
     backbone = kt.Backbone(one_block_config(dropout=0.1))
     kt.Seq2SeqLM(backbone, preprocessor).save_to_preset(folder / "preset")
+    quantised = kt.Seq2SeqLM.from_preset(folder / "preset")
+    quantised.quantize("int8")
+    quantised.save_to_preset(folder / "int8")
     (folder / "data").mkdir()
     rows = [
         json.dumps({"source": f"{s} {i}", "target": s.split()[-1]}) + "\n"
@@ -137,6 +141,22 @@ def test_another_mesh_goes_on_and_one_device_loads_the_preset(folder, interrupte
     weights = {name.split()[-1]: value for name, value in other.items()}
     for variable in backbone.weights:
         assert (np.asarray(variable.value) == weights[variable.path]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*longer than")
+def test_all_processes_get_what_one_gets(folder):
+    alone = two_processes.use(folder)
+    option = ["result=together", "use=1"]
+    texts, codes = run(folder, option, option, devices=1)
+    assert codes == [0, 0], texts[0][-3000:]
+    for index in (0, 1):
+        found = json.loads((folder / f"together-{index}.json").read_text())
+        assert found["texts"] == alone["texts"] and any(map(any, found["texts"]))
+        for a, b in zip(found["numbers"], alone["numbers"], strict=True):
+            assert np.abs(np.subtract(a, b)).max() < 1e-4 * np.abs(b).max()
+        quantising, saving = found["errors"]
+        assert "`quantize` needs whole weights" in quantising
+        assert "cannot save a quantised model" in saving
 
 
 def test_refuses():

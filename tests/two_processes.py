@@ -3,6 +3,7 @@
 `python two_processes.py PORT INDEX FOLDER [name=value ...]`
 """
 
+import json
 import os
 import signal
 import sys
@@ -13,9 +14,7 @@ import numpy as np
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.tensors import gathered
-from keras_t5gemma.distribution import layouts
-
-layouts.LARGE = 16  # So that the weights of a tiny model are split too.
+from keras_t5gemma.distribution import layouts, processes
 
 
 class Kill(keras.callbacks.Callback):
@@ -61,7 +60,40 @@ def save(path, model, history):
     np.savez(path, **values, loss=history["loss"], padding=history["padding"])
 
 
+def use(folder):
+    """What all tasks give and learn, on text that all processes have."""
+    import eight_devices as tasks  # It reads much that the others do not need.
+
+    keras.utils.set_random_seed(0)
+    int8 = kt.Seq2SeqLM.from_preset(folder / "int8")
+    tokenizer, errors = int8.preprocessor.tokenizer, []
+    if processes.count() > 1:
+        for act in (
+            lambda: int8.quantize("int8"),
+            lambda: int8.save_to_preset(folder / "again"),
+        ):
+            try:
+                act()
+            except ValueError as error:
+                errors.append(str(error))
+    scores = int8.score(tasks.SENTENCES[:3], tasks.SENTENCES[:3])["log_prob"]
+    int8.enable_lora(2)
+    int8.compile(optimizer=keras.optimizers.SGD(0.1))
+    int8.fit(tasks.SENTENCES, tasks.SENTENCES, batch_size=4, verbose=0)
+    int8.save_lora_weights(folder / "adapters.lora.h5")
+    other = kt.Seq2SeqLM.from_preset(folder / "int8")
+    other.load_lora_weights(folder / "adapters.lora.h5")
+    learned = (other, int8)
+    scores += [model.score("a game", "of chess")["log_prob"] for model in learned]
+    texts, *numbers = tasks.use(tasks.text_model(tokenizer))
+    numbers += [scores, *tasks.use_encoder(tokenizer)]
+    numbers += [tasks.learn_from_teachers(tokenizer)]
+    numbers = [np.asarray(n).tolist() for n in numbers]
+    return {"texts": texts, "numbers": numbers, "errors": errors}
+
+
 def main(port, index, folder, *options):
+    layouts.LARGE = 16  # So that the weights of a tiny model are split too.
     port, index, folder = int(port), int(index), Path(folder)
     options = dict(option.split("=") for option in options)
     if "errors" in options:
@@ -69,6 +101,10 @@ def main(port, index, folder, *options):
     if options["processes"] == "2":
         kt.connect(f"127.0.0.1:{port}", 2, index, timeout=60, heartbeat=10)
     kt.distribute("fsdp")
+    if "use" in options:
+        found = json.dumps(use(folder))
+        (folder / f"{options['result']}-{index}.json").write_text(found)
+        return
     model, history = train(folder)
     trained = [v.value for v in model.trainable_variables]
     split = sum(v.sharding.shard_shape(v.shape) != v.shape for v in trained)

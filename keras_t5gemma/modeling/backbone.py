@@ -10,7 +10,7 @@ import keras_hub
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.distribution import layouts, mesh
+from keras_t5gemma.distribution import layouts, mesh, processes
 from keras_t5gemma.modeling import lora
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 
@@ -143,7 +143,17 @@ class Backbone(keras_hub.models.Backbone):
         return self.encoder.token_embedding
 
     def quantize(self, mode=None, filters=None, **kwargs):
-        """Quantise projections and embeddings; see `keras.Model.quantize`."""
+        """Quantise projections and embeddings; see `keras.Model.quantize`.
+
+        Raises:
+            ValueError: of several processes, where none has a whole weight.
+        """
+        if processes.count() > 1:
+            raise ValueError(
+                "`quantize` needs whole weights, and each process has a part of them: "
+                "quantise and `save_to_preset` in one process, and load that preset in "
+                "all of them."
+            )
         mesh.prepare(self.config)
         if filters is None:
             filters = is_projection_or_embedding
@@ -242,11 +252,21 @@ class Backbone(keras_hub.models.Backbone):
             super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
-        """Keras's; a preset of weights that devices share gathers one at a time."""
+        """Keras's; a preset of weights that devices share gathers one at a time.
+
+        Raises:
+            ValueError: for a quantised model of several processes.
+        """
         from keras_t5gemma.checkpoints import keras_format
 
-        if not keras_format.gather_weights(self, filepath, max_shard_size):
-            super().save_weights(filepath, overwrite, max_shard_size)
+        if keras_format.gather_weights(self, filepath, max_shard_size):
+            return
+        if processes.count() > 1:
+            raise ValueError(
+                "Several processes cannot save a quantised model. It is the preset "
+                "that was loaded; what adapters learn, `save_lora_weights` keeps."
+            )
+        super().save_weights(filepath, overwrite, max_shard_size)
 
     def save_to_huggingface(self, folder, dtype=None, max_shard_size=5, **kwargs):
         """Write a folder that transformers' T5GemmaForConditionalGeneration loads.

@@ -3,8 +3,8 @@
 import os
 
 import h5py
-import keras
 
+from keras_t5gemma.distribution import mesh, processes
 from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
 
 # What a part is: folders of the layer's path, and its layers adapted by default.
@@ -63,6 +63,8 @@ def enable(backbone, rank, names=None, parts=None):
 def save(backbone, path):
     """Write rank and adapters of every adapted layer into an HDF5 file.
 
+    Of several processes all call it; the first one writes.
+
     Raises:
         ValueError: when there are none, or for another ending than `.lora.h5`.
     """
@@ -71,14 +73,24 @@ def save(backbone, path):
         raise ValueError("The model has no adapters: call `enable_lora(rank)` first.")
     if not str(path).endswith(".lora.h5"):
         raise ValueError(f"`filepath` must end in '.lora.h5'; got {str(path)!r}.")
+    arrays = {
+        (_key(layer), variable.name): mesh.to_numpy(variable.value)
+        for layer in adapted
+        for variable in _adapters(layer)
+    }
+    with processes.all_or_none(f"{path} was saved"):
+        if processes.number() == 0:
+            _write(path, adapted, arrays)
+
+
+def _write(path, adapted, arrays):
     with h5py.File(path, "w") as file:
         for layer in adapted:
             group = file.create_group(_key(layer))
             group.attrs["rank"] = layer.lora_rank
             group.attrs["alpha"] = layer.lora_alpha
-            for variable in _adapters(layer):
-                array = keras.ops.convert_to_numpy(variable)
-                group.create_dataset(variable.name, data=array)
+        for (key, name), array in arrays.items():
+            file[key].create_dataset(name, data=array)
 
 
 def load(backbone, path):

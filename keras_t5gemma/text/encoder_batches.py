@@ -45,7 +45,7 @@ class EncoderBatches(TextBatches):
         return length, length if len(self.names) == 2 else 1
 
     def __getitem__(self, index):
-        rows, widths = self._batch(index)
+        rows, widths = self._own_batch(index)
         chosen = self._pairs(rows)
         weights = np.zeros(len(rows), "float32")
         weights[: len(chosen)] = self.weights[chosen]
