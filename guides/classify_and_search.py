@@ -82,12 +82,12 @@ print(held_out[0])
 # %% [markdown]
 # ## Search
 #
-# `TextEmbedder` gives each text a vector: the mean of the states of its tokens and, with
-# `lexical_dim`, so many numbers more that say which tokens the text has, each weighed by
-# what it says about the text. A mean of 192 numbers knows what a text is about and
-# forgets its names; here the second part finds 68 of 100 in place of 55. `embed` puts
-# texts of similar length together and returns NumPy arrays in order; a text's vector
-# does not depend on the others. `nearest` finds what is close.
+# `TextEmbedder` gives each text a vector: the mean of the states of its tokens and,
+# with `lexical_dim`, so many numbers more that say which tokens the text has, each
+# weighed by what it says about the text. A mean of 192 numbers knows what a text is
+# about and forgets its names; here the second part finds 68 of 100 in place of 55.
+# `embed` puts texts of similar length together and returns NumPy arrays in order; a
+# text's vector does not depend on the others. `nearest` finds what is close.
 #
 # A pretrained encoder was never told what shall be close to what. How often is the text
 # of a held-out first line among the ten nearest of all held-out texts?

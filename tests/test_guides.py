@@ -173,6 +173,7 @@ def test_train_on_a_pod(tmp_path):
     for printed in both:
         found = numbers(r"loss: ([\d.]+) in the first .* ([\d.]+) in the", printed)
         assert found == pytest.approx([first, last], abs=2e-3)
+        assert "written on the mesh: " in printed
     assert (tmp_path / "two/runs/pod/preset/config.json").exists()
     assert not (tmp_path / "two/runs/pod/backup").exists()
 
