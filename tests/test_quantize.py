@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import pytest
 from conftest import (
     enlarge,
     max_difference,
@@ -53,6 +54,23 @@ def test_int8_stays_close_and_survives_saving(tokenizer, tmp_path):
     model.save_to_preset(str(tmp_path))
     loaded = kt.Seq2SeqLM.from_preset(tmp_path)
     assert max_difference(loaded(x), quantised) < 1e-5
+
+
+def test_int8_by_dtype(tokenizer, tmp_path):
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16)
+    model = kt.Seq2SeqLM(enlarge(kt.Backbone(tiny_config()), 4.0), preprocessor)
+    model.save_to_preset(tmp_path / "float")
+    model.quantize("int8")
+    x = random_inputs()
+    expected = numpy(model(x))
+    model.save_to_preset(tmp_path / "int8")
+    for folder in ("float", "int8"):
+        found = kt.Seq2SeqLM.from_preset(tmp_path / folder, dtype="int8")
+        assert max_difference(found(x), expected) < 1e-5
+        embedder = kt.TextEmbedder.from_preset(tmp_path / folder, dtype="int8")
+        assert embedder.backbone.encoder.blocks[0].mlp.up.kernel.dtype == "int8"
+    with pytest.raises(ValueError, match="`dtype` is 'int4'; .* are int8 already"):
+        kt.Backbone.from_preset(tmp_path / "int8", dtype="int4")
 
 
 def test_int8_generation_follows_the_int8_forward_pass(tokenizer):

@@ -14,6 +14,8 @@ from keras_t5gemma.distribution import layouts, mesh, processes
 from keras_t5gemma.modeling import lora
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 
+QUANTIZED = ("int8", "int4")
+
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Backbone(keras_hub.models.Backbone):
@@ -215,7 +217,8 @@ class Backbone(keras_hub.models.Backbone):
                 needs no network.
             encoder_only: build the encoder alone and read only its tensors.
             **kwargs: `dtype` (a policy or its name; float checkpoints are read into
-                Keras's default policy when it is left out), `name`, `trainable`.
+                Keras's default policy when it is left out; `"int8"` or `"int4"` is
+                that and `quantize`), `name`, `trainable`.
 
         Raises:
             ValueError: for an unknown preset or keyword, or files that do not
@@ -224,6 +227,17 @@ class Backbone(keras_hub.models.Backbone):
         """
         from keras_t5gemma.checkpoints import checkpoint
 
+        if kwargs.get("dtype") in QUANTIZED:
+            mode = kwargs.pop("dtype")
+            backbone = cls.from_preset(preset, load_weights, encoder_only, **kwargs)
+            found = backbone.encoder.token_embedding.quantization_mode
+            if found is None:
+                backbone.quantize(mode)
+            elif found != mode:
+                raise ValueError(
+                    f"`dtype` is {mode!r}; the weights of {preset} are {found} already."
+                )
+            return backbone
         presets.check_keywords(kwargs, ("dtype", "name", "trainable"), cls.__name__)
         config = None if load_weights else presets.published_config(preset)
         if config is None:
