@@ -146,6 +146,11 @@ def _train(model, task, batch_size, epochs, learning_rate):
         0.0, steps - warmup, warmup_target=learning_rate, warmup_steps=warmup
     )
     model.compile(keras.optimizers.AdamW(rate, global_clipnorm=1.0))
+
+    def say(epoch, logs):
+        valid = f"{100 * logs['val_accuracy']:.1f} on the validation rows"
+        print(f"  epoch {epoch + 1} of {epochs}: {valid}", flush=True)
+
     best = keras.callbacks.EarlyStopping(
         "val_accuracy", mode="max", patience=epochs, restore_best_weights=True
     )
@@ -155,7 +160,7 @@ def _train(model, task, batch_size, epochs, learning_rate):
         batch_size=batch_size,
         epochs=epochs,
         validation_data=(task.valid.x, task.valid.y),
-        callbacks=[best],
+        callbacks=[best, keras.callbacks.LambdaCallback(on_epoch_end=say)],
         verbose=0,
     ).history
 
