@@ -5,6 +5,7 @@ Prints one JSON object: for each case what it got, beside the same on one device
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
@@ -16,6 +17,7 @@ from keras.src.backend.jax.trainer import _distribute_data
 from test_distillation import make_teacher
 
 import keras_t5gemma as kt
+from keras_t5gemma.distribution import costs
 from keras_t5gemma.distribution.distribute import bytes_per_device
 
 STEPS, ROWS, VOCABULARY, WIDTH = 10, 8, 2048, 256
@@ -111,9 +113,9 @@ def difference(arrays, expected):
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-def collectives(model):
-    """`(kind, shape)` of all communication in the compiled training step."""
-    batch = _distribute_data(tuple(keras.tree.map_structure(_first, packed_batches())))
+def compiled_step(model, batch):
+    """The text of the compiled training step."""
+    batch = _distribute_data(batch)
     state = model._get_jax_state(
         trainable_variables=True,
         non_trainable_variables=True,
@@ -122,16 +124,51 @@ def collectives(model):
     )
     shardings = (None, model._get_state_sharding_spec())
     step = jax.jit(model.train_step, out_shardings=shardings)
-    text = step.lower(state, batch).compile().as_text()
+    return step.lower(state, batch).compile().as_text()
+
+
+def collectives(text):
+    """`(kind, shape)` of all communication in a compiled program."""
     kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
-    return sorted(
-        {
-            (kind, tuple(map(int, shape.split(","))))
-            for result, kind in found
-            for shape in re.findall(r"\w+\[([\d,]+)\]", result)
-        }
+    return [
+        (kind, tuple(map(int, shape.split(","))))
+        for result, kind in found
+        for shape in re.findall(r"f32\[([\d,]+)\]", result)
+    ]
+
+
+def communication(strategy, rematerialize):
+    """Bytes a device receives in a step of a large batch: compiled, and planned."""
+    random, rows = np.random.default_rng(0), 64
+    x = {}
+    for side, length in (("encoder", 256), ("decoder", 128)):
+        ids = random.integers(4, VOCABULARY, (rows, length), "int32")
+        x |= {f"{side}_token_ids": ids, f"{side}_padding_mask": np.ones_like(ids)}
+    labels = x["decoder_token_ids"]
+    batch = (x, labels, np.ones(labels.shape, "float32"))
+    with kt.distribute(strategy):
+        model = make_model(False)
+        optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+        model.compile(optimizer=optimizer, rematerialize=rematerialize)
+        model._symbolic_build(data_batch=batch)
+        received = {}
+        for kind, shape in collectives(compiled_step(model, batch)):
+            times = 2 if kind == "all-reduce" else 1
+            bytes_received = times * 4 * math.prod(shape) * 7 / 8
+            received[kind] = received.get(kind, 0) + bytes_received
+    job = costs.Job(
+        model.backbone.config,
+        8,
+        10**12,
+        rows,
+        (256, 128),
+        optimizer,
+        dtype="float32",
+        rematerialize=rematerialize,
     )
+    mesh = {"data": 8, "model": 1}
+    return received, costs.evaluate(job, mesh, strategy).communication
 
 
 def _first(array):
@@ -263,7 +300,17 @@ def on_text():
 
 def main():
     alone = {with_lora: run(with_lora) for with_lora in (False, True)}
-    report = {"text": on_text()}
+    report = {
+        "text": on_text(),
+        "communication": {
+            name: communication(*case)
+            for name, case in {
+                "fsdp": ("fsdp", False),
+                "fsdp, rematerialized": ("fsdp", True),
+                "data": ("data", False),
+            }.items()
+        },
+    }
     for name, (strategy, data, model_axis, with_lora) in CASES.items():
         _, losses, weights, momentum, written = alone[with_lora]
         with kt.distribute(strategy, data=data, model=model_axis):
@@ -281,8 +328,11 @@ def main():
                     v.value.nbytes for v in model.optimizer.variables
                 ),
                 "repeated": repeated(model),
-                "collectives": collectives(model) if name in READ else [],
             }
+            if name in READ:
+                batch = tuple(keras.tree.map_structure(_first, packed_batches()))
+                text = compiled_step(model, batch)
+                report[name]["collectives"] = collectives(text)
     print("REPORT", json.dumps(report))
 
 

@@ -261,7 +261,8 @@ def whole_report():
 @pytest.fixture
 def report(whole_report):
     """By case."""
-    return {name: case for name, case in whole_report.items() if name != "text"}
+    others = ("text", "communication")
+    return {name: case for name, case in whole_report.items() if name not in others}
 
 
 def test_ten_steps_equal_one_devices(report):
@@ -301,12 +302,25 @@ def test_texts_on_a_mesh_are_one_devices(whole_report):
     text = whole_report["text"]
     assert all(text["same_texts"]), text["same_texts"]
     assert text["score"] < 1e-5 and text["predict"] < 1e-4
-    assert len(text["fit"]) == 3 and max(text["fit"]) < 1e-5
+    assert len(text["fit"]) == 7 and max(text["fit"]) < 1e-5
     assert text["encoder"] < 1e-5 and text["learned"] > 1e-3
     assert "batch_size has 6 rows" in text["errors"][0]
     assert "last batch of `x` has 3 rows" in text["errors"][1]
     words = "decoder/block_0/self_attention/query/kernel.*3 query heads.*'model' of 2"
     assert re.search(words, text["errors"][2])
+
+
+def test_planned_communication_is_that_of_the_compiled_step(whole_report):
+    """XLA leaves a small weight whole where moving what it is multiplied by is less."""
+    for name, (found, planned) in whole_report["communication"].items():
+        if name == "data":
+            share = found["all-reduce"] / planned["all-reduce of gradients"]
+            assert 1 <= share < 1.1
+            continue
+        share = found["all-gather"] / planned["all-gather of weights"]
+        assert 0.75 < share <= 1, name
+        exchanged = planned["exchange of embedded tokens"]
+        assert found["all-to-all"] == pytest.approx(exchanged), name
 
 
 def test_no_step_gathers_an_embedding_table(report):

@@ -6,8 +6,9 @@ values (`abstract`), laid out by `layouts.partition`; what a step holds beside t
 ring, c bytes a number in the compute dtype:
 
     "data"    all-reduce of the gradients         2 (n - 1) / n gradients
-    "fsdp"    all-gather of the weights           (n - 1) / n weights at c bytes, in
-                                                  the forward and the backward pass
+    "fsdp"    all-gather of the weights           (n - 1) / n weights at c bytes; again
+                                                  in the backward pass where blocks are
+                                                  computed anew
               reduce-scatter of the gradients     (n - 1) / n gradients
               exchange of embedded tokens         (n - 1) / n c B T D, twice a tower
                                                   (the tables are split by width)
@@ -189,10 +190,10 @@ def evaluate(job, mesh, strategy):
         shards = 1 if strategy == "data" else model
         pieces = data if strategy == "fsdp" else 1
         chunk = activations.logits_chunk(job.config, s, shards, pieces, job.at_once)
-    passes = 3 if job.rematerialize else 2
+    passes = 2 + job.rematerialize
     states = _reduced_states(job.config, s) * 2 * (model - 1) / model
     communication = {
-        "all-gather of weights": 2 * around * gathered,
+        "all-gather of weights": (1 + job.rematerialize) * around * gathered,
         "reduce-scatter of gradients": around * reduced,
         "all-reduce of gradients": 2 * around * repeated,
         "all-reduce of states": passes * states,
