@@ -167,7 +167,8 @@ def communication(strategy, rematerialize):
         dtype="float32",
         rematerialize=rematerialize,
     )
-    mesh = {"data": 8, "model": 1}
+    sizes = (1, 8) if strategy == "tensor" else (8, 1)
+    mesh = dict(zip(("data", "model"), sizes, strict=True))
     return received, costs.evaluate(job, mesh, strategy).communication
 
 
@@ -308,6 +309,7 @@ def main():
                 "fsdp": ("fsdp", False),
                 "fsdp, rematerialized": ("fsdp", True),
                 "data": ("data", False),
+                "tensor": ("tensor", False),
             }.items()
         },
     }

@@ -16,6 +16,11 @@ ring, c bytes a number in the compute dtype:
                                                   sub-layer and before it in the
                                                   backward pass; a third time where
                                                   blocks are computed anew
+
+Of the step that XLA compiles, by `tests/eight_devices.py` on 8 devices with a large
+batch: exchange 1.00 times that, gathered weights 0.86 (0.80 when computed anew: small
+ones stay where they are), gradients 1.09, states 1.27. XLA's CPU has no reduce-scatter
+to compare with.
 """
 
 import dataclasses
