@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import one_block_config
+from conftest import numpy, one_block_config
 from test_adapt import make_gemma2
 
 import keras_t5gemma as kt
-from keras_t5gemma.evaluation import measures, superglue
+from keras_t5gemma.evaluation import candidates, measures, superglue
 from keras_t5gemma.evaluation.examples import Examples, read_task
 
 pytestmark = pytest.mark.one_backend
@@ -294,6 +294,20 @@ def test_a_table_that_goes_on(data, presets, tmp_path, capsys):
     assert again == found
     with pytest.raises(ValueError, match="results of other options: {'epochs': 6}"):
         kt.evaluate_encoders(["kinds"], **{**options, "epochs": 5})
+
+
+def test_from_scratch_has_the_size_and_not_the_weights(presets):
+    def kernel(backbone):
+        return numpy(backbone.encoder.blocks[0].mlp.up.kernel)
+
+    preset = str(presets / "pair")
+    saved = kernel(kt.Backbone.from_preset(preset, encoder_only=True))
+    loaded, scratch = (
+        kernel(candidates.Model(preset, kind)._load(candidates.Recipe())[0])
+        for kind in ("preset", "scratch")
+    )
+    assert np.array_equal(loaded, saved)
+    assert scratch.shape == saved.shape and not np.isclose(scratch, saved).any()
 
 
 def test_frozen_encoders(data, presets, tmp_path):
