@@ -12,6 +12,7 @@ from conftest import (
 from test_generate import plain_log_probs
 
 import keras_t5gemma as kt
+from keras_t5gemma.distribution import processes
 
 
 def adapter_change(quantization):
@@ -71,6 +72,19 @@ def test_int8_by_dtype(tokenizer, tmp_path):
         assert embedder.backbone.encoder.blocks[0].mlp.up.kernel.dtype == "int8"
     with pytest.raises(ValueError, match="`dtype` is 'int4'; .* are int8 already"):
         kt.Backbone.from_preset(tmp_path / "int8", dtype="int4")
+
+
+def test_several_processes_save_float_weights_only(tmp_path, monkeypatch):
+    exact, quantised = kt.Backbone(tiny_config()), kt.Backbone(tiny_config())
+    quantised.quantize("int8")
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    exact.save_weights(tmp_path / "a.weights.h5")
+    assert (tmp_path / "a.weights.h5").exists()
+    with pytest.raises(ValueError, match="cannot save a quantised model"):
+        quantised.save_weights(tmp_path / "b.weights.h5")
+    with pytest.raises(ValueError, match="`quantize` needs whole weights"):
+        exact.quantize("int8")
+    assert not (tmp_path / "b.weights.h5").exists()
 
 
 def test_int8_generation_follows_the_int8_forward_pass(tokenizer):

@@ -277,8 +277,12 @@ def test_refusals(embedder, model, tokenizer):
         kt.TextEmbedder(model.backbone)
     with pytest.raises(ValueError, match="`pooling` must be one of.*'max'"):
         make_embedder(tokenizer, pooling="max")
-    for wrong in ({"lexical_dim": 0}, {"lexical_dim": 8, "normalize": False}):
-        with pytest.raises(ValueError, match="`lexical_dim` must be 1 or more, with"):
+    for wrong in (
+        {"lexical_dim": 0},
+        {"lexical_dim": "many"},
+        {"lexical_dim": 8, "normalize": False},
+    ):
+        with pytest.raises(ValueError, match="`lexical_dim` must be a whole number"):
             make_embedder(tokenizer, **wrong)
     with pytest.raises(ValueError, match="'texts' must be a list of texts"):
         embedder.embed("a text")

@@ -275,7 +275,7 @@ class Backbone(keras_hub.models.Backbone):
 
         if keras_format.gather_weights(self, filepath, max_shard_size):
             return
-        if processes.count() > 1:
+        if processes.count() > 1 and self.encoder.token_embedding.quantization_mode:
             raise ValueError(
                 "Several processes cannot save a quantised model. It is the preset "
                 "that was loaded; what adapters learn, `save_lora_weights` keeps."

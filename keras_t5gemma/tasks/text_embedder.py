@@ -59,9 +59,10 @@ class TextEmbedder(EncoderTask):
         self.projection_dim = projection_dim
         self.normalize = normalize
         self.lexical_dim = lexical_dim
-        if lexical_dim is not None and (lexical_dim < 1 or not normalize):
+        is_count = isinstance(lexical_dim, int) and lexical_dim >= 1
+        if lexical_dim is not None and not (is_count and normalize):
             raise ValueError(
-                "`lexical_dim` must be 1 or more, with `normalize=True`; got "
+                "`lexical_dim` must be a whole number >= 1, with `normalize=True`; got "
                 f"{lexical_dim!r} and normalize={normalize!r}."
             )
 
