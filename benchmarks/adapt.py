@@ -31,7 +31,7 @@ def make_folder(folder, stack, vocabulary_size):
     import numpy as np
 
     from keras_t5gemma.checkpoints import safetensors_file, weight_maps
-    from keras_t5gemma.checkpoints.tensors import FreshTensor, ToTheirs
+    from keras_t5gemma.checkpoints.lazy_tensors import FreshTensor, ToTheirs
 
     shapes = weight_maps.tower_shapes(stack, vocabulary_size)
     rows = weight_maps.expand(weight_maps.GEMMA2_HUGGING_FACE, stack.num_layers)
@@ -74,7 +74,7 @@ def resident(field):
 
 def adapt(sources, target, check):
     """Adapt in this process; print what it took as JSON."""
-    from keras_t5gemma.checkpoints.adapt import adapt_to_folder
+    from keras_t5gemma.conversion.adapt import adapt_to_folder
 
     Path("/proc/self/clear_refs").write_text("5")  # Forget the imports' peak.
     base = resident("VmRSS")

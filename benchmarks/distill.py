@@ -47,7 +47,7 @@ def make_teacher():
 
 
 def teacher_arrays(kind, x):
-    """What `CorpusBatches` would add to the arrays of pairs."""
+    """What `DocumentDataset` would add to the arrays of pairs."""
     shape = x["decoder_token_ids"].shape
     rng = np.random.default_rng(0)
     if kind == "scores":

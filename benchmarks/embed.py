@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 import keras_t5gemma as kt
-from keras_t5gemma.text.encoder_batches import arrays
+from keras_t5gemma.data.encoder_dataset import arrays
 
 
 def make_texts(count):

@@ -13,8 +13,8 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import numpy as np
 
-from keras_t5gemma.text.objectives import UL2, PrefixLM
-from keras_t5gemma.text.ragged import Ragged
+from keras_t5gemma.data.objectives import UL2, PrefixLM
+from keras_t5gemma.utils.ragged import Ragged
 
 
 def main():

@@ -9,7 +9,7 @@ state MB      the step's arguments: weights and optimizer; planned, compiled.
 step MB       the most beside them: planned, compiled (`temp_size_in_bytes`).
 
 XLA for CPUs has two schedulers: the usual one starts whatever can run, and forgets
-memory (and rematerialisation); `xla_cpu_enable_concurrency_optimized_scheduler=false`
+memory (and rematerialization); `xla_cpu_enable_concurrency_optimized_scheduler=false`
 chooses the one that looks for the least memory, as on a GPU or TPU.
 """
 
@@ -30,8 +30,8 @@ import numpy as np
 
 import keras_t5gemma as kt
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.distribution.activations import AT_ONCE_ON_CPU
-from keras_t5gemma.distribution.costs import Job, evaluate
+from keras_t5gemma.planning.activations import AT_ONCE_ON_CPU
+from keras_t5gemma.planning.costs import Job, evaluate
 
 SAME = StackConfig(2, 128, 512, 4, 2, 32)
 NARROW = StackConfig(3, 192, 384, 4, 4, 48)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_t5gemma as kt
-from keras_t5gemma.text.ragged import Ragged
+from keras_t5gemma.utils.ragged import Ragged
 
 WORDS_A_DOCUMENT = 100
 HELD_OUT = 100  # One document in so many.

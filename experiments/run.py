@@ -61,7 +61,7 @@ def start_preset(run, runs):
     import keras
 
     import keras_t5gemma as kt
-    from keras_t5gemma.checkpoints.adapt import adapt_to_folder
+    from keras_t5gemma.conversion.adapt import adapt_to_folder
 
     encoder, decoder = (
         str(runs / f"sources/{size}/preset") for size in plan.PAIRS[run.pair]

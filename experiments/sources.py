@@ -16,7 +16,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_t5gemma.training.token_losses import token_losses
+from keras_t5gemma.training.chunked_cross_entropy import token_losses
 
 WIDTHS = {"small": 64, "medium": 128, "large": 192}
 LAYERS = {"small": 2, "medium": 3, "large": 3}

@@ -128,10 +128,10 @@ large = make_gemma2("gemma2_large", width=64, layers=3, steps=60)
 # the decoder is.
 
 # %%
-from keras_t5gemma import cli  # noqa: E402
+from keras_t5gemma.cli.main import main
 
 balanced = str(RUN / "t5gemma_small_small")
-cli.main(["adapt", small, "--output", balanced, "--overwrite"])
+main(["adapt", small, "--output", balanced, "--overwrite"])
 
 # %% [markdown]
 # In a shell that is `keras-t5gemma adapt SMALL --output FOLDER`. In Python

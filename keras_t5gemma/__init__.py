@@ -5,41 +5,41 @@ from keras_t5gemma import environment as _environment
 _environment.choose_backend()
 _environment.require_keras_hub()
 
-from keras_t5gemma.checkpoints.adapt import adapt_gemma2 as adapt_gemma2
-from keras_t5gemma.checkpoints.average import average_presets as average_presets
 from keras_t5gemma.checkpoints.presets import presets as presets
 from keras_t5gemma.config import StackConfig as StackConfig
 from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
+from keras_t5gemma.conversion.adapt import adapt_gemma2 as adapt_gemma2
+from keras_t5gemma.conversion.average import average_presets as average_presets
+from keras_t5gemma.data import objectives as objectives
+from keras_t5gemma.data.readers import read_pairs as read_pairs
+from keras_t5gemma.data.readers import read_texts as read_texts
+from keras_t5gemma.data.sharded_files import PairFiles as PairFiles
+from keras_t5gemma.data.sharded_files import TextFiles as TextFiles
 from keras_t5gemma.distribution.distribute import distribute as distribute
-from keras_t5gemma.distribution.plan import plan as plan
-from keras_t5gemma.distribution.processes import connect as connect
-from keras_t5gemma.evaluation.evaluate import evaluate_encoders as evaluate_encoders
+from keras_t5gemma.distribution.process_group import connect as connect
+from keras_t5gemma.evaluation.harness import evaluate_encoders as evaluate_encoders
 from keras_t5gemma.generation.engine import (
     cache_compiled_programs as cache_compiled_programs,
 )
 from keras_t5gemma.generation.options import GenerationOptions as GenerationOptions
 from keras_t5gemma.modeling.backbone import Backbone as Backbone
+from keras_t5gemma.planning.planner import plan as plan
+from keras_t5gemma.recipes.finetune import finetune as finetune
+from keras_t5gemma.recipes.pretrain import pretrain as pretrain
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
 from keras_t5gemma.tasks.text_classifier import TextClassifier as TextClassifier
 from keras_t5gemma.tasks.text_embedder import TextEmbedder as TextEmbedder
 from keras_t5gemma.tasks.text_embedder import cosine_similarity as cosine_similarity
 from keras_t5gemma.tasks.text_embedder import nearest as nearest
-from keras_t5gemma.text import objectives as objectives
-from keras_t5gemma.text.files import read_pairs as read_pairs
-from keras_t5gemma.text.files import read_texts as read_texts
-from keras_t5gemma.text.preprocessor import (
+from keras_t5gemma.tokenization.preprocessor import (
     Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
 )
-from keras_t5gemma.text.sharded_text import PairFiles as PairFiles
-from keras_t5gemma.text.sharded_text import TextFiles as TextFiles
-from keras_t5gemma.text.tokenizer import Tokenizer as Tokenizer
+from keras_t5gemma.tokenization.tokenizer import Tokenizer as Tokenizer
 from keras_t5gemma.training import callbacks as callbacks
 from keras_t5gemma.training.contrastive import InfoNCE as InfoNCE
 from keras_t5gemma.training.distillation import Distillation as Distillation
-from keras_t5gemma.training.finetune import finetune as finetune
 from keras_t5gemma.training.losses import TokenCrossEntropy as TokenCrossEntropy
 from keras_t5gemma.training.plots import plot_history as plot_history
-from keras_t5gemma.training.pretrain import pretrain as pretrain
 from keras_t5gemma.training.teacher_scores import TeacherScores as TeacherScores
 from keras_t5gemma.training.teacher_scores import (
     write_teacher_scores as write_teacher_scores,

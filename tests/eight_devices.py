@@ -17,8 +17,8 @@ from keras.src.backend.jax.trainer import _distribute_data
 from test_distillation import make_teacher
 
 import keras_t5gemma as kt
-from keras_t5gemma.distribution import costs
 from keras_t5gemma.distribution.distribute import bytes_per_device
+from keras_t5gemma.planning import costs
 
 STEPS, ROWS, VOCABULARY, WIDTH = 10, 8, 2048, 256
 PARTS = ["encoder", "decoder", "cross_attention", "mlp", "embeddings"]

@@ -9,9 +9,10 @@ import pytest
 from conftest import make_proto, max_difference, numpy
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints import adapt, output, safetensors_file, verify
+from keras_t5gemma.checkpoints import atomic, safetensors_file
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
-from keras_t5gemma.checkpoints.verify import (
+from keras_t5gemma.conversion import adapt, verify
+from keras_t5gemma.conversion.verify import (
     causal_encoder_states,
     decoder_logits_without_cross,
 )
@@ -217,7 +218,7 @@ def test_file_to_file_equals_in_memory(folders, tmp_path, dtype):
 
 
 @pytest.mark.one_backend
-def test_written_config_is_what_keras_serialises(folders, tmp_path):
+def test_written_config_is_what_keras_serializes(folders, tmp_path):
     out = tmp_path / "out"
     lineage, report = adapt.adapt_to_folder(folders / "big", folder=out)
     assert "a copy of self-attention in all 4 layers" in report[0]
@@ -314,13 +315,13 @@ def test_other_models_are_refused_by_name(folders, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
-def test_a_quantised_source_is_refused(tmp_path):
+def test_a_quantized_source_is_refused(tmp_path):
     source = make_gemma2(**SMALL)
     source.quantize("int8")
-    with pytest.raises(ValueError, match="`encoder` is quantised"):
+    with pytest.raises(ValueError, match="`encoder` is quantized"):
         kt.adapt_gemma2(source)
     source.save_to_preset(str(tmp_path / "int8"))
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="is quantized"):
         kt.adapt_gemma2(tmp_path / "int8")
 
 
@@ -338,7 +339,7 @@ def test_an_output_that_exists_is_kept(folders, tmp_path):
 
 def test_a_disk_without_room_is_noticed_before_writing(folders, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="out needs 0.0 GB, the disk has 0.0 GB free"):
         adapt.adapt_to_folder(folders / "small", folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -5,10 +5,10 @@ import pytest
 from conftest import numpy, tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.average import average_presets
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
-from keras_t5gemma.checkpoints.convert import convert
-from keras_t5gemma.training.model_card import write_model_card
+from keras_t5gemma.conversion.average import average_presets
+from keras_t5gemma.conversion.convert import convert
+from keras_t5gemma.recipes.model_card import write_model_card
 
 
 def values(preset):

@@ -122,7 +122,7 @@ def test_every_layer_is_named_alike_in_every_instance():
     assert len({v.path for v in first.weights}) == len(first.weights)
 
 
-def test_config_survives_serialisation():
+def test_config_survives_serialization():
     backbone = kt.Backbone(tiny_config(dropout=0.2), dtype="mixed_bfloat16")
     config = keras.saving.serialize_keras_object(backbone)
     again = keras.saving.deserialize_keras_object(config)

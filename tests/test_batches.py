@@ -6,13 +6,9 @@ import pytest
 from conftest import SENTENCES, tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.text.batches import (
-    MappedBatches,
-    StreamBatches,
-    fit_arguments,
-)
-from keras_t5gemma.text.epochs import any_width, follow
-from keras_t5gemma.text.text_batches import BATCHINGS, TextBatches
+from keras_t5gemma.data.fit_adapters import MappedBatches, StreamBatches, fit_arguments
+from keras_t5gemma.data.pair_dataset import BATCHINGS, PairDataset
+from keras_t5gemma.data.resumable import any_width, follow
 
 WORDS = " ".join(SENTENCES).split()
 SOURCES = [" ".join(WORDS[i : i + 1 + i % 9]) for i in range(35)]
@@ -54,7 +50,7 @@ def pairs_of(batch):
 def test_every_pair_once_an_epoch(preprocessor, batching, shuffle):
     weight = np.arange(35) / 8
     expected = pairs_of(preprocessor(PAIRS, sample_weight=weight))
-    batches = TextBatches(preprocessor, PAIRS, weight, 4, shuffle, batching)
+    batches = PairDataset(preprocessor, PAIRS, weight, 4, shuffle, batching)
     orders = []
     for number in (0, 1):
         rows = []
@@ -76,10 +72,10 @@ def test_every_pair_once_an_epoch(preprocessor, batching, shuffle):
 def test_buckets_have_few_shapes_and_little_padding(preprocessor, shuffle):
     """The bound: four programs, whatever the lengths; no short last batch."""
     fixed, bucketed, packed = (
-        TextBatches(preprocessor, PAIRS, None, 1, shuffle, batching)
+        PairDataset(preprocessor, PAIRS, None, 1, shuffle, batching)
         for batching in ("fixed", "bucketed", "packed")
     )
-    wide = TextBatches(preprocessor, PAIRS, None, 4, shuffle)
+    wide = PairDataset(preprocessor, PAIRS, None, 4, shuffle)
     shapes, padding = [], []
     for batches in (fixed, bucketed, packed, wide):
         seen = [epoch(batches, number) for number in range(3)]
@@ -98,7 +94,7 @@ def test_buckets_have_few_shapes_and_little_padding(preprocessor, shuffle):
 
 
 def test_a_batch_is_as_wide_as_its_bucket(preprocessor):
-    batches = TextBatches(preprocessor, PAIRS, None, 1, True)
+    batches = PairDataset(preprocessor, PAIRS, None, 1, True)
     for x, labels, _ in epoch(batches):
         used = x["encoder_padding_mask"].sum(), x["decoder_padding_mask"].sum()
         fitting = [w for w in batches.widths if used[0] <= w[0] and used[1] <= w[1]]
@@ -106,7 +102,7 @@ def test_a_batch_is_as_wide_as_its_bucket(preprocessor):
 
 
 def test_validation_takes_the_widths_of_training(preprocessor):
-    training = TextBatches(preprocessor, PAIRS, None, 1, True)
+    training = PairDataset(preprocessor, PAIRS, None, 1, True)
     longer = {
         "encoder_text": [*SOURCES, " ".join(WORDS)],
         "decoder_text": [*TARGETS, "a"],
@@ -122,7 +118,7 @@ def test_validation_takes_the_widths_of_training(preprocessor):
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_order_is_of_seed_and_epoch_alone(preprocessor, batching):
     def orders(epochs, **kwargs):
-        batches = TextBatches(preprocessor, PAIRS, None, 4, True, batching)
+        batches = PairDataset(preprocessor, PAIRS, None, 4, True, batching)
         for key, value in kwargs.items():
             setattr(batches, key, value)
         found = {}
@@ -141,8 +137,8 @@ def test_order_is_of_seed_and_epoch_alone(preprocessor, batching):
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_steps_go_through_all_pairs(preprocessor, batching):
-    batches = TextBatches(preprocessor, PAIRS, None, 2, True, batching, steps=3)
-    whole = TextBatches(preprocessor, PAIRS, None, 2, True, batching)
+    batches = PairDataset(preprocessor, PAIRS, None, 2, True, batching, steps=3)
+    whole = PairDataset(preprocessor, PAIRS, None, 2, True, batching)
     whole.seed = batches.seed
     expected = [whole.rows(i) for i in range(whole.num_batches)]
     seen, number = [], 0
@@ -197,7 +193,7 @@ class Rows(keras.callbacks.Callback):
 def test_fit_goes_on_in_the_middle_of_an_epoch(model, early):
     """Through Keras's own loop, which counts the batches of an epoch only once."""
     columns = {key: value[:16] for key, value in PAIRS.items()}
-    batches = TextBatches(model.preprocessor, columns, None, 1, True)
+    batches = PairDataset(model.preprocessor, columns, None, 1, True)
     expected = {}
     for number in (1, 2):
         batches.set_epoch(number)
@@ -296,7 +292,7 @@ def test_shuffled_batches_of_a_user(preprocessor):
 
 
 def test_what_cannot_go_on_says_so(preprocessor):
-    batches = TextBatches(preprocessor, PAIRS, batch_size=5)
+    batches = PairDataset(preprocessor, PAIRS, batch_size=5)
     with pytest.raises(ValueError, match=r"`batch` must be in \[0, 7\).*got 7"):
         batches.start_at(0, 7)
     generator = fit_arguments(preprocessor, 480, (b for b in stream_of_seven()))["x"]

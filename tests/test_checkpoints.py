@@ -16,9 +16,10 @@ import pytest
 from conftest import enlarge, max_difference, numpy, random_inputs, tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints import atomic, tensors, verify
+from keras_t5gemma.checkpoints import atomic, lazy_tensors
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.weight_maps import model_shapes
+from keras_t5gemma.conversion import verify
 
 WINDOW = 8
 
@@ -149,13 +150,13 @@ def test_encoder_alone_reads_only_its_bytes(backbone, tmp_path, kind, monkeypatc
         backbone.save_to_preset(tmp_path, max_shard_size=size)
     expected = kt.Backbone.from_preset(tmp_path)
     read = []
-    original = tensors.FileTensor.read
+    original = lazy_tensors.FileTensor.read
 
     def counted(self):
-        read.append(tensors.nbytes(self))
+        read.append(lazy_tensors.nbytes(self))
         return original(self)
 
-    monkeypatch.setattr(tensors.FileTensor, "read", counted)
+    monkeypatch.setattr(lazy_tensors.FileTensor, "read", counted)
     if kind in ("ours sharded", "huggingface"):  # The last shard is all decoder.
         files = sorted([*tmp_path.glob("*.h5"), *tmp_path.glob("*.safetensors")])
         files[-1].unlink()
@@ -365,7 +366,7 @@ def test_killed_at_random_moments_it_is_complete_or_refuses(tmp_path):
                 outcomes["complete" if fresh else "old"] += 1
         process.stdin.close()
     assert outcomes["refused"] >= 2 and outcomes["old"] == 12, outcomes
-    from keras_t5gemma.checkpoints import adapt
+    from keras_t5gemma.conversion import adapt
 
     adapt.adapt_to_folder(source, folder=out, overwrite=True)
     assert verify.check_checksums(out)

@@ -5,7 +5,8 @@ import sys
 import pytest
 from conftest import tiny_config, tiny_model
 
-from keras_t5gemma import cli, environment
+from keras_t5gemma import environment
+from keras_t5gemma.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def preset(tokenizer, tmp_path_factory):
 
 
 def run(capsys, *argv):
-    status = cli.main(list(argv))
+    status = main.main(list(argv))
     out = capsys.readouterr()
     return status, out.out, out.err
 
@@ -126,14 +127,14 @@ def test_a_backend_is_chosen_when_keras_would_take_a_missing_one(monkeypatch, tm
 
 def test_backend_option_starts_again_with_it(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli.os, "execv", lambda *args: calls.append(args))
-    monkeypatch.setattr(cli, "_loaded_backend", lambda: "jax")
+    monkeypatch.setattr(main.os, "execv", lambda *args: calls.append(args))
+    monkeypatch.setattr(main, "_loaded_backend", lambda: "jax")
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    cli.main(["--backend", "jax", "presets"])
+    main.main(["--backend", "jax", "presets"])
     assert not calls
-    cli.main(["--backend", "torch", "presets"])
+    main.main(["--backend", "torch", "presets"])
     assert os.environ["KERAS_BACKEND"] == "torch"
-    assert calls[0][1][1:] == ["-m", "keras_t5gemma.cli", "--backend", "torch"] + [
+    assert calls[0][1][1:] == ["-m", "keras_t5gemma.cli.main", "--backend", "torch"] + [
         "presets"
     ]
 

@@ -7,9 +7,8 @@ import pytest
 from conftest import SENTENCES, tiny_model
 
 import keras_t5gemma as kt
-from keras_t5gemma.text import objective_pairs
-from keras_t5gemma.text.corpus_batches import CorpusBatches, cut
-from keras_t5gemma.text.objectives import UL2, PrefixLM
+from keras_t5gemma.data.document_dataset import DocumentDataset, cut
+from keras_t5gemma.data.objectives import UL2, PrefixLM
 
 # Long, short, one token and none. The first is cut into pieces.
 TEXTS = [" ".join(SENTENCES), *SENTENCES, "a", ""] * 3
@@ -44,7 +43,7 @@ def pairs(batches):
 @pytest.mark.one_backend
 def test_halves_in_their_order_are_the_documents(tokenizer):
     preprocessor = make(tokenizer, PrefixLM())
-    batches = CorpusBatches(
+    batches = DocumentDataset(
         preprocessor, {"text": TEXTS}, batch_size=3, batching="packed"
     )
     found = pairs(batches)
@@ -56,7 +55,7 @@ def test_halves_in_their_order_are_the_documents(tokenizer):
     whole = [row for row in whole if len(row) > 1]
     # A piece that ends its document ends in eos; the others go on.
     assert sum(row[-1] == end for row in ids) == len(whole)
-    longest = objective_pairs.longest_text(preprocessor)
+    longest = preprocessor.longest_text()
     assert len(found) == sum(-(-len(row) // longest) for row in whole) > len(whole)
     expected = []
     for row in whole:
@@ -69,7 +68,7 @@ def test_halves_in_their_order_are_the_documents(tokenizer):
 
 @pytest.mark.one_backend
 def test_epochs_differ_in_places_only(tokenizer):
-    batches = CorpusBatches(
+    batches = DocumentDataset(
         make(tokenizer), {"text": TEXTS}, batch_size=3, batching="packed", shuffle=True
     )
     batches.set_epoch(0)

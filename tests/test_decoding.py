@@ -15,7 +15,7 @@ from test_generate import (
 )
 
 import keras_t5gemma as kt
-from keras_t5gemma.generation import beam, decoding, prompts
+from keras_t5gemma.generation import beam, decoding, requests
 from keras_t5gemma.generation.generator import _write
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.modeling import kv_cache
@@ -145,11 +145,11 @@ def test_prompts_of_unequal_length_in_one_batch(shared_model, monkeypatch):
     tokens = [rng.integers(110, 480, n).tolist() for n in (9, 12, 15, 8)]
     sources = [*SOURCES, "A board of old"]
     inputs = shared_model.preprocessor.generate_preprocess(sources, 24)
-    ids, mask = prompts.pad([[2, *row] for row in tokens], 24)
+    ids, mask = requests.pad([[2, *row] for row in tokens], 24)
     inputs |= {"decoder_token_ids": ids, "decoder_padding_mask": mask}
     kwargs = {"max_length": 24, "stop_token_ids": None}
     sizes = []
-    batches = prompts.batches
+    batches = requests.batches
 
     def spy(*args):
         for rows, arrays in batches(*args):
@@ -404,7 +404,7 @@ def test_batched_beams_of_keras_hubs_own_loop_equal_single_ones(tokenizer):
     assert len({len(row) for row in singles}) > 1
 
 
-def test_quantising_the_backbone_makes_the_old_programs_void(tokenizer):
+def test_quantizing_the_backbone_makes_the_old_programs_void(tokenizer):
     model = tiny_model(tokenizer)
     options = {**FULL, "return_scores": True}
     before = model.generate(SOURCES, **options)["log_prob"]

@@ -11,12 +11,12 @@ from keras import ops
 from test_losses import LABELS, SIZE, STATES, TABLE, TOKENS, value_and_gradients
 
 import keras_t5gemma as kt
-from keras_t5gemma.text import objective_pairs
-from keras_t5gemma.text.corpus_batches import CorpusBatches
-from keras_t5gemma.text.objectives import UL2, PrefixLM
-from keras_t5gemma.text.preprocessor import pad
-from keras_t5gemma.training import token_losses
-from keras_t5gemma.training.token_losses import TeacherTargets, top_choices
+from keras_t5gemma.data import objective_pairs
+from keras_t5gemma.data.document_dataset import DocumentDataset
+from keras_t5gemma.data.objectives import UL2, PrefixLM
+from keras_t5gemma.tokenization.preprocessor import pad
+from keras_t5gemma.training import chunked_cross_entropy
+from keras_t5gemma.training.chunked_cross_entropy import TeacherTargets, top_choices
 
 RNG = np.random.default_rng(1)
 VOCABULARY = 480
@@ -74,7 +74,7 @@ def plain_loss(model, teacher, texts, temperature=1.0, top_k=None, weight=0.0):
     """By the definition: one text after the other, every logit there at once."""
     preprocessor = model.preprocessor
     start = preprocessor.tokenizer.start_token_id
-    batches = CorpusBatches(preprocessor, {"text": texts}, batching="packed")
+    batches = DocumentDataset(preprocessor, {"text": texts}, batching="packed")
     numbers = np.arange(len(batches.pieces))
     sources, targets = objective_pairs.make(
         preprocessor, batches.pieces, numbers, batches.is_last
@@ -131,7 +131,7 @@ def step_loss(model, loss, texts=TEXTS, batching="packed", batch_size=64):
 @pytest.mark.parametrize("heat", [1.0, 2.5])
 @pytest.mark.parametrize("few", [False, True])
 def test_values_and_gradients_are_the_definition(monkeypatch, part, heat, few):
-    monkeypatch.setattr(token_losses, "_logits_at_once", lambda _: part)
+    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: part)
     theirs = np.tanh(THEIR_STATES @ THEIR_TABLE.T / 9.0) * 9.0 / heat
     ids = np.argsort(-theirs, axis=1)[:, :4].astype("int32")
     ids[0] = ids[0, 0]  # The same row of the table more than once.
@@ -151,22 +151,22 @@ def test_values_and_gradients_are_the_definition(monkeypatch, part, heat, few):
 
     def plain(states, table, labels):
         logits = ops.tanh(ops.matmul(states, ops.transpose(table)) / 5.0) * 5.0
-        normaliser = ops.logsumexp(logits, axis=1)
+        normalizer = ops.logsumexp(logits, axis=1)
         chosen = ops.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-        label = 0.9 * (normaliser - chosen)
-        label = label + 0.1 * (normaliser - ops.mean(logits, axis=1))
+        label = 0.9 * (normalizer - chosen)
+        label = label + 0.1 * (normalizer - ops.mean(logits, axis=1))
         log_probs = ops.log_softmax(logits / heat)
         taught = -ops.sum(ops.convert_to_tensor(target) * log_probs, axis=1)
         value = share * label + (1 - share) * heat**2 * taught
         hits = ops.cast(ops.argmax(logits, axis=1), "int32") == labels
         return (
-            value + 1e-2 * ops.square(normaliser),
-            chosen - normaliser,
+            value + 1e-2 * ops.square(normalizer),
+            chosen - normalizer,
             ops.cast(hits, "float32"),
         )
 
     def ours(states, table, labels):
-        return token_losses.token_losses(
+        return chunked_cross_entropy.token_losses(
             states, table, labels, 5.0, 0.1, 1e-2, teacher=teacher
         )
 
@@ -178,8 +178,10 @@ def test_values_and_gradients_are_the_definition(monkeypatch, part, heat, few):
 
 @pytest.mark.parametrize("part", [2**24, TOKENS * 6])
 def test_choices_are_the_largest(monkeypatch, part):
-    parts = token_losses._parts
-    monkeypatch.setattr(token_losses, "_parts", lambda v, n, _: parts(v, n, part))
+    parts = chunked_cross_entropy._parts
+    monkeypatch.setattr(
+        chunked_cross_entropy, "_parts", lambda v, n, _: parts(v, n, part)
+    )
     arrays = [ops.convert_to_tensor(x) for x in (THEIR_STATES, THEIR_TABLE)]
     ids, log_probs = (numpy(x) for x in top_choices(*arrays, 9.0, 7))
     logits = np.tanh(THEIR_STATES @ THEIR_TABLE.T / 9.0) * 9.0
@@ -261,7 +263,7 @@ def test_the_teacher_is_not_saved(tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["prefixlm", "ul2"])
 def test_places_are_those_of_the_tokens(tokenizer, name):
     model = make_student(tokenizer, objective_of(name, tokenizer))
-    batches = CorpusBatches(model.preprocessor, {"text": TEXTS}, batching="packed")
+    batches = DocumentDataset(model.preprocessor, {"text": TEXTS}, batching="packed")
     pieces, numbers = batches.pieces, np.arange(len(batches.pieces))
     in_text = model.preprocessor.objective.ends_with_the_text(numbers)
     for epoch in (0, 3):
@@ -309,10 +311,10 @@ def test_refusals(tokenizer, tmp_path):
     few = TeacherTargets(ops.convert_to_tensor(SHARES), 1.0, THEIR_STATES)
     few.table = THEIR_TABLE[:-1]
     with pytest.raises(ValueError, match="each of the 96 ids.*it has 95"):
-        token_losses.token_losses(STATES, TABLE, LABELS, teacher=few)
+        chunked_cross_entropy.token_losses(STATES, TABLE, LABELS, teacher=few)
     loss = kt.Distillation(make_teacher())
     model.compile(loss=loss)
-    without = CorpusBatches(model.preprocessor, {"text": TEXTS}, batching="packed")
+    without = DocumentDataset(model.preprocessor, {"text": TEXTS}, batching="packed")
     with pytest.raises(ValueError, match="Distillation needs plain text"):
         model.fit(without)
     with pytest.raises(ValueError, match="metrics"):

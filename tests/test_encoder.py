@@ -32,7 +32,7 @@ def test_a_loaded_int8_pair_can_be_saved_again(tmp_path):
 
 
 @pytest.mark.parametrize("shards", ["whole", "in shards"])
-def test_of_a_quantised_pair(shards, tmp_path):
+def test_of_a_quantized_pair(shards, tmp_path):
     backbone = make_backbone()
     backbone.quantize("int8")
     size = 10 if shards == "whole" else 2e-5

@@ -10,7 +10,7 @@ from test_adapt import make_gemma2
 
 import keras_t5gemma as kt
 from keras_t5gemma.evaluation import candidates, measures, superglue
-from keras_t5gemma.evaluation.examples import Examples, read_task
+from keras_t5gemma.evaluation.tasks import Examples, read_task
 
 pytestmark = pytest.mark.one_backend
 

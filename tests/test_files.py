@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from keras_t5gemma.text.columns import as_columns
-from keras_t5gemma.text.files import read_pairs
+from keras_t5gemma.data.readers import read_pairs
+from keras_t5gemma.data.text_columns import as_columns
 
 pytestmark = pytest.mark.one_backend
 ROWS = [("A fox\nand a dog", 'say "hi"'), ("", "b, c\td"), ("Größe", "")]

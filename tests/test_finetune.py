@@ -9,11 +9,11 @@ import pytest
 from conftest import SENTENCES, enlarge, numpy
 
 import keras_t5gemma as kt
-from keras_t5gemma import cli
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
-from keras_t5gemma.training import finetune as module
-from keras_t5gemma.training import run_folder, runs
-from keras_t5gemma.training.finetune import finetune
+from keras_t5gemma.cli import main
+from keras_t5gemma.recipes import common, run_directory
+from keras_t5gemma.recipes import finetune as module
+from keras_t5gemma.recipes.finetune import finetune
 
 # Its parts have tests on every backend.
 pytestmark = pytest.mark.one_backend
@@ -64,8 +64,8 @@ def run(files, tmp_path_factory):
     for name, value in (files | OPTIONS).items():
         value = value if isinstance(value, list) else [value]
         argv += ["--" + name.replace("_", "-"), *map(str, value)]
-    assert cli.main(argv) == 0
-    return run_folder.RunFolder(folder)
+    assert main.main(argv) == 0
+    return run_directory.RunDirectory(folder)
 
 
 def read_log(folder):
@@ -147,7 +147,7 @@ def test_a_stopped_run_goes_on(run, files, tmp_path, monkeypatch):
         patch.setattr(module, "_callbacks", lambda *args: [*make(*args), Stop()])
         with pytest.raises(KeyboardInterrupt):
             finetune(**arguments)
-    folder = run_folder.RunFolder(tmp_path / "run")
+    folder = run_directory.RunDirectory(tmp_path / "run")
     assert (folder.backup / "progress.json").exists() and not folder.is_trained()
 
     with pytest.raises(ValueError, match="`learning_rate` is 0.001 there, 0.1 here"):
@@ -160,7 +160,7 @@ def test_a_stopped_run_goes_on(run, files, tmp_path, monkeypatch):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:  # After the last step.
-        patch.setattr(run_folder.RunFolder, "make_preset", fail)
+        patch.setattr(run_directory.RunDirectory, "make_preset", fail)
         patch.setattr(module, "_callbacks", lambda *args: [*make(*args), Stop()])
         with pytest.raises(OSError, match="the disk is full"):
             finetune(**arguments)
@@ -187,7 +187,7 @@ def test_a_stopped_run_goes_on(run, files, tmp_path, monkeypatch):
 
 
 def test_overwriting(run, tmp_path):
-    folder = run_folder.RunFolder(tmp_path)
+    folder = run_directory.RunDirectory(tmp_path)
     config = json.loads(run.config.read_text())
     assert not folder.must_be_cleared(config, False)
     folder.begin(config, False)
@@ -248,7 +248,7 @@ def test_adapters_averaged_packed_accumulated(run, files, tmp_path, monkeypatch)
     }
     arguments = files | OPTIONS | options
     del arguments["test"]
-    folder = run_folder.RunFolder(tmp_path / "run")
+    folder = run_directory.RunDirectory(tmp_path / "run")
     shutil.copytree(run.path, folder.path)
     scores = finetune(**arguments, output=folder.path)
     log = read_log(folder)
@@ -274,7 +274,7 @@ def test_adapters_on_an_int8_base(files, tmp_path):
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(rng.normal(0, 0.3, variable.shape))
-    folder = run_folder.RunFolder(tmp_path)
+    folder = run_directory.RunDirectory(tmp_path)
     folder.make_preset(model)
     expected = logits(model)
     # A merged kernel is rounded to int8 once more.
@@ -303,12 +303,12 @@ def make_options(**options):
 def test_learning_rates():
     def rates(steps, **options):
         options = make_options(learning_rate=0.5, **options)
-        rate = runs.make_optimizer(options, steps)._learning_rate
+        rate = common.make_optimizer(options, steps)._learning_rate
         return [float(rate(step)) for step in range(5)]
 
-    assert float(runs.make_optimizer(make_options(), 9).learning_rate) == pytest.approx(
-        1e-4
-    )
+    assert float(
+        common.make_optimizer(make_options(), 9).learning_rate
+    ) == pytest.approx(1e-4)
     expected = [0.5 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(5)]
     assert rates(4, schedule="cosine") == pytest.approx(expected, abs=1e-6)
     accumulated = {"gradient_accumulation_steps": 2, "schedule": "cosine"}
@@ -321,10 +321,10 @@ def test_learning_rates():
 @pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "muon"])
 def test_optimizers(name):
     options = make_options(optimizer=name, weight_decay=0.25, global_clipnorm=0)
-    optimizer = runs.make_optimizer(options, 9)
+    optimizer = common.make_optimizer(options, 9)
     assert (type(optimizer).__name__.lower(), optimizer.weight_decay) == (name, 0.25)
     assert optimizer.global_clipnorm is None
-    assert runs.make_optimizer(make_options(optimizer=name), 9).global_clipnorm == 1
+    assert common.make_optimizer(make_options(optimizer=name), 9).global_clipnorm == 1
 
 
 @pytest.mark.parametrize(
@@ -345,25 +345,25 @@ def test_epochs_and_steps(options, expected):
 
 def test_the_command_has_the_options_of_the_function():
     argv = ["finetune", "--preset", "p", "--train", "t", "--output", "o"]
-    args = vars(cli.make_parser().parse_args(argv))
+    args = vars(main.make_parser().parse_args(argv))
     for name, parameter in inspect.signature(finetune).parameters.items():
         value = args.pop(name)
         if parameter.default is not parameter.empty:
             assert value == parameter.default, name
     assert set(args) == {"backend", "run"}
     more = "--lora-rank 4 --lora-parts encoder mlp --save-freq 50 --rematerialize"
-    args = cli.make_parser().parse_args([*argv, *more.split(), "--seed", "3"])
+    args = main.make_parser().parse_args([*argv, *more.split(), "--seed", "3"])
     assert (args.lora_rank, args.lora_parts) == (4, ["encoder", "mlp"])
     assert (args.save_freq, args.rematerialize, args.seed) == (50, True, 3)
 
 
 def test_help_says_what_every_option_is(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["finetune", "--help"])
+        main.main(["finetune", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "fields" not in text and "(default: adafactor)" in text
     for action in (
-        cli.make_parser()._subparsers._group_actions[0].choices["finetune"]._actions
+        main.make_parser()._subparsers._group_actions[0].choices["finetune"]._actions
     ):
         assert action.help, action.dest
 
@@ -407,6 +407,6 @@ def test_bad_options_are_refused_before_anything_is_written(
 
 def test_errors_of_the_command_are_one_line(files, tmp_path, capsys):
     argv = ["finetune", "--preset", files["preset"], "--output", str(tmp_path / "run")]
-    status = cli.main([*argv, "--train", str(tmp_path / "none.jsonl")])
+    status = main.main([*argv, "--train", str(tmp_path / "none.jsonl")])
     err = capsys.readouterr().err
     assert status == 1 and "none.jsonl" in err and err.count("\n") == 1

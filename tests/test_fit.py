@@ -215,7 +215,7 @@ def test_generators(fresh):
     fresh.fit(pairs, steps_per_epoch=3, verbose=0)
 
 
-def test_pretokenised_arrays(fresh):
+def test_pretokenized_arrays(fresh):
     x, y, weights = fresh.preprocessor(PAIRS)
     fresh.fit(x, y, sample_weight=weights, batch_size=8, verbose=0)
     expected = fresh.evaluate(PAIRS, batch_size=8, verbose=0)

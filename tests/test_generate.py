@@ -37,7 +37,7 @@ def plain_logits(model, source, rows, length, count=None):
 
 
 def plain_log_probs(*args):
-    """`plain_logits`, normalised."""
+    """`plain_logits`, normalized."""
     logits = plain_logits(*args)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 

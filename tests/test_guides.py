@@ -73,13 +73,13 @@ def test_generate(tmp_path):
 
 
 @runs_here
-def test_finetune_summarisation(tmp_path):
-    printed = run("finetune_summarisation", tmp_path)
+def test_finetune_summarization(tmp_path):
+    printed = run("finetune_summarization", tmp_path)
     first, best = numbers(r"validation loss: ([\d.]+) .* ([\d.]+) at best", printed)
     assert best < first
     before, after = numbers(r"in house style: (\d+) % before, (\d+) % after", printed)
     assert after >= before + 50
-    folder = tmp_path / "runs/summarisation"
+    folder = tmp_path / "runs/summarization"
     kept = json.loads((folder / "best/best.json").read_text())
     assert kept["value"] == pytest.approx(best, abs=0.006)  # Printed with two digits.
     assert not (folder / "backup").exists()
@@ -206,7 +206,7 @@ def test_cells_are_whole_and_say_what_the_guide_shows(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["finetune_summarisation", "finetune_translation_lora"]
+    "name", ["finetune_summarization", "finetune_translation_lora"]
 )
 def test_data_of_ones_own(name, tmp_path, monkeypatch, capsys):
     file = tmp_path / "pairs.jsonl"

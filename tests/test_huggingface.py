@@ -189,7 +189,7 @@ def test_reads_every_float_type_sharded_or_not(tmp_path, dtype):
     assert all(v.dtype == "bfloat16" for v in half.weights)
 
 
-def test_nothing_is_initialised_at_random(folder, monkeypatch):
+def test_nothing_is_initialized_at_random(folder, monkeypatch):
     def refuse(self, shape, dtype=None):
         # Shape inference asks for placeholders, which cost nothing.
         assert in_symbolic_scope(), "a weight was drawn at random"
@@ -385,7 +385,7 @@ def test_transformers_loads_the_export_and_gives_our_logits(tmp_path, tokenizer)
     assert (out[0].numpy() == ours[: len(out[0])]).all()
 
 
-def test_lora_is_merged_and_quantised_models_are_refused(tmp_path, tokenizer):
+def test_lora_is_merged_and_quantized_models_are_refused(tmp_path, tokenizer):
     from conftest import tiny_model
 
     model = tiny_model(tokenizer)
@@ -399,7 +399,7 @@ def test_lora_is_merged_and_quantised_models_are_refused(tmp_path, tokenizer):
     assert np.abs(run_ours(loaded, x)[1] - expected).max() < 1e-5
     model = tiny_model(tokenizer)
     model.quantize("int8")
-    with pytest.raises(ValueError, match="quantised model cannot be exported"):
+    with pytest.raises(ValueError, match="quantized model cannot be exported"):
         model.save_to_huggingface(tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import numpy
 
-from keras_t5gemma.generation.logits import sample, top_candidates
 from keras_t5gemma.generation.options import GenerationOptions
+from keras_t5gemma.generation.sampling import sample, top_candidates
 
 DRAWS = [23, 24, 37, 0, 3, 3, 31, 5, 15, 30]
 

@@ -124,11 +124,11 @@ def gradient(quantize):
 
 def test_adapters_on_int8_have_the_gradient_of_float32():
     """Trap: through Keras's int8 logits it points nowhere."""
-    exact, quantised = (
+    exact, quantized = (
         np.concatenate([g.ravel() for g in gradient(quantize)])
         for quantize in (None, "int8")
     )
-    cosine = exact @ quantised / np.linalg.norm(exact) / np.linalg.norm(quantised)
+    cosine = exact @ quantized / np.linalg.norm(exact) / np.linalg.norm(quantized)
     assert cosine > 0.99
 
 

@@ -8,7 +8,7 @@ from keras import ops
 
 import keras_t5gemma as kt
 from keras_t5gemma.modeling.layers import TokenEmbedding
-from keras_t5gemma.training import token_losses
+from keras_t5gemma.training import chunked_cross_entropy
 
 TOKENS, SIZE, WIDTH = 12, 96, 8
 RNG = np.random.default_rng(0)
@@ -23,13 +23,13 @@ def plain(states, table, labels, cap=None, label_smoothing=0.0, z_loss=0.0):
     logits = ops.cast(ops.matmul(states, ops.transpose(table)), "float32")
     if cap is not None:
         logits = ops.tanh(logits / cap) * cap
-    normaliser = ops.logsumexp(logits, axis=1)
+    normalizer = ops.logsumexp(logits, axis=1)
     chosen = ops.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     hits = ops.cast(ops.argmax(logits, axis=1), "int32") == labels
-    value = (1 - label_smoothing) * (normaliser - chosen)
-    value = value + label_smoothing * (normaliser - ops.mean(logits, axis=1))
-    value = value + z_loss * ops.square(normaliser)
-    return value, chosen - normaliser, ops.cast(hits, "float32")
+    value = (1 - label_smoothing) * (normalizer - chosen)
+    value = value + label_smoothing * (normalizer - ops.mean(logits, axis=1))
+    value = value + z_loss * ops.square(normalizer)
+    return value, chosen - normalizer, ops.cast(hits, "float32")
 
 
 def value_and_gradients(function, states, table, **options):
@@ -81,9 +81,9 @@ def value_and_gradients(function, states, table, **options):
     ],
 )
 def test_values_and_gradients_are_the_plain_losses(monkeypatch, part, options):
-    monkeypatch.setattr(token_losses, "_logits_at_once", lambda _: part)
+    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: part)
     arrays = [ops.convert_to_tensor(a) for a in (STATES, TABLE)]
-    got = value_and_gradients(token_losses.token_losses, *arrays, **options)
+    got = value_and_gradients(chunked_cross_entropy.token_losses, *arrays, **options)
     expected = value_and_gradients(plain, *arrays, **options)
     for ours, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -91,10 +91,10 @@ def test_values_and_gradients_are_the_plain_losses(monkeypatch, part, options):
 
 
 def test_bfloat16_to_its_precision(monkeypatch):
-    monkeypatch.setattr(token_losses, "_logits_at_once", lambda _: TOKENS * 32)
+    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: TOKENS * 32)
     exact = [ops.convert_to_tensor(a) for a in (STATES, TABLE)]
     rounded = [ops.cast(a, "bfloat16") for a in exact]
-    got = value_and_gradients(token_losses.token_losses, *rounded, cap=5.0)
+    got = value_and_gradients(chunked_cross_entropy.token_losses, *rounded, cap=5.0)
     expected = value_and_gradients(plain, *exact, cap=5.0)
     assert np.abs(got[0] - expected[0]).max() < 0.05
     for ours, theirs in zip(got[3:], expected[3:], strict=True):
@@ -107,7 +107,9 @@ def test_a_frozen_table_gets_no_gradient():
 
     def frozen(states, table, labels):
         table = ops.stop_gradient(table)
-        return token_losses.token_losses(states, table, labels, learn_table=False)
+        return chunked_cross_entropy.token_losses(
+            states, table, labels, learn_table=False
+        )
 
     got = value_and_gradients(frozen, *arrays)
     expected = value_and_gradients(plain, *arrays)
@@ -120,7 +122,7 @@ def test_a_frozen_table_gets_no_gradient():
     [(256_000, 512, 8), (256_000, 65_536, 1024), (480, 16, 1), (8191, 2**20, 1)],
 )
 def test_parts_divide_the_vocabulary(size, tokens, parts):
-    assert token_losses._parts(size, tokens, 2**24) == parts
+    assert chunked_cross_entropy._parts(size, tokens, 2**24) == parts
     assert size % parts == 0
 
 
@@ -130,10 +132,12 @@ def test_the_logits_are_never_whole(monkeypatch):
         pytest.skip("JAX tells what a program makes.")
     import jax
 
-    monkeypatch.setattr(token_losses, "_logits_at_once", lambda _: TOKENS * 6)
+    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: TOKENS * 6)
 
     def total(states, table):
-        return token_losses.token_losses(states, table, LABELS, cap=5.0)[0].sum()
+        return chunked_cross_entropy.token_losses(states, table, LABELS, cap=5.0)[
+            0
+        ].sum()
 
     text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(STATES, TABLE))
     assert f"f32[{TOKENS},6]" in text
@@ -186,7 +190,7 @@ def test_fit_and_evaluate_are_those_with_logits(make, monkeypatch, options, prep
     class OnLogits(kt.TokenCrossEntropy):
         """Of the same numbers; the task hands it the logits."""
 
-    monkeypatch.setattr(token_losses, "_logits_at_once", lambda _: 2000)
+    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: 2000)
     results = []
     for loss in (kt.TokenCrossEntropy(**options), OnLogits(**options)):
         model = make(loss, prepare)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import SENTENCES
 
-from keras_t5gemma.text import objectives, seeded
-from keras_t5gemma.text.objectives import MIXTURES, UL2, PrefixLM, Spans, Suffix
-from keras_t5gemma.text.ragged import Ragged
+from keras_t5gemma.data import objectives
+from keras_t5gemma.data.objectives import MIXTURES, UL2, PrefixLM, Spans, Suffix
+from keras_t5gemma.utils import seeded_random
+from keras_t5gemma.utils.ragged import Ragged
 
 pytestmark = pytest.mark.one_backend  # NumPy only.
 SENTINELS = range(10_000, 10_400)
@@ -118,7 +119,7 @@ def test_short_texts_have_no_fixed_mask():
 
 def test_sums_are_drawn_alike():
     rows = 6000
-    draws = seeded.draws(np.arange(rows), 5, 1)
+    draws = seeded_random.draws(np.arange(rows), 5, 1)
     parts = objectives._compose(
         np.full(rows, 5), np.full(rows, 3), Ragged(np.full(rows, 5), draws)
     )
@@ -131,13 +132,13 @@ def test_sums_are_drawn_alike():
 
 
 def test_draws_are_uniform_and_unrelated():
-    draws = seeded.draws(np.arange(2000), 50, 3).reshape(2000, 50)
+    draws = seeded_random.draws(np.arange(2000), 50, 3).reshape(2000, 50)
     assert 0 <= draws.min() and draws.max() < 1
     assert abs(draws.mean() - 0.5) < 4 * np.sqrt(1 / 12 / draws.size)
     for a, b in ((draws[:-1], draws[1:]), (draws[:, :-1], draws[:, 1:])):
         correlation = np.corrcoef(a.ravel(), b.ravel())[0, 1]
         assert abs(correlation) < 4 / np.sqrt(a.size)
-    other = seeded.draws(np.arange(2000), 50, 4).ravel()
+    other = seeded_random.draws(np.arange(2000), 50, 4).ravel()
     correlation = np.corrcoef(draws.ravel(), other)[0, 1]
     assert abs(correlation) < 4 / np.sqrt(other.size)
 

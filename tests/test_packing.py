@@ -8,8 +8,8 @@ import pytest
 from conftest import SENTENCES, enlarge, max_difference, numpy, tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.text import packing
-from keras_t5gemma.text.text_batches import TextBatches
+from keras_t5gemma.data import packing
+from keras_t5gemma.data.pair_dataset import PairDataset
 
 LIMITS = (40, 32)
 
@@ -104,7 +104,7 @@ def batches(model):
     with pytest.warns(UserWarning, match="2 of 10 targets are empty"):
         with model.preprocessor.report_truncation(empty_targets=True):
             plain, packed = (
-                TextBatches(model.preprocessor, PAIRS, weights, 5, batching=batching)
+                PairDataset(model.preprocessor, PAIRS, weights, 5, batching=batching)
                 for batching in ("fixed", "packed")
             )
     return plain, packed

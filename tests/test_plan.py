@@ -13,11 +13,14 @@ import keras
 import pytest
 
 import keras_t5gemma as kt
-from keras_t5gemma import cli
+from keras_t5gemma.cli import main
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.distribution import activations
-from keras_t5gemma.distribution.abstract import model_variables, optimizer_variables
-from keras_t5gemma.distribution.plan import plan, read_memory
+from keras_t5gemma.planning import activations
+from keras_t5gemma.planning.abstract_variables import (
+    model_variables,
+    optimizer_variables,
+)
+from keras_t5gemma.planning.planner import plan, read_memory
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = 20_333_401_088  # FACTS: 9B-9B.
@@ -129,7 +132,7 @@ def test_cache_has_two_arrays_a_layer_of_own_and_of_source_tokens():
     assert activations.cache_bytes(config, shape) == expected
 
 
-def test_rematerialisation_and_split_heads_take_less():
+def test_rematerialization_and_split_heads_take_less():
     config = T5GemmaConfig(STACK, STACK, 64)
     kept = plan(config, 1, "1GB", 4, (64, 32), rematerialize=False)
     again = plan(config, 1, "1GB", 4, (64, 32))
@@ -227,24 +230,24 @@ def test_bad_input_is_named(change, message):
 def test_command_prints_a_table_and_json(capsys):
     command = ["plan", "--preset", "t5gemma_9b_9b", "--devices", "16"]
     command += ["--memory", "80GB", "--batch", "64", "--length", "4096"]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     table = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
     found = plan(*TALL)
     assert table["weights"] == f"{found.weights / 1e9:,.2f} GB"
     assert table["of"] == "80.00 GB: fits"
-    assert cli.main([*command, "--json", "--mesh", "16", "1"]) == 0
+    assert main.main([*command, "--json", "--mesh", "16", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["mesh"] == {"data": 16, "model": 1}
     command[command.index("80GB")] = "8GB"
-    assert cli.main(command) == 1
+    assert main.main(command) == 1
     assert "would fit" in capsys.readouterr().out
     command[command.index("8GB")] = "much"
-    assert cli.main(command) == 1
+    assert main.main(command) == 1
     assert "`memory` must be" in capsys.readouterr().err
 
 
 @pytest.mark.one_backend
 def test_within_15_percent_of_the_compiler():
-    # Without rematerialisation on the mesh: XLA for CPUs then keeps everything.
+    # Without rematerialization on the mesh: XLA for CPUs then keeps everything.
     cases = ("long target", "weights, clipped", "fsdp 8 x 1")
     command = [sys.executable, ROOT / "benchmarks" / "plan.py", "--json", "--cases"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -123,7 +123,7 @@ def test_bad_pairs(preprocessor, x, message):
     [
         ({"encoder_sequence_length": 0}, "encoder_sequence_length.*>= 1; got 0"),
         ({"decoder_sequence_length": 1}, "decoder_sequence_length.*>= 2; got 1"),
-        ({"template": "Summarise"}, "template.*'{text}'"),
+        ({"template": "Summarize"}, "template.*'{text}'"),
         ({"pad_to_multiple_of": -2}, "pad_to_multiple_of"),
     ],
 )

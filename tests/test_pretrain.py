@@ -10,9 +10,9 @@ from conftest import SENTENCES, enlarge, numpy, one_block_config
 from test_distillation import make_teacher
 
 import keras_t5gemma as kt
-from keras_t5gemma import cli
-from keras_t5gemma.training import pretrain as module
-from keras_t5gemma.training.pretrain import pretrain
+from keras_t5gemma.cli import main
+from keras_t5gemma.recipes import pretrain as module
+from keras_t5gemma.recipes.pretrain import pretrain
 
 # Its parts have tests on every backend.
 pytestmark = pytest.mark.one_backend
@@ -54,7 +54,7 @@ def test_a_run_and_its_folder(files, tmp_path, capsys):
         str(tmp_path / "run"),
     ]
     arguments += ["--objective", "t5gemma2", "--batch-size", "2", "--max-steps", "6"]
-    assert cli.main([*arguments, "--learning-rate", "0.05", "--verbose", "2"]) == 0
+    assert main.main([*arguments, "--learning-rate", "0.05", "--verbose", "2"]) == 0
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "log.csv", "curves.png", "scores.json", "preset"} <= names

@@ -12,7 +12,7 @@ from conftest import (
 from test_generate import plain_log_probs
 
 import keras_t5gemma as kt
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.distribution import process_group
 
 
 def adapter_change(quantization):
@@ -36,9 +36,9 @@ def adapter_change(quantization):
 
 def test_gradients_through_an_int8_model_point_the_right_way():
     """Trap: through Keras's default int8 head their cosine is about 0."""
-    exact, quantised = adapter_change(None), adapter_change("int8")
-    norms = np.linalg.norm(exact) * np.linalg.norm(quantised)
-    assert exact @ quantised / norms > 0.97
+    exact, quantized = adapter_change(None), adapter_change("int8")
+    norms = np.linalg.norm(exact) * np.linalg.norm(quantized)
+    assert exact @ quantized / norms > 0.97
 
 
 def test_int8_stays_close_and_survives_saving(tokenizer, tmp_path):
@@ -49,12 +49,12 @@ def test_int8_stays_close_and_survives_saving(tokenizer, tmp_path):
     model.quantize("int8")
     assert model.backbone.decoder.blocks[0].mlp.up.quantization_mode == "int8"
     assert model.backbone.encoder.token_embedding.quantization_mode == "int8"
-    quantised = numpy(model(x))
-    assert 0 < max_difference(quantised, exact) < 0.1 * np.abs(exact).max()
+    quantized = numpy(model(x))
+    assert 0 < max_difference(quantized, exact) < 0.1 * np.abs(exact).max()
     assert model.generate("The quick fox", max_length=8)
     model.save_to_preset(str(tmp_path))
     loaded = kt.Seq2SeqLM.from_preset(tmp_path)
-    assert max_difference(loaded(x), quantised) < 1e-5
+    assert max_difference(loaded(x), quantized) < 1e-5
 
 
 def test_int8_by_dtype(tokenizer, tmp_path):
@@ -75,13 +75,13 @@ def test_int8_by_dtype(tokenizer, tmp_path):
 
 
 def test_several_processes_save_float_weights_only(tmp_path, monkeypatch):
-    exact, quantised = kt.Backbone(tiny_config()), kt.Backbone(tiny_config())
-    quantised.quantize("int8")
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    exact, quantized = kt.Backbone(tiny_config()), kt.Backbone(tiny_config())
+    quantized.quantize("int8")
+    monkeypatch.setattr(process_group, "process_count", lambda: 2)
     exact.save_weights(tmp_path / "a.weights.h5")
     assert (tmp_path / "a.weights.h5").exists()
-    with pytest.raises(ValueError, match="cannot save a quantised model"):
-        quantised.save_weights(tmp_path / "b.weights.h5")
+    with pytest.raises(ValueError, match="cannot save a quantized model"):
+        quantized.save_weights(tmp_path / "b.weights.h5")
     with pytest.raises(ValueError, match="`quantize` needs whole weights"):
         exact.quantize("int8")
     assert not (tmp_path / "b.weights.h5").exists()

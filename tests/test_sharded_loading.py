@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from test_checkpoints import make_kerashub
 
-from keras_t5gemma.checkpoints import tensors
-from keras_t5gemma.checkpoints.rules import RULES
-from keras_t5gemma.checkpoints.slices import bounds
+from keras_t5gemma.checkpoints import lazy_tensors
+from keras_t5gemma.checkpoints.byte_ranges import bounds
+from keras_t5gemma.checkpoints.layout_transforms import RULES
 
 HERE = Path(__file__).parent
 
 
-class Whole(tensors.Unread):
+class Whole(lazy_tensors.LazyTensor):
     """An array as an unread tensor, and how much of it has been asked for."""
 
     dtype = np.dtype("float32")
@@ -53,14 +53,14 @@ def test_a_file_gives_a_slice_and_reads_its_bytes_alone(shape, tmp_path, monkeyp
     whole = np.arange(np.prod(shape), dtype="float32").reshape(shape)
     path = tmp_path / "values"
     path.write_bytes(b"header12" + whole.tobytes())
-    tensor = tensors.FileTensor(path, "t", np.dtype("float32"), shape, 8)
+    tensor = lazy_tensors.FileTensor(path, "t", np.dtype("float32"), shape, 8)
     read = []
 
-    def counted(file, view, name, read_into=tensors.read_into):
+    def counted(file, view, name, read_into=lazy_tensors.read_into):
         read.append((file.tell(), len(view)))
         read_into(file, view, name)
 
-    monkeypatch.setattr(tensors, "read_into", counted)
+    monkeypatch.setattr(lazy_tensors, "read_into", counted)
     for index in slices_of(shape):
         read.clear()
         part = tensor.read_slice(index)
@@ -78,7 +78,7 @@ def test_a_file_gives_a_slice_and_reads_its_bytes_alone(shape, tmp_path, monkeyp
 def test_rules_ask_for_the_same_part_of_theirs(rule):
     shape, head_dim = (12, 8), 4
     source = Whole(RULES[rule].their_shape(shape, head_dim))
-    ours = tensors.FromTheirs(source, RULES[rule], shape)
+    ours = lazy_tensors.FromTheirs(source, RULES[rule], shape)
     whole = ours.read()
     assert whole.shape == shape
     for index in [(), *slices_of(shape), (slice(1, 3), slice(5, 7))]:
@@ -98,14 +98,14 @@ def test_rules_ask_for_the_same_part_of_theirs(rule):
 def test_tensors_of_tensors_ask_for_a_part():
     source = Whole((6, 4))
     index = (slice(2, 5), slice(1, 3))
-    cast = tensors.CastTensor(source, tensors.DTYPES["bfloat16"])
-    assert cast.read_slice(index).dtype == tensors.DTYPES["bfloat16"]
+    cast = lazy_tensors.CastTensor(source, lazy_tensors.DTYPES["bfloat16"])
+    assert cast.read_slice(index).dtype == lazy_tensors.DTYPES["bfloat16"]
     assert source.asked == 6
-    first = tensors.FirstRows(source, 4)
+    first = lazy_tensors.FirstRows(source, 4)
     assert (first.read_slice(index) == source.array[2:4, 1:3]).all()
     assert (first.read() == source.array[:4]).all()
     assert source.asked == 6 + 4 + 16
-    fresh = tensors.FreshTensor("a/b", (6, 4), np.dtype("float32"), 0.1, 0)
+    fresh = lazy_tensors.FreshTensor("a/b", (6, 4), np.dtype("float32"), 0.1, 0)
     assert (fresh.read_slice(index) == fresh.read()[index]).all()
 
 
@@ -119,12 +119,12 @@ from keras_t5gemma.checkpoints import tensors
 
 read = [0, 0]
 
-def counted(file, view, name, read_into=tensors.read_into):
+def counted(file, view, name, read_into=lazy_tensors.read_into):
     read[0] += len(view)
     read[1] = max(read[1], len(view))
     read_into(file, view, name)
 
-tensors.read_into = counted
+lazy_tensors.read_into = counted
 results, distribution = {}, keras.distribution
 expected = {
     f: {v.path: np.asarray(v.value) for v in kt.Backbone.from_preset(f).weights}

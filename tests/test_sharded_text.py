@@ -8,9 +8,9 @@ import pytest
 from conftest import SENTENCES, one_block_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.distribution import processes
-from keras_t5gemma.text.corpus_batches import CorpusBatches
-from keras_t5gemma.text.text_batches import TextBatches
+from keras_t5gemma.data.document_dataset import DocumentDataset
+from keras_t5gemma.data.pair_dataset import PairDataset
+from keras_t5gemma.distribution import process_group
 
 pytestmark = pytest.mark.one_backend
 SOURCES = [f"{s} {i}" for i in range(4) for s in SENTENCES]
@@ -50,7 +50,7 @@ def assert_equal(batch, expected):
 def test_batches_are_those_of_the_same_pairs_in_memory(tokenizer, folder, batching):
     args = {"batch_size": 5, "shuffle": True, "batching": batching}
     files = make(kt.PairFiles, preprocessor(tokenizer), folder, **args)
-    memory = make(TextBatches, preprocessor(tokenizer), PAIRS, **args)
+    memory = make(PairDataset, preprocessor(tokenizer), PAIRS, **args)
     assert files.batches_an_epoch() == memory.batches_an_epoch() > 2
     for epoch in (0, 3):
         files.set_epoch(epoch)
@@ -78,7 +78,7 @@ def test_plain_text_is_cut_and_drawn_as_in_memory(tokenizer, folder, tmp_path):
     pre = preprocessor(tokenizer, 12, 12, objective=kt.objectives.PrefixLM())
     texts = ["x", *SOURCES]  # One token is no document.
     args = {"batch_size": 4, "shuffle": True, "batching": "packed"}
-    memory = make(CorpusBatches, pre, {"text": texts}, **args)
+    memory = make(DocumentDataset, pre, {"text": texts}, **args)
     assert len(memory.pieces) > len(SOURCES)
     path = tmp_path / "texts.txt"
     path.write_text("x\n\n" + "\n".join(SOURCES) + "\n", encoding="utf-8")
@@ -96,17 +96,17 @@ def test_processes_share_files_and_rows(tokenizer, folder, monkeypatch):
     alone = make(kt.PairFiles, preprocessor(tokenizer), folder, batch_size=6)
     counts = [alone.counts(step) for step in range(alone.num_batches)]
     expected = [alone[step] for step in range(alone.num_batches)]
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "from_first", lambda value: value)
+    monkeypatch.setattr(process_group, "process_count", lambda: 2)
+    monkeypatch.setattr(process_group, "from_first", lambda value: value)
     brought, read = [], []
 
     def gather(data):
         brought.append(data)
         return [data]
 
-    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(process_group, "gather", gather)
     for number in (0, 1):
-        monkeypatch.setattr(processes, "number", lambda: number)  # noqa: B023
+        monkeypatch.setattr(process_group, "process_index", lambda: number)  # noqa: B023
         files = make(kt.PairFiles, preprocessor(tokenizer), folder, batch_size=6)
         read.append(len(files.lengths[0]))
     assert read == [3 + 9, 12]
@@ -115,14 +115,14 @@ def test_processes_share_files_and_rows(tokenizer, folder, monkeypatch):
     assert sorted(len(table) // 32 for table in tables) == [12, 12]
     shares = []
     for number in (0, 1):
-        monkeypatch.setattr(processes, "number", lambda: number)  # noqa: B023
+        monkeypatch.setattr(process_group, "process_index", lambda: number)  # noqa: B023
 
         def gathered(data):
             return tables[::-1] if len(data) > 300 else [data]
 
-        monkeypatch.setattr(processes, "gather", gathered)
+        monkeypatch.setattr(process_group, "gather", gathered)
         rows = slice(3 * number, 3 * number + 3)
-        monkeypatch.setattr(processes, "local_rows", lambda count: rows)  # noqa: B023
+        monkeypatch.setattr(process_group, "local_rows", lambda count: rows)  # noqa: B023
         files = make(kt.PairFiles, preprocessor(tokenizer), folder, batch_size=6)
         shares.append([files[step] for step in range(files.num_batches)])
         assert [files.counts(step) for step in range(len(counts))] == counts

@@ -8,10 +8,9 @@ import pytest
 from conftest import enlarge, max_difference, numpy, tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.modeling.hybrid import HybridVector
-from keras_t5gemma.modeling.pooling import POOLINGS, pool
-from keras_t5gemma.text.encoder_batches import width_of
-from keras_t5gemma.training.contrastive import own_is_nearest
+from keras_t5gemma.data.encoder_dataset import width_of
+from keras_t5gemma.modeling.heads import POOLINGS, HybridVector, pool
+from keras_t5gemma.training.contrastive import in_batch_accuracy
 
 TEXTS = [
     "a game of chess",
@@ -164,7 +163,7 @@ def test_a_loss_by_hand():
     found = numpy(loss.call(None, tensor))[:3]
     expected = (plain(pairs[:3, :, :2], True) + plain(pairs[:3], True)) / 2
     assert max_difference(found, expected) < 1e-5
-    hits = numpy(own_is_nearest(None, tensor))[:3]
+    hits = numpy(in_batch_accuracy(None, tensor))[:3]
     unit = pairs[:3] / np.linalg.norm(pairs[:3], axis=-1, keepdims=True)
     nearest = (unit[:, 0] @ unit[:, 1].T).argmax(1)
     assert np.array_equal(hits, nearest == np.arange(3))

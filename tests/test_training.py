@@ -28,7 +28,7 @@ def train(optimizer, dropout=0.0, fits=1, dtype="float32", **compile_arguments):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_rematerialised_is_equal(dropout):
+def test_rematerialized_is_equal(dropout):
     """Trap: with dropout the second computation must draw what the first one drew."""
     losses, weights = train(keras.optimizers.SGD(1.0), dropout)
     again, found = train(keras.optimizers.SGD(1.0), dropout, rematerialize=True)
@@ -46,7 +46,7 @@ def test_dropout_changes_from_step_to_step():
     assert abs(losses[0] - losses[1]) < 1e-5  # Rounding alone.
 
 
-def test_rematerialisation_is_saved_with_compile():
+def test_rematerialization_is_saved_with_compile():
     model = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
     model.compile(rematerialize=True)
     again = kt.Seq2SeqLM(kt.Backbone(tiny_config()))

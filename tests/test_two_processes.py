@@ -32,9 +32,9 @@ def folder(tmp_path_factory, proto):
     preprocessor = kt.Seq2SeqLMPreprocessor(kt.Tokenizer(proto), 32, 8)
     backbone = kt.Backbone(one_block_config(dropout=0.1))
     kt.Seq2SeqLM(backbone, preprocessor).save_to_preset(folder / "preset")
-    quantised = kt.Seq2SeqLM.from_preset(folder / "preset")
-    quantised.quantize("int8")
-    quantised.save_to_preset(folder / "int8")
+    quantized = kt.Seq2SeqLM.from_preset(folder / "preset")
+    quantized.quantize("int8")
+    quantized.save_to_preset(folder / "int8")
     (folder / "data").mkdir()
     rows = [
         json.dumps({"source": f"{s} {i}", "target": s.split()[-1]}) + "\n"
@@ -154,9 +154,9 @@ def test_all_processes_get_what_one_gets(folder):
         assert found["texts"] == alone["texts"] and any(map(any, found["texts"]))
         for a, b in zip(found["numbers"], alone["numbers"], strict=True):
             assert np.abs(np.subtract(a, b)).max() < 1e-4 * np.abs(b).max()
-        quantising, saving = found["errors"]
-        assert "`quantize` needs whole weights" in quantising
-        assert "cannot save a quantised model" in saving
+        quantizing, saving = found["errors"]
+        assert "`quantize` needs whole weights" in quantizing
+        assert "cannot save a quantized model" in saving
 
 
 def test_refuses():

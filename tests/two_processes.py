@@ -13,8 +13,8 @@ import keras
 import numpy as np
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.tensors import gathered
-from keras_t5gemma.distribution import layouts, processes
+from keras_t5gemma.distribution import layouts, process_group
+from keras_t5gemma.distribution.shared_arrays import gathered
 
 
 class Kill(keras.callbacks.Callback):
@@ -67,7 +67,7 @@ def use(folder):
     keras.utils.set_random_seed(0)
     int8 = kt.Seq2SeqLM.from_preset(folder / "int8")
     tokenizer, errors = int8.preprocessor.tokenizer, []
-    if processes.count() > 1:
+    if process_group.process_count() > 1:
         for act in (
             lambda: int8.quantize("int8"),
             lambda: int8.save_to_preset(folder / "again"),

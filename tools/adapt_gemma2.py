@@ -5,7 +5,7 @@ python tools/adapt_gemma2.py gemma2_9b_en gemma2_2b_en --output FOLDER
 
 import sys
 
-from keras_t5gemma.cli import main
+from keras_t5gemma.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["adapt", *sys.argv[1:]]))

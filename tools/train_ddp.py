@@ -17,8 +17,8 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import keras_t5gemma
-from keras_t5gemma.text.columns import as_columns
-from keras_t5gemma.text.text_batches import TextBatches
+from keras_t5gemma.data.pair_dataset import PairDataset
+from keras_t5gemma.data.text_columns import as_columns
 
 
 def train(model, optimizer, batches, epochs):
@@ -27,7 +27,7 @@ def train(model, optimizer, batches, epochs):
     Args:
         model: a `Seq2SeqLM`, the same in all processes.
         optimizer: a Keras optimizer.
-        batches: a `TextBatches` of whole batches, the same in all processes.
+        batches: a `PairDataset` of whole batches, the same in all processes.
         epochs: passes over the data.
     """
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -78,7 +78,7 @@ def main():
     keras.utils.set_random_seed(0)  # The same order everywhere.
     model = keras_t5gemma.Seq2SeqLM.from_preset(args.preset)
     columns = as_columns(keras_t5gemma.read_pairs(args.pairs), None)
-    batches = TextBatches(
+    batches = PairDataset(
         model.preprocessor, columns, batch_size=args.batch_size, shuffle=True
     )
     train(model, keras.optimizers.AdamW(args.learning_rate), batches, args.epochs)

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import corpus  # noqa: E402
 
 import keras_t5gemma as kt  # noqa: E402
-from keras_t5gemma.checkpoints.adapt import adapt_to_folder  # noqa: E402
-from keras_t5gemma.checkpoints.convert import convert  # noqa: E402
+from keras_t5gemma.conversion.adapt import adapt_to_folder
+from keras_t5gemma.conversion.convert import convert
 
 SIZE = "large"
 ONCE, TWICE, LONGEST = 6_000, 10_000, 400  # Of `corpus.mixture`.

@@ -15,8 +15,8 @@ import keras
 import tensorflow as tf
 
 import keras_t5gemma
-from keras_t5gemma.text.columns import as_columns
-from keras_t5gemma.text.text_batches import TextBatches
+from keras_t5gemma.data.pair_dataset import PairDataset
+from keras_t5gemma.data.text_columns import as_columns
 
 
 def train(strategy, model, optimizer, batches, epochs):
@@ -26,7 +26,7 @@ def train(strategy, model, optimizer, batches, epochs):
         strategy: a `tf.distribute.MirroredStrategy`, under which the others were made.
         model: a `Seq2SeqLM`.
         optimizer: a Keras optimizer.
-        batches: a `TextBatches` of whole batches.
+        batches: a `PairDataset` of whole batches.
         epochs: passes over the data.
     """
     count, variables = strategy.num_replicas_in_sync, model.trainable_variables
@@ -90,7 +90,7 @@ def main():
         optimizer = keras.optimizers.AdamW(args.learning_rate)
         optimizer.build(model.trainable_variables)
     columns = as_columns(keras_t5gemma.read_pairs(args.pairs), None)
-    batches = TextBatches(
+    batches = PairDataset(
         model.preprocessor, columns, batch_size=args.batch_size, shuffle=True
     )
     train(strategy, model, optimizer, batches, args.epochs)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.distribution import process_group
 
 SAVING, SAVED = ".saving", ".saved"
 _MANIFEST = ".manifest.json"
@@ -42,18 +42,21 @@ def atomic_folder(folder, together=False):
     Raises:
         OSError: when the disk is full, among others; then nothing is left behind.
     """
-    if processes.count() == 1:
+    if process_group.process_count() == 1:
         with _staging(folder) as staging:
             yield staging
         return
-    with processes.all_or_none(f"{folder} was saved"), contextlib.ExitStack() as stack:
-        with processes.all_or_none(f"{folder} was prepared"):
+    with (
+        process_group.all_or_none(f"{folder} was saved"),
+        contextlib.ExitStack() as stack,
+    ):
+        with process_group.all_or_none(f"{folder} was prepared"):
             staging = Path(folder) / SAVING
-            if processes.number() == 0:
+            if process_group.process_index() == 0:
                 staging = stack.enter_context(_staging(folder))
             elif not together:
                 staging = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        with processes.all_or_none(f"{folder} was written"):
+        with process_group.all_or_none(f"{folder} was written"):
             yield staging
 
 
@@ -114,3 +117,29 @@ def finish(folder):
 def is_unfinished(folder):
     """Whether a save into the folder was interrupted before it was complete."""
     return (Path(folder) / SAVING).is_dir()
+
+
+def check_is_new(folder, overwrite):
+    """Raise `ValueError` when the folder holds something, unless `overwrite`."""
+    if folder.is_dir():
+        finish(folder)
+        occupied = any(path.name != SAVING for path in folder.iterdir())
+    else:
+        occupied = folder.exists()
+        overwrite = False  # A file is no checkpoint.
+    if occupied and not overwrite:
+        raise ValueError(
+            f"`folder` {folder} exists already; pass `overwrite` (--overwrite) to "
+            "replace the checkpoint in it."
+        )
+
+
+def check_room(folder, needed):
+    """Raise `OSError` when the disk lacks the bytes that are needed."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"{folder} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB "
+            "free. Nothing was written."
+        )

@@ -1,7 +1,6 @@
 """A T5Gemma checkpoint of any supported format, opened: tensors found, not read."""
 
 import dataclasses
-from pathlib import Path
 
 import keras
 
@@ -13,10 +12,8 @@ from keras_t5gemma.checkpoints import (
     safetensors_file,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.deferred import build_and_fill
-from keras_t5gemma.checkpoints.tensors import DTYPES, VariableTensor
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.modeling.backbone import Backbone, track_parameters
 
 _TABLES = {
     presets.KERAS: weight_maps.KERAS,
@@ -71,7 +68,7 @@ class Checkpoint:
         """
         if self.is_quantized:
             raise ValueError(
-                f"{self.location} holds quantised weights, which can only be loaded "
+                f"{self.location} holds quantized weights, which can only be loaded "
                 "as they are, by `from_preset`."
             )
         folder = presets.download(self.location)
@@ -144,85 +141,3 @@ def _stored_dtype(fields):
     if name is None or quantized or variable_dtype not in DTYPES:
         return "quantized"
     return variable_dtype
-
-
-def load_backbone(checkpoint, encoder_only=False, **kwargs):
-    """A `Backbone`, each tensor read once into its variable.
-
-    Args:
-        checkpoint: a `Checkpoint`.
-        encoder_only: build and read the encoder alone.
-        **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
-
-    Raises:
-        ValueError: naming the file and the tensors that do not fit; then nothing
-            is returned.
-    """
-    config = checkpoint.config
-    if encoder_only:
-        config = dataclasses.replace(config, decoder=None)
-    tensors = checkpoint.tensors(encoder_only)
-    return fill(config, tensors, lineage=checkpoint.lineage, **kwargs)
-
-
-def load_quantized_encoder(checkpoint, **kwargs):
-    """The encoder of a preset of ours that was saved quantised, as it is.
-
-    Keras reads what the model has out of the file, and nothing else.
-
-    Args:
-        checkpoint: a `Checkpoint`.
-        **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
-    """
-    config = dataclasses.replace(checkpoint.config, decoder=None)
-    backbone = Backbone(config, lineage=checkpoint.lineage, **kwargs)
-    folder = Path(presets.download(checkpoint.location))
-    names = ("model.weights.h5", "model.weights.json")  # Whole, or in shards.
-    backbone.load_weights(next(folder / n for n in names if (folder / n).exists()))
-    return backbone
-
-
-def fill(config, tensors, **kwargs):
-    """A `Backbone` of a config whose variables are read from unread tensors."""
-
-    def read(backbone):
-        unmapped = sorted({v.path for v in backbone.weights} ^ set(tensors))
-        if unmapped:
-            raise ValueError(f"The weight map does not fit the model: {unmapped}.")
-        return tensors
-
-    backbone = build_and_fill(lambda: Backbone(config, **kwargs), read)
-    track_parameters(backbone)
-    return backbone
-
-
-def model_tensors(backbone):
-    """`{our variable path: unread tensor}` of a live model, LoRA merged.
-
-    Raises:
-        ValueError: for a quantised model.
-    """
-    tensors = {}
-    for layer in backbone._flatten_layers(include_self=False, recursive=True):
-        if getattr(layer, "quantization_mode", None):
-            raise ValueError(
-                "A quantised model cannot be exported: its float weights are gone. "
-                "Export it before `quantize`."
-            )
-        merged = getattr(layer, "lora_enabled", False)
-        for variable in layer._trainable_variables + layer._non_trainable_variables:
-            if variable.name.startswith("lora_"):
-                continue
-            value = _merged(layer, variable.name) if merged else _value(variable)
-            tensors[variable.path] = VariableTensor(
-                value, variable.shape, variable.dtype
-            )
-    return {path: tensors[path] for path in weight_maps.model_shapes(backbone.config)}
-
-
-def _value(variable):
-    return lambda: variable.value
-
-
-def _merged(layer, name):
-    return lambda: getattr(layer, name)  # Keras's property adds the adapter.

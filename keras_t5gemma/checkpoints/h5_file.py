@@ -12,9 +12,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, FileTensor, nbytes, to_bytes
 from keras_t5gemma.checkpoints.safetensors_file import plan_shards
-from keras_t5gemma.checkpoints.tensors import DTYPES, FileTensor, nbytes, to_bytes
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.distribution import process_group
 
 INDEX_FILE = "model.weights.json"
 SINGLE_FILE = "model.weights.h5"
@@ -113,7 +113,9 @@ def write_folder(folder, tensors, max_shard_size, written):
         max_shard_size: bytes.
         written: as in `safetensors_file.write_folder`.
     """
-    if processes.number():  # The first one writes; the others help it to gather.
+    if (
+        process_group.process_index()
+    ):  # The first one writes; the others help it to gather.
         for tensor in tensors.values():
             tensor.read()
         return

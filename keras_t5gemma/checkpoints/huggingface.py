@@ -5,8 +5,8 @@ from pathlib import Path
 
 from keras_t5gemma.checkpoints import safetensors_file, weight_maps
 from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.checkpoints.lazy_tensors import CastTensor
 from keras_t5gemma.checkpoints.presets import HUGGING_FACE_TOKENIZER
-from keras_t5gemma.checkpoints.tensors import CastTensor
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 

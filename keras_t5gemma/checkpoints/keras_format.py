@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import math
-import os
 
 import keras
 
 from keras_t5gemma.checkpoints import h5_file, weight_maps
-from keras_t5gemma.checkpoints.tensors import CastTensor, is_shared
+from keras_t5gemma.checkpoints.lazy_tensors import CastTensor
 
 CHECKSUM_FILE = "checksums.json"
 
@@ -51,37 +49,6 @@ def write(
     if preprocessor is not None:
         preprocessor.save_to_preset(str(folder))
     _write_json(folder / "config.json", serialize(config, dtype.name, lineage))
-
-
-def gather_weights(backbone, filepath, max_shard_size=None):
-    """Write the weight files of a preset from a live model that devices share.
-
-    Keras would keep a copy of every weight on the host, and cannot write what other
-    processes hold. Here one weight is gathered at a time, by all processes together.
-
-    Args:
-        backbone: a `Backbone`.
-        filepath: as KerasHub gives it to `save_weights`.
-        max_shard_size: GB of the largest file.
-
-    Returns:
-        Whether that is done: not for one device, other files, or quantised weights.
-    """
-    from keras_t5gemma.checkpoints.checkpoint import model_tensors
-
-    folder, name = os.path.split(filepath)
-    layers = backbone._flatten_layers()
-    if (
-        not is_shared(backbone.weights[0])
-        or name not in (h5_file.SINGLE_FILE, h5_file.INDEX_FILE)
-        or any(getattr(layer, "quantization_mode", None) for layer in layers)
-    ):
-        return False
-    names = dataset_names(backbone.config)
-    entries = {names[p]: tensor for p, tensor in model_tensors(backbone).items()}
-    size = max_shard_size * 1e9 if max_shard_size else math.inf
-    h5_file.write_folder(folder, entries, size, lambda names, data: None)
-    return True
 
 
 def dataset_names(config):

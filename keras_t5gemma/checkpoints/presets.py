@@ -11,7 +11,7 @@ from keras_hub.src.utils.preset_utils import get_file
 from keras_t5gemma.checkpoints import atomic, keras_hub_format
 from keras_t5gemma.config import T5GemmaConfig
 
-EMBEDDED_FOLDER = Path(__file__).parent.parent / "presets"
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "_presets"
 KERAS, KERAS_HUB, HUGGING_FACE = "keras_t5gemma", "keras_hub", "transformers"
 VOCABULARY_FILE, HUGGING_FACE_TOKENIZER = "vocabulary.spm", "tokenizer.model"
 _PACKAGE = "keras_t5gemma>"

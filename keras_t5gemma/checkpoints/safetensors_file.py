@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_t5gemma.checkpoints.tensors import DTYPES, FileTensor, nbytes, to_bytes
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, FileTensor, nbytes, to_bytes
+from keras_t5gemma.distribution import process_group
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -164,7 +164,9 @@ def write_folder(folder, tensors, max_shard_size, written):
         written: called as `written(names, bytes)` with the flat uint8 array of each
             tensor and the names it was written under.
     """
-    if processes.number():  # The first one writes; the others help it to gather.
+    if (
+        process_group.process_index()
+    ):  # The first one writes; the others help it to gather.
         for tensor in tensors.values():
             tensor.read()
         return

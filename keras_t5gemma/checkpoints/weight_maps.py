@@ -5,8 +5,8 @@ in a file: nothing, `_1`, `_2`, ... The rules are those of `rules.RULES`, and ea
 of them reads in both directions.
 """
 
-from keras_t5gemma.checkpoints.rules import RULES
-from keras_t5gemma.checkpoints.tensors import FromTheirs, ToTheirs
+from keras_t5gemma.checkpoints.layout_transforms import RULES
+from keras_t5gemma.checkpoints.lazy_tensors import FromTheirs, ToTheirs
 
 _HF_ATTENTION = (
     ("query/kernel", "q_proj.weight", "transpose"),

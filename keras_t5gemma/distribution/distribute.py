@@ -21,7 +21,7 @@ def distribute(strategy="fsdp", data=None, model=None, devices=None):
 
     Batches are split over the mesh axis `"data"`, so batch sizes must be multiples of
     it; what the strategy splits over which axis, `layouts` says. Weights, adapters,
-    quantised weights and optimizer state are all made split, by `from_preset` too.
+    quantized weights and optimizer state are all made split, by `from_preset` too.
 
     Args:
         strategy: `"fsdp"`: every large variable is split over `"data"`, and gathered

@@ -6,9 +6,9 @@ Without `distribute` there is none: all functions then give back what they got.
 import keras
 import numpy as np
 
-from keras_t5gemma.checkpoints.tensors import gathered
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.distribute import MeshDistribution
+from keras_t5gemma.distribution.shared_arrays import gathered
 
 
 def current():
@@ -155,7 +155,7 @@ def rows_for(count):
     Returns:
         `(before, rows)`: the rows of the processes before this one, and its own.
     """
-    held = processes.local_rows(size("data"))
+    held = process_group.local_rows(size("data"))
     first, last = held.start or 0, held.stop
     rows = -(-count // (last - first))  # Of a place on the axis.
     return first * rows, (last - first) * rows

@@ -8,14 +8,14 @@ import keras
 import keras_hub
 
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
-from keras_t5gemma.checkpoints.gemma2 import open_gemma2
+from keras_t5gemma.conversion.gemma2 import open_gemma2
 from keras_t5gemma.evaluation import measures
-from keras_t5gemma.evaluation.examples import CLASSES
+from keras_t5gemma.evaluation.tasks import CLASSES
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tasks.text_classifier import TextClassifier
 from keras_t5gemma.tasks.text_embedder import TextEmbedder
-from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
-from keras_t5gemma.text.tokenizer import Tokenizer
+from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.tokenization.tokenizer import Tokenizer
 
 # A decoder-only Gemma expects this before every text.
 _AFTER_BOS = "<bos>{text}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_t5gemma.text.files import read_objects
+from keras_t5gemma.data.readers import read_objects
 
 HELD_OUT = 10  # One training row in so many.
 

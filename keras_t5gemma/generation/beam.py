@@ -10,7 +10,7 @@ changes, so an answer does not depend on its neighbours.
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.generation.logits import process, top_candidates
+from keras_t5gemma.generation.sampling import process, top_candidates
 
 _NEVER = -1e30
 
@@ -43,8 +43,8 @@ def write(state, logits, options, stop_ids):
     token_ids, raw = state["token_ids"], ops.cast(logits, "float32")
     rows, length = token_ids.shape
     size = raw.shape[1]
-    normaliser = ops.logsumexp(raw, axis=1, keepdims=True)
-    scores = process(raw - normaliser, state, options, stop_ids)
+    normalizer = ops.logsumexp(raw, axis=1, keepdims=True)
+    scores = process(raw - normalizer, state, options, stop_ids)
 
     # Enough candidates that k go on, however many end.
     keep = min(beams * max(2, 1 + len(stop_ids or ())), size)
@@ -71,7 +71,7 @@ def write(state, logits, options, stop_ids):
             ops.arange(sources)[:, None] * beams + parent, (sources * parent.shape[1],)
         )
 
-    log_prob = ops.take_along_axis(raw - normaliser, ops.reshape(ids, (rows, keep)), 1)
+    log_prob = ops.take_along_axis(raw - normalizer, ops.reshape(ids, (rows, keep)), 1)
     log_prob = ops.reshape(log_prob, (sources, beams * keep))
     log_prob = ops.take_along_axis(log_prob, place, axis=1)  # B keep, before penalties
 

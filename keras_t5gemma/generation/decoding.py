@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import beam
-from keras_t5gemma.generation.logits import process, sample, top_candidates
+from keras_t5gemma.generation.sampling import process, sample, top_candidates
 
 
 def start(backbone, inputs, options):

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.distribution.forward import JaxFunction
+from keras_t5gemma.distribution.prediction import JaxFunction
 from keras_t5gemma.generation import beam, decoding
 
 
@@ -19,7 +19,7 @@ class Engine:
 
     Args:
         backbone: a `Backbone`. Make a new engine when its set of variables changes
-            (LoRA, quantisation).
+            (LoRA, quantization).
         options: a `GenerationOptions`; of those, what `program` leaves.
         stop_ids: tuple of ids that end a row, or `None`.
         compiled: on PyTorch, whether to compile the step.

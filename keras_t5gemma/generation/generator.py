@@ -7,13 +7,13 @@ import time
 import keras
 import numpy as np
 
-from keras_t5gemma.distribution import mesh, processes
+from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.generation.decoding import select
 from keras_t5gemma.generation.engine import Engine, results
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
-from keras_t5gemma.generation.prompts import batches, bucket, power_of_two
-from keras_t5gemma.progress import progress_bar
+from keras_t5gemma.generation.requests import batches, bucket, power_of_two
+from keras_t5gemma.utils.progress import progress_bar
 
 _TOKENS_AT_A_TIME = 8
 _MANY_BATCHES = 8
@@ -143,7 +143,7 @@ class Generator:
         variables = tuple(map(id, self.task.backbone.variables))
         key = (options.program(), stop_ids, bool(self.task.jit_compile), variables)
         if key not in self.engines:
-            # LoRA and quantisation make other variables: the old programs are void.
+            # LoRA and quantization make other variables: the old programs are void.
             if any(other[-1] != variables for other in self.engines):
                 self.engines.clear()
             self.engines[key] = Engine(self.task.backbone, *key[:-1])
@@ -154,7 +154,7 @@ def _is_late(deadline):
     """Whether to stop; where there are several processes, by the first one's clock."""
     if deadline == math.inf:
         return False
-    return processes.from_first(time.monotonic() > deadline)
+    return process_group.from_first(time.monotonic() > deadline)
 
 
 def _write(engine, inputs, real, max_length, deadline, shrinks):

@@ -7,7 +7,7 @@ import numbers
 import keras_hub
 import numpy as np
 
-from keras_t5gemma.text.ids import check_range
+from keras_t5gemma.tokenization.token_ids import check_range
 
 
 @dataclasses.dataclass(frozen=True)

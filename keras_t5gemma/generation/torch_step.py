@@ -314,10 +314,10 @@ class _Int8:
         try:
             with warnings.catch_warnings():  # This way of making one is deprecated.
                 warnings.simplefilter("ignore", UserWarning)
-                quantised = torch._make_per_channel_quantized_tensor(
+                quantized = torch._make_per_channel_quantized_tensor(
                     rows.contiguous(), 1.0 / scale.double(), zeros, 0
                 )
-            self.packed = ops.linear_prepack(quantised, None)
+            self.packed = ops.linear_prepack(quantized, None)
         finally:
             torch.backends.quantized.engine = engine
 

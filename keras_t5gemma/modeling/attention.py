@@ -97,7 +97,7 @@ class Attention(keras.layers.Layer):
             cache: `(key, value)`, each `(B, K, S, H)`, or `None`.
             index: position of the first token of `memory`, with a cache.
             count: how many tokens of `memory` go into the cache; `None` is all.
-            seeds: `DrawnSeeds` of dropout, `None` for none.
+            seeds: `ReplayableSeedGenerator` of dropout, `None` for none.
 
         Returns:
             `(output, cache)`: `(B, T, D)`, and the keys and values of `memory` and

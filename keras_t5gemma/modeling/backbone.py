@@ -7,11 +7,12 @@ import os
 import keras
 import keras_hub
 
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import checkpoint, huggingface, presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.distribution import layouts, mesh, processes
-from keras_t5gemma.modeling import lora
+from keras_t5gemma.distribution import layouts, mesh, process_group
+from keras_t5gemma.modeling import lora, weight_loading
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 
 QUANTIZED = ("int8", "int4")
@@ -71,7 +72,7 @@ class Backbone(keras_hub.models.Backbone):
                 inputs["encoder_padding_mask"],
             )
         if isinstance(dtype, keras.dtype_policies.DTypePolicyMap):
-            # Keras 3.15 cannot save a quantised layer that holds the map itself.
+            # Keras 3.15 cannot save a quantized layer that holds the map itself.
             for tower in filter(None, (encoder, decoder)):
                 for layer in tower._flatten_layers():
                     layer._dtype_policy = dtype[layer.path]
@@ -82,7 +83,7 @@ class Backbone(keras_hub.models.Backbone):
         self.decoder = decoder
         if mesh.current() is not None:
             self.get_layout_map(mesh.current().device_mesh, mesh.current().strategy)
-        track_parameters(self)
+        weight_loading.track_parameters(self)
 
     def encode(self, token_ids, padding_mask, training=False):
         """Encoder states `(batch, length, width)` of int arrays `(batch, length)`."""
@@ -145,15 +146,15 @@ class Backbone(keras_hub.models.Backbone):
         return self.encoder.token_embedding
 
     def quantize(self, mode=None, filters=None, **kwargs):
-        """Quantise projections and embeddings; see `keras.Model.quantize`.
+        """Quantize projections and embeddings; see `keras.Model.quantize`.
 
         Raises:
             ValueError: of several processes, where none has a whole weight.
         """
-        if processes.count() > 1:
+        if process_group.process_count() > 1:
             raise ValueError(
                 "`quantize` needs whole weights, and each process has a part of them: "
-                "quantise and `save_to_preset` in one process, and load that preset in "
+                "quantize and `save_to_preset` in one process, and load that preset in "
                 "all of them."
             )
         mesh.prepare(self.config)
@@ -225,8 +226,6 @@ class Backbone(keras_hub.models.Backbone):
                 fit, named.
             OSError: when a download fails, with what to do.
         """
-        from keras_t5gemma.checkpoints import checkpoint
-
         if kwargs.get("dtype") in QUANTIZED:
             mode = kwargs.pop("dtype")
             backbone = cls.from_preset(preset, load_weights, encoder_only, **kwargs)
@@ -246,10 +245,10 @@ class Backbone(keras_hub.models.Backbone):
                 if kwargs.get("dtype") is None:
                     kwargs["dtype"] = opened.saved_policy()
                 if encoder_only:
-                    return checkpoint.load_quantized_encoder(opened, **kwargs)
+                    return weight_loading.load_quantized_encoder(cls, opened, **kwargs)
                 return super().from_preset(opened.location, load_weights, **kwargs)
             if load_weights:
-                return checkpoint.load_backbone(opened, encoder_only, **kwargs)
+                return weight_loading.load_backbone(cls, opened, encoder_only, **kwargs)
             config, kwargs["lineage"] = opened.config, opened.lineage
         if encoder_only:
             config = dataclasses.replace(config, decoder=None)
@@ -269,15 +268,16 @@ class Backbone(keras_hub.models.Backbone):
         """Keras's; a preset of weights that devices share gathers one at a time.
 
         Raises:
-            ValueError: for a quantised model of several processes.
+            ValueError: for a quantized model of several processes.
         """
-        from keras_t5gemma.checkpoints import keras_format
-
-        if keras_format.gather_weights(self, filepath, max_shard_size):
+        if weight_loading.gather_weights(self, filepath, max_shard_size):
             return
-        if processes.count() > 1 and self.encoder.token_embedding.quantization_mode:
+        if (
+            process_group.process_count() > 1
+            and self.encoder.token_embedding.quantization_mode
+        ):
             raise ValueError(
-                "Several processes cannot save a quantised model. It is the preset "
+                "Several processes cannot save a quantized model. It is the preset "
                 "that was loaded; what adapters learn, `save_lora_weights` keeps."
             )
         super().save_weights(filepath, overwrite, max_shard_size)
@@ -299,16 +299,13 @@ class Backbone(keras_hub.models.Backbone):
             **kwargs: `tokenizer` and `stop_ids`, which a task passes.
 
         Raises:
-            ValueError: for a quantised model, or a config that transformers cannot
+            ValueError: for a quantized model, or a config that transformers cannot
                 express.
         """
-        from keras_t5gemma.checkpoints import checkpoint, huggingface
-        from keras_t5gemma.checkpoints.tensors import parse_dtype
-
         huggingface.save(
             folder,
             self.config,
-            checkpoint.model_tensors(self),
+            weight_loading.model_tensors(self),
             parse_dtype(dtype or self.variable_dtype),
             max_shard_size=max_shard_size * 1e9,
             **kwargs,
@@ -325,16 +322,3 @@ class Backbone(keras_hub.models.Backbone):
 def is_projection_or_embedding(layer):
     """Whether `quantize` does something to a layer, by default."""
     return isinstance(layer, keras.layers.Dense | keras.layers.Embedding)
-
-
-def track_parameters(model):
-    """Let PyTorch see a KerasHub model's parameters.
-
-    KerasHub assigns attributes before the torch module exists, which hides the
-    parameters from `parameters()`, DDP and exporters until they are tracked again.
-    Variables that wait for their values are tracked when they have them.
-    """
-    if keras.config.backend() != "torch":
-        return
-    if all(variable._value is not None for variable in model.variables):
-        model._track_variables()

@@ -1,4 +1,4 @@
-"""One layer of each tower: pre- and post-normalised residual sub-layers."""
+"""One layer of each tower: pre- and post-normalized residual sub-layers."""
 
 import keras
 from keras import ops
@@ -131,7 +131,7 @@ class DecoderBlock(_Block):
                 may be a multiple of its rows.
             index: position of the first new token, with a cache.
             count: how many of the new tokens go into `cache`; `None` is all.
-            seeds: `DrawnSeeds` of dropout, `None` for none.
+            seeds: `ReplayableSeedGenerator` of dropout, `None` for none.
 
         Returns:
             `(x, cache)`.

@@ -4,10 +4,10 @@ import keras
 from keras import ops
 
 
-class DrawnSeeds(keras.random.SeedGenerator):
+class ReplayableSeedGenerator(keras.random.SeedGenerator):
     """Seeds that follow from one drawn before, in the order they are asked for.
 
-    Keras's own generator changes its state at every draw, which a rematerialised
+    Keras's own generator changes its state at every draw, which a rematerialized
     block may not do.
 
     Args:
@@ -27,7 +27,7 @@ class DrawnSeeds(keras.random.SeedGenerator):
 
     def again(self):
         """The same seeds from the first one on."""
-        return DrawnSeeds(self.seed)
+        return ReplayableSeedGenerator(self.seed)
 
 
 def dropout(x, rate, seeds):

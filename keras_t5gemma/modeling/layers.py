@@ -41,9 +41,9 @@ class RMSNorm(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TokenEmbedding(keras.layers.ReversibleEmbedding):
-    """Keras's embedding and logit table; int8 quantises its weights alone.
+    """Keras's embedding and logit table; int8 quantizes its weights alone.
 
-    With Keras's quantised activations the gradient through the int8 logits points
+    With Keras's quantized activations the gradient through the int8 logits points
     nowhere (its cosine to float32's is about 0), and LoRA learns nothing.
     """
 
@@ -78,7 +78,7 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Projection(keras.layers.Dense):
-    """Keras's Dense without bias; int8 quantises its weights alone.
+    """Keras's Dense without bias; int8 quantizes its weights alone.
 
     They are widened for a float product: the inputs stay exact, as does the gradient.
     """
@@ -134,7 +134,7 @@ class GatedMLP(keras.layers.Layer):
 
 
 def dense(units, name, dtype):
-    """A projection without bias, initialised as Gemma's: normal, sd 0.02."""
+    """A projection without bias, initialized as Gemma's: normal, sd 0.02."""
     return Projection(
         units,
         use_bias=False,

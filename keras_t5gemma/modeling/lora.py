@@ -4,7 +4,7 @@ import os
 
 import h5py
 
-from keras_t5gemma.distribution import mesh, processes
+from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
 
 # What a part is: folders of the layer's path, and its layers adapted by default.
@@ -78,8 +78,8 @@ def save(backbone, path):
         for layer in adapted
         for variable in _adapters(layer)
     }
-    with processes.all_or_none(f"{path} was saved"):
-        if processes.number() == 0:
+    with process_group.all_or_none(f"{path} was saved"):
+        if process_group.process_index() == 0:
             _write(path, adapted, arrays)
 
 

@@ -6,7 +6,7 @@ from keras import ops
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
-from keras_t5gemma.modeling.dropout import DrawnSeeds, dropout
+from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
 from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding, soft_cap
 from keras_t5gemma.modeling.masks import (
     causal_mask,
@@ -51,7 +51,7 @@ class _Tower(keras.layers.Layer):
     def _seeds(self, training):
         if not training or not self.config.dropout:
             return None
-        return DrawnSeeds(self.seed_generator.next())
+        return ReplayableSeedGenerator(self.seed_generator.next())
 
     def _run(self, block, inputs, training, **kwargs):
         """States of `block(*inputs)`; what is differentiated must be in `inputs`."""

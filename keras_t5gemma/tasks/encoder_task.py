@@ -8,19 +8,20 @@ import keras_hub
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
-from keras_t5gemma.modeling.backbone import Backbone, track_parameters
-from keras_t5gemma.modeling.pooling import POOLINGS
+from keras_t5gemma.data.encoder_dataset import EncoderDataset
+from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.modeling.heads import POOLINGS
+from keras_t5gemma.modeling.weight_loading import track_parameters
+from keras_t5gemma.tasks.fit import FitMixin
 from keras_t5gemma.tasks.seq2seq_lm import check_vocabulary
-from keras_t5gemma.text.encoder_batches import EncoderBatches
-from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.optimizers import check_optimizer, update_in_place
-from keras_t5gemma.training.text_fit import TextFit
 
 INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
 
 
-class EncoderTask(TextFit, keras_hub.models.Task):
+class EncoderTask(FitMixin, keras_hub.models.Task):
     """Texts in, a vector a text out.
 
     Args:
@@ -168,7 +169,7 @@ class EncoderTask(TextFit, keras_hub.models.Task):
         track_parameters(self)
 
     def _columns(self, x, y, name):
-        """`(columns, labels)` of a user's data, see `EncoderBatches`."""
+        """`(columns, labels)` of a user's data, see `EncoderDataset`."""
         raise NotImplementedError
 
     def _token_rows(self, columns):
@@ -189,7 +190,7 @@ class EncoderTask(TextFit, keras_hub.models.Task):
         like=None,
         training=False,
     ):
-        if isinstance(x, EncoderBatches):
+        if isinstance(x, EncoderDataset):
             return {"x": x, "shuffle": False, "steps_per_epoch": None}
         if not 0 <= validation_split < 1:
             raise ValueError(
@@ -201,11 +202,11 @@ class EncoderTask(TextFit, keras_hub.models.Task):
             lengths["labels"] = len(labels)
         if len(set(lengths.values())) > 1:
             raise ValueError(f"`{name}` must have as many rows throughout; {lengths}.")
-        widths = like.widths if isinstance(like, EncoderBatches) else None
+        widths = like.widths if isinstance(like, EncoderDataset) else None
 
         def batches(rows, **kwargs):
             part = None if sample_weight is None else sample_weight[rows]
-            return EncoderBatches(
+            return EncoderDataset(
                 self._need_preprocessor(),
                 {key: column[rows] for key, column in columns.items()},
                 None if labels is None else labels[rows],

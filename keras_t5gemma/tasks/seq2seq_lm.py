@@ -9,20 +9,22 @@ import numpy as np
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.distribution.forward import predict
+from keras_t5gemma.distribution.prediction import predict
 from keras_t5gemma.generation.generator import Generator
 from keras_t5gemma.generation.keras_hub_sampler import decode_batch
-from keras_t5gemma.generation.prompts import answer_mask, read_request
+from keras_t5gemma.generation.options import options_of_sampler
+from keras_t5gemma.generation.requests import answer_mask, read_request
 from keras_t5gemma.generation.scoring import make_scorer
-from keras_t5gemma.modeling.backbone import Backbone, track_parameters
-from keras_t5gemma.text.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.modeling.weight_loading import track_parameters
+from keras_t5gemma.tasks.text_pair_task import TextPairTask
+from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.optimizers import check_optimizer, update_in_place
-from keras_t5gemma.training.text_task import TextTask
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Seq2SeqLM(TextTask):
+class Seq2SeqLM(TextPairTask):
     """A T5Gemma that reads a text and writes another.
 
     Args:
@@ -153,6 +155,14 @@ class Seq2SeqLM(TextTask):
         )
         for tower in (self.backbone.encoder, self.backbone.decoder):
             tower.rematerialize = bool(rematerialize)
+
+    @property
+    def sampler_options(self):
+        """The `GenerationOptions` that `compile(sampler=...)` stands for, as a dict.
+
+        `None` for a sampler that is run as KerasHub's code.
+        """
+        return options_of_sampler(self.sampler)
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -356,7 +366,7 @@ class Seq2SeqLM(TextTask):
         """Freeze the model and train low-rank adapters (arXiv 2106.09685).
 
         `save_to_preset` merges them into the weights, `save_lora_weights` writes them
-        alone. On a model quantised before they learn on top of its int8 weights.
+        alone. On a model quantized before they learn on top of its int8 weights.
 
         Args:
             rank: inner size of the adapters, at least 1.
@@ -383,7 +393,7 @@ class Seq2SeqLM(TextTask):
         self._forget_compiled()
 
     def quantize(self, mode=None, **kwargs):
-        """Quantise the backbone; see `Backbone.quantize`."""
+        """Quantize the backbone; see `Backbone.quantize`."""
         self.backbone.quantize(mode, **kwargs)
         self._forget_compiled()
 

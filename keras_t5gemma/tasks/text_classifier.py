@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 
-from keras_t5gemma.distribution.forward import predict_on_batch
-from keras_t5gemma.modeling.pooling import pool
-from keras_t5gemma.progress import progress_bar
+from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
+from keras_t5gemma.data.text_columns import pairs_of
+from keras_t5gemma.distribution.prediction import predict_on_batch
+from keras_t5gemma.modeling.heads import pool
 from keras_t5gemma.tasks.encoder_task import EncoderTask
-from keras_t5gemma.text.columns import pairs_of
-from keras_t5gemma.text.encoder_batches import by_length, encoder_ids
+from keras_t5gemma.utils.progress import progress_bar
 
 KINDS = ("single_label", "multi_label", "regression")
 _MEAN = "mean_with_sample_weight"

@@ -4,14 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.distribution.forward import predict_on_batch
-from keras_t5gemma.modeling.hybrid import HybridVector
-from keras_t5gemma.modeling.pooling import pool, unit_length
-from keras_t5gemma.progress import progress_bar
+from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
+from keras_t5gemma.data.text_columns import pairs_of
+from keras_t5gemma.distribution.prediction import predict_on_batch
+from keras_t5gemma.modeling.heads import HybridVector, l2_normalize, pool
 from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
-from keras_t5gemma.text.columns import pairs_of
-from keras_t5gemma.text.encoder_batches import by_length, encoder_ids
-from keras_t5gemma.training.contrastive import InfoNCE, own_is_nearest
+from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
+from keras_t5gemma.utils.progress import progress_bar
 
 PAIR = ("anchor", "positive")
 # What their arrays are called: Keras wants those of the network.
@@ -76,7 +75,7 @@ class TextEmbedder(EncoderTask):
             if lexical_dim is not None:
                 hybrid = HybridVector(lexical_dim, dtype="float32", name="hybrid")
                 return hybrid(pooled, states, token_ids, padding)
-            return unit_length(pooled) if normalize else pooled
+            return l2_normalize(pooled) if normalize else pooled
 
         super().__init__(backbone, preprocessor, pooling, head, **kwargs)
 
@@ -103,7 +102,7 @@ class TextEmbedder(EncoderTask):
             **kwargs: `rematerialize`, and those of `keras.Model.compile`.
         """
         if weighted_metrics == "auto":
-            metric = keras.metrics.MeanMetricWrapper(own_is_nearest, name="accuracy")
+            metric = keras.metrics.MeanMetricWrapper(in_batch_accuracy, name="accuracy")
             weighted_metrics = [metric]
         self.gradient_cache_rows = gradient_cache_rows
         super().compile(

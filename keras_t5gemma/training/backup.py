@@ -10,8 +10,8 @@ import h5py
 import keras
 
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
-from keras_t5gemma.distribution import processes
-from keras_t5gemma.text.epochs import Epochs
+from keras_t5gemma.data.resumable import ResumableDataset
+from keras_t5gemma.distribution import process_group
 from keras_t5gemma.training import state_file
 from keras_t5gemma.training.state_file import write as _write
 
@@ -67,7 +67,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         Returns:
             The epoch to start with; `None` without a backup.
         """
-        if not isinstance(data, Epochs):
+        if not isinstance(data, ResumableDataset):
             raise ValueError(
                 "BackupAndRestore needs data with known places: text pairs, or batches "
                 f"that can be gone through again; got {type(data).__name__}."
@@ -75,8 +75,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.data = data
         self._unsaved, self._in_epoch, self._metrics = 0, 0, None
         if self.folder.is_dir():
-            with processes.all_or_none(f"{self.folder} was opened"):
-                if processes.number() == 0:
+            with process_group.all_or_none(f"{self.folder} was opened"):
+                if process_group.process_index() == 0:
                     finish(self.folder)
         elif self.folder.exists():
             raise ValueError(f"`folder` must be a folder; {self.folder} is a file.")
@@ -130,7 +130,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._save(epoch + 1, 0)
 
     def on_train_end(self, logs=None):
-        if processes.number():
+        if process_group.process_index():
             return
         for path in (*self.folder.glob("state*.h5"), self.folder / _PROGRESS):
             path.unlink(missing_ok=True)
@@ -150,13 +150,13 @@ class BackupAndRestore(keras.callbacks.Callback):
         }
         try:
             with atomic_folder(self.folder, together=True) as staging:
-                own = staging / progress["files"][processes.number()]
+                own = staging / progress["files"][process_group.process_index()]
                 with h5py.File(own, "w") as file:
                     for name, variables in self._variables(model).items():
                         _write(file.create_group(name), variables)
                     metrics = model.metrics_variables if batch else []
                     _write(file.create_group("metrics"), metrics)
-                if processes.number() == 0:
+                if process_group.process_index() == 0:
                     text = json.dumps(progress, indent=2)
                     (staging / _PROGRESS).write_text(text, encoding="utf-8")
         except OSError as error:

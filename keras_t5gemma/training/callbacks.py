@@ -10,8 +10,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
-from keras_t5gemma.generation.options import options_of_sampler
-from keras_t5gemma.text.columns import as_columns
+from keras_t5gemma.data.text_columns import as_columns
 from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
 from keras_t5gemma.training.text_metrics import text_metrics
 from keras_t5gemma.training.warmup import CrossAttentionWarmUp as CrossAttentionWarmUp
@@ -96,7 +95,7 @@ class GenerationMetrics(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._last = {}
         self._options = dict(self.generate_options)
-        if options_of_sampler(self.model.sampler) is not None:
+        if self.model.sampler_options is not None:
             self._options["seed"] = self.seed  # Keras's global one stays the fit's.
         self.model.generate([], **self._options)  # Wrong options fail before training.
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_t5gemma.modeling.pooling import unit_length
+from keras_t5gemma.modeling.heads import l2_normalize
 
 FAR = -1e30
 
@@ -70,12 +70,12 @@ def cosines(pairs):
     """Cosines `(B, B)` of anchors and positives, and which rows are there, `(B,)`."""
     pairs = ops.cast(pairs, "float32")
     present = ops.any(pairs[:, 1] != 0, axis=-1)
-    pairs = unit_length(pairs)
+    pairs = l2_normalize(pairs)
     return ops.matmul(pairs[:, 0], ops.transpose(pairs[:, 1])), present
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-def own_is_nearest(y_true, y_pred):
+def in_batch_accuracy(y_true, y_pred):
     """1 where an anchor's own positive is the nearest of the batch, float32 `(B,)`."""
     near, present = cosines(y_pred)
     near = ops.where(present, near, FAR)

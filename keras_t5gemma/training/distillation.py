@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.training.chunked_cross_entropy import TeacherTargets, top_choices
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, no_gradients
 from keras_t5gemma.training.teacher_scores import TeacherScores
-from keras_t5gemma.training.token_losses import TeacherTargets, top_choices
 
 INPUTS = "teacher_"  # What the names of a teacher's arrays in a batch start with.
 

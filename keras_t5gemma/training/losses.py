@@ -13,7 +13,7 @@ class TokenCrossEntropy(keras.losses.Loss):
 
     Args:
         label_smoothing: share of the target spread over the vocabulary, in `[0, 1)`.
-        z_loss: weight of the squared log-normaliser, at least 0; 1e-4 is usual.
+        z_loss: weight of the squared log-normalizer, at least 0; 1e-4 is usual.
         reduction: of `keras.losses.Loss`; another than the default needs the logits.
         name: of the loss.
         dtype: of `keras.losses.Loss`.
@@ -44,11 +44,11 @@ class TokenCrossEntropy(keras.losses.Loss):
     def call(self, y_true, y_pred):
         """Losses `(B, T)` of labels `(B, T)`, from logits `(B, T, V)`."""
         labels = ops.cast(y_true, "int32")[..., None]
-        normaliser = ops.logsumexp(y_pred, axis=-1)
+        normalizer = ops.logsumexp(y_pred, axis=-1)
         chosen = ops.take_along_axis(y_pred, labels, axis=-1)[..., 0]
-        losses = normaliser - (1 - self.label_smoothing) * chosen
+        losses = normalizer - (1 - self.label_smoothing) * chosen
         losses = losses - self.label_smoothing * ops.mean(y_pred, axis=-1)
-        return losses + self.z_loss * ops.square(normaliser)
+        return losses + self.z_loss * ops.square(normalizer)
 
     def get_config(self):
         return {

@@ -5,6 +5,13 @@ import functools
 import keras
 from keras import ops
 
+OPTIMIZERS = {
+    "adafactor": keras.optimizers.Adafactor,
+    "adamw": keras.optimizers.AdamW,
+    "lion": keras.optimizers.Lion,
+    "muon": keras.optimizers.Muon,
+}
+
 
 def check_optimizer(optimizer, dtype):
     """Raise `ValueError` for an Adam whose variance cannot be held in `dtype`.

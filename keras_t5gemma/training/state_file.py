@@ -10,15 +10,16 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_t5gemma.checkpoints.deferred import read_onto_devices
-from keras_t5gemma.checkpoints.slices import Unread, bounds
-from keras_t5gemma.checkpoints.tensors import is_shared
-from keras_t5gemma.distribution import processes
+from keras_t5gemma.checkpoints.byte_ranges import bounds
+from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
+from keras_t5gemma.distribution import process_group
+from keras_t5gemma.distribution.shared_arrays import is_shared
+from keras_t5gemma.modeling.deferred_init import read_onto_devices
 
 
 def names():
     """Of the files of all processes, in their order."""
-    count = processes.count()
+    count = process_group.process_count()
     if count == 1:
         return ["state.h5"]
     return [f"state-{i:05}-of-{count:05}.h5" for i in range(count)]
@@ -42,7 +43,7 @@ def _held(variable):
     """`(start, value)` of every slice that is this process's to write."""
     if not is_shared(variable):
         # Other processes have it too, where there are any.
-        if processes.number() == 0:
+        if process_group.process_index() == 0:
             yield (0,) * len(variable.shape), variable.value
         return
     for shard in variable.value.addressable_shards:
@@ -53,7 +54,7 @@ def _held(variable):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slices(Unread):
+class _Slices(LazyTensor):
     """A variable in the files, not read yet.
 
     Args:

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.text.tokenizer import Tokenizer
+from keras_t5gemma.tokenization.tokenizer import Tokenizer
 
 
 class TeacherInMemory:
@@ -39,7 +39,7 @@ class TeacherInMemory:
         ):
             raise ValueError(
                 "`teacher` must have a `backbone.token_embedding` that makes the "
-                "logits, a ReversibleEmbedding, neither quantised nor with adapters; "
+                "logits, a ReversibleEmbedding, neither quantized nor with adapters; "
                 f"{model.name} has none."
             )
         self.model = model
@@ -99,7 +99,7 @@ class TeacherInMemory:
         """What it reads for a batch, and where in that each label's state is.
 
         Args:
-            batches: a `CorpusBatches`.
+            batches: a `DocumentDataset`.
             pairs: the numbers of the pieces in the batch, in their order.
             places: a `Ragged` of their `objective_pairs.places`.
             mask: the decoder's padding mask, `(rows, length)`.

@@ -8,11 +8,11 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints.atomic import atomic_folder
-from keras_t5gemma.progress import progress_bar
-from keras_t5gemma.text.columns import as_documents
-from keras_t5gemma.text.corpus_batches import read_pieces
+from keras_t5gemma.data.document_dataset import read_pieces
+from keras_t5gemma.data.text_columns import as_documents
+from keras_t5gemma.training.chunked_cross_entropy import top_choices
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, spread
-from keras_t5gemma.training.token_losses import top_choices
+from keras_t5gemma.utils.progress import progress_bar
 
 IDS, LOG_PROBS, ABOUT = "ids.npy", "log_probs.npy", "teacher.json"
 _BLOCK = 2**24  # Bytes that are hashed at once.

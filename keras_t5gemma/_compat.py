@@ -1,0 +1,1 @@
+"""Functions that touch private names of libraries."""

@@ -1,0 +1,134 @@
+"""The mean of checkpoints, from file to file (arXiv 2203.05482)."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+from keras_t5gemma.checkpoints import atomic, keras_format
+from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
+from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
+from keras_t5gemma.conversion.verify import _config_differences
+from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.utils.progress import progress_bar
+
+
+def average_presets(presets, folder, weights=None, overwrite=False):
+    """Write the mean of checkpoints of one configuration as a preset of ours.
+
+    Such as the last few of one training, or the best of several. Two float32 tensors
+    are in memory at a time; the folder appears as a whole or not at all.
+
+    Args:
+        presets: list of names, folders or handles, of any supported format; see
+            `presets.resolve`.
+        folder: path to write. Tokenizer, lengths and dtype are the first preset's.
+        weights: one number a preset, not negative; `None` weighs all the same.
+        overwrite: replace a checkpoint that is there.
+
+    Raises:
+        ValueError: for no presets, weights that do not fit, a folder that exists, or
+            configurations that differ, with the fields.
+        OSError: when there is not enough room on the disk.
+    """
+    if isinstance(presets, str | Path) or not len(presets):
+        raise ValueError(
+            f"`presets` must be a list of at least one preset; got {presets!r}."
+        )
+    weights = _check_weights([1.0] * len(presets) if weights is None else weights)
+    if len(weights) != len(presets):
+        raise ValueError(
+            f"`weights` must be one number for each of the {len(presets)} presets; "
+            f"got {len(weights)}."
+        )
+    folder = Path(folder)
+    atomic.check_is_new(folder, overwrite)
+    opened = [open_checkpoint(preset) for preset in presets]
+    first = opened[0]
+    for other in opened[1:]:
+        lines = _config_differences(first.config.to_dict(), other.config.to_dict())
+        if lines:
+            raise ValueError(
+                f"`presets` must have one configuration; {first.location} and "
+                f"{other.location} differ in {'; '.join(lines)}."
+            )
+    sources = [checkpoint.tensors() for checkpoint in opened]
+    tensors = {
+        path: MeanTensor(tuple(source[path] for source in sources), weights)
+        for path in sources[0]
+    }
+    dtype = sources[0]["encoder/final_norm/scale"].dtype
+    total = dtype.itemsize * sum(math.prod(t.shape) for t in tensors.values())
+    atomic.check_room(folder, total)
+    try:
+        preprocessor = Seq2SeqLMPreprocessor.from_preset(presets[0])
+    except ValueError:  # It has no tokenizer: then neither has the result.
+        preprocessor = None
+    lineage = first.lineage
+    if any(checkpoint.lineage != lineage for checkpoint in opened):
+        lineage = None
+    with progress_bar("Averaging", total, is_bytes=True) as progress:
+        with atomic_folder(folder) as staging:
+            keras_format.write(
+                staging,
+                first.config,
+                tensors,
+                dtype,
+                lineage,
+                preprocessor,
+                progress=progress,
+            )
+
+
+def _check_weights(weights):
+    try:
+        array = np.asarray(list(weights), "float64")
+        fits = np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`weights` must be numbers from 0, not all of them 0; got {weights!r}."
+        )
+    return tuple(array.tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanTensor(LazyTensor):
+    """The weighted mean of unread tensors, computed and given in float32.
+
+    Args:
+        sources: tuple of unread tensors of one shape.
+        weights: tuple of as many numbers.
+    """
+
+    sources: tuple
+    weights: tuple
+
+    @property
+    def shape(self):
+        """Of every source."""
+        return self.sources[0].shape
+
+    @property
+    def dtype(self):
+        """float32."""
+        return np.dtype("float32")
+
+    def read(self):
+        """The mean."""
+        total = None
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            if not weight:
+                continue
+            part = source.read().astype("float32", copy=False)
+            if weight != 1:
+                part *= np.float32(weight)
+            if total is None:
+                total = part
+            else:
+                total += part
+        total /= np.float32(sum(self.weights))
+        return total

@@ -1,0 +1,395 @@
+"""Plain text to training pairs: what the encoder reads, what the decoder writes.
+
+NumPy only, all rows of a batch at once. What is drawn for a row is a function of its
+own seed: the same in every batch, in every order, on every machine.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from keras_t5gemma.data import objective_pairs
+from keras_t5gemma.utils import seeded_random
+from keras_t5gemma.utils.ragged import Ragged
+
+
+def _check_rate(rate):
+    if not 0 < rate < 1:
+        raise ValueError(f"`rate` must be in (0, 1); got {rate!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Spans all over the text are taken out; a sentinel stands for each.
+
+    Args:
+        mean_length: tokens a span, on average; at least 1.
+        rate: share of the text that is taken out, in (0, 1).
+        mode: name of the mode token that the encoder's input begins with, or `None`.
+    """
+
+    mean_length: float
+    rate: float
+    mode: str | None = None
+
+    def __post_init__(self):
+        _check_rate(self.rate)
+        if not self.mean_length >= 1:
+            raise ValueError(
+                f"`mean_length` must be at least 1; got {self.mean_length!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Suffix:
+    """The end of the text is taken out; no sentinel stands for it.
+
+    Args:
+        rate: share of the text that is taken out, in (0, 1); `None` draws it anew
+            for every text, uniformly.
+        mode: as in `Spans`.
+    """
+
+    rate: float | None = 0.5
+    mode: str | None = None
+
+    def __post_init__(self):
+        if self.rate is not None:
+            _check_rate(self.rate)
+
+
+MIXTURES = {
+    # arXiv 2205.05131, section 3.1: regular, extreme and sequential denoising, alike.
+    "ul2": (
+        (1, Spans(3, 0.15, "[NLU]")),
+        (1, Spans(8, 0.15, "[NLU]")),
+        (1, Spans(3, 0.5, "[NLG]")),
+        (1, Spans(8, 0.5, "[NLG]")),
+        (1, Spans(64, 0.15, "[NLG]")),
+        (1, Spans(64, 0.5, "[NLG]")),
+        (1, Suffix(0.25, "[S2S]")),
+    ),
+    # T5Gemma 2, arXiv 2512.14856, section 3.1. T5Gemma 1's is not published.
+    "t5gemma2": (
+        (1, Spans(3, 0.15)),
+        (1, Spans(12, 0.5)),
+        (1, Spans(32, 0.15)),
+        (1, Spans(32, 0.5)),
+        (4, Suffix(0.75)),
+    ),
+}
+
+
+class Objective:
+    """A mixture of ways to take tokens out of a text, for the decoder to write.
+
+    Args:
+        mixture: rows of `(weight, Spans or Suffix)`.
+        sentinels: ids that stand for the spans of a text, the first for the first.
+        mode_tokens: `{name: id}` of the modes in the mixture.
+
+    Raises:
+        ValueError: for a mixture that is none, spans without sentinels, modes
+            without ids, or an id that is used twice.
+    """
+
+    def __init__(self, mixture, sentinels=(), mode_tokens=None):
+        mixture = tuple(mixture)
+        if not mixture or not all(
+            len(row) == 2 and row[0] > 0 and isinstance(row[1], Spans | Suffix)
+            for row in mixture
+        ):
+            raise ValueError(
+                "`mixture` must be rows of (weight > 0, Spans or Suffix); got "
+                f"{mixture!r}."
+            )
+        self.mixture = mixture
+        self.sentinels = np.array(sentinels, "int32")
+        self.mode_tokens = dict(mode_tokens or {})
+        weights, denoisers = zip(*mixture, strict=True)
+        self._shares = np.cumsum(weights) / np.sum(weights)
+        self._is_spans = np.array([isinstance(d, Spans) for d in denoisers])
+        self._rates = np.array([d.rate or np.nan for d in denoisers])
+        self._means = np.array([getattr(d, "mean_length", np.inf) for d in denoisers])
+        modes = {d.mode for d in denoisers} - {None}
+        if missing := sorted(modes - set(self.mode_tokens)):
+            raise ValueError(f"`mode_tokens` must have an id for {missing}.")
+        self._modes = np.array([self.mode_tokens.get(d.mode, -1) for d in denoisers])
+        ids = [*self.sentinels.tolist(), *self.mode_tokens.values()]
+        if len(set(ids)) < len(ids):
+            raise ValueError("`sentinels` and `mode_tokens` must be different ids.")
+        if self._is_spans.any() and not len(self.sentinels):
+            raise ValueError("`sentinels` must not be empty: the mixture has spans.")
+
+    def __call__(self, token_ids, seeds, epoch=0):
+        """Pairs from texts.
+
+        Args:
+            token_ids: rows of ids, at least 2 each: a list of lists, an int array
+                `(rows, length)` or a `Ragged`.
+            seeds: int `(rows,)`, at least 0: what is drawn for a row.
+            epoch: int; the next one takes as much out of a row, in other places.
+
+        Returns:
+            `(sources, targets)`, what the encoder reads and what the decoder writes,
+            a `Ragged` of as many rows each. No bos, no eos.
+
+        Raises:
+            ValueError: for a row below 2 tokens, or one with more spans than there
+                are sentinels.
+        """
+        if not isinstance(token_ids, Ragged):
+            token_ids = Ragged.from_rows(token_ids)
+        lengths = token_ids.lengths
+        kind, taken, spans = self._sizes(lengths, seeds)
+        marked = self._is_spans[kind]  # Rows whose spans have sentinels.
+        draws = Ragged(lengths, seeded_random.draws(seeds, lengths, epoch + 1))
+        span = _compose(taken, spans, draws)
+        gap = _gaps(lengths - taken, spans, draws, taken - 1, at_end=~marked)
+        out, first = _lay_out(gap, span)
+
+        row = span.row_numbers()
+        number = np.arange(len(row)) - span.starts[row]
+        has = marked[row]
+        sentinel = self.sentinels[number[has]]
+        targets = token_ids.values[out].astype("int32")
+        targets = np.insert(
+            targets, (np.cumsum(span.values) - span.values)[has], sentinel
+        )
+        # A sentinel takes the place of the first token of its span.
+        sources = token_ids.values.astype("int32")
+        sources[first[has]] = sentinel
+        out[first[has]] = False
+        sentinels = np.where(marked, spans, 0)
+        sources = Ragged(lengths - taken + sentinels, sources[~out])
+        mode = self._modes[kind]
+        has = mode >= 0
+        sources = Ragged(
+            sources.lengths + has,
+            np.insert(sources.values, sources.starts[has], mode[has]),
+        )
+        return sources, Ragged(taken + sentinels, targets)
+
+    def lengths(self, lengths, seeds):
+        """How long the pairs of texts are, without making them.
+
+        Args:
+            lengths: int `(rows,)`, tokens of the texts.
+            seeds: as in the call.
+
+        Returns:
+            `(sources, targets)`, int `(rows,)` each; the same in every epoch.
+
+        Raises:
+            ValueError: as in the call.
+        """
+        kind, taken, spans = self._sizes(np.asarray(lengths), seeds)
+        sentinels = np.where(self._is_spans[kind], spans, 0)
+        mode = self._modes[kind] >= 0
+        return lengths - taken + sentinels + mode, taken + sentinels
+
+    def pairs(self, preprocessor, rows):
+        """Pairs of single texts, cut to fit; drawn from a hash of the text.
+
+        Args:
+            preprocessor: a `Seq2SeqLMPreprocessor` with this objective.
+            rows: lists of ids; one below two tokens gives an empty pair.
+
+        Returns:
+            `(sources, targets)`, a list of ids per row.
+        """
+        return objective_pairs.of_rows(preprocessor, rows)
+
+    def ends_with_the_text(self, seeds):
+        """Whether the target of a row goes on where its text does, bool `(rows,)`."""
+        return ~self._is_spans[self._kinds(seeded_random.draws(seeds, 3, 0))]
+
+    def longest_text(self, encoder_length, decoder_length):
+        """Tokens of a text whose pairs fit the lengths, whatever is drawn."""
+        low, high = 1, encoder_length + decoder_length + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            source, target = self._longest_pair(middle)
+            fits = source <= encoder_length and target <= decoder_length
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def _longest_pair(self, length):
+        kinds = np.arange(len(self.mixture))
+        lengths = np.full(len(kinds), length)
+        sources, targets = [], []
+        for low in (0.0, 1.0 - 1e-6):
+            for high in (0.0, 1.0 - 1e-6):
+                taken, spans = self._round(kinds, lengths, low, high)
+                sentinels = np.where(self._is_spans, spans, 0)
+                sources.append(lengths - taken + sentinels + (self._modes >= 0))
+                targets.append(taken + sentinels)
+        return np.max(sources), np.max(targets)
+
+    def _kinds(self, draws):
+        return np.searchsorted(self._shares, draws.reshape(-1, 3)[:, 0], side="right")
+
+    def _sizes(self, lengths, seeds):
+        """Row of the mixture, tokens taken out and spans, int `(rows,)` each."""
+        if len(lengths) and lengths.min() < 2:
+            raise ValueError(
+                f"Every row of `token_ids` must have at least 2 tokens; row "
+                f"{lengths.argmin()} has {lengths.min()}."
+            )
+        if len(seeds) != len(lengths):
+            raise ValueError(
+                f"`seeds` must be one for each of the {len(lengths)} rows; got "
+                f"{len(seeds)}."
+            )
+        draws = seeded_random.draws(seeds, 3, 0)
+        kind = self._kinds(draws)
+        taken, spans = self._round(kind, lengths, *draws.reshape(-1, 3)[:, 1:].T)
+        most = np.where(self._is_spans[kind], spans, 0).max(initial=0)
+        if most > len(self.sentinels):
+            raise ValueError(
+                f"A text of {lengths.max()} tokens has up to {most} spans, and there "
+                f"are {len(self.sentinels)} `sentinels`. Pass more of them, a mixture "
+                "of longer spans, or shorter texts."
+            )
+        return kind, taken, spans
+
+    def _round(self, kind, lengths, draw, other):
+        """Tokens and spans to take out; draws round their fractions up or down."""
+        rate = self._rates[kind]
+        drawn = 1 + np.floor((lengths - 1) * draw)  # Any split, alike.
+        taken = np.where(np.isnan(rate), drawn, np.floor(lengths * rate + draw))
+        taken = np.clip(taken, 1, lengths - 1).astype("int64")
+        spans = np.floor(taken / self._means[kind] + other).astype("int64")
+        return taken, np.clip(spans, 1, np.minimum(taken, lengths - taken + 1))
+
+
+class PrefixLM(Objective):
+    """The encoder reads the start of a text, the decoder writes the rest.
+
+    As T5Gemma does it, in two equal halves (arXiv 2504.06225, section 3.3):
+
+    >>> sources, targets = PrefixLM()([[5, 6, 7, 8]], seeds=[0])
+    >>> sources[0].tolist(), targets[0].tolist()
+    ([5, 6], [7, 8])
+
+    Args:
+        split: `"half"`, where an odd token goes to either side by the seed; or
+            `"random"`, anywhere.
+
+    Raises:
+        ValueError: for another `split`.
+    """
+
+    def __init__(self, split="half"):
+        rates = {"half": 0.5, "random": None}
+        if split not in rates:
+            raise ValueError(f"`split` must be one of {list(rates)}; got {split!r}.")
+        super().__init__([(1, Suffix(rates[split]))])
+        self.split = split
+
+
+class UL2(Objective):
+    """A mixture of denoisers (arXiv 2205.05131).
+
+    Spans of the text are taken out, with a sentinel in their place, and the decoder
+    writes sentinels and spans:
+
+    >>> ul2 = UL2([(1, Spans(2, 0.4))], sentinels=[99, 98, 97])
+    >>> sources, targets = ul2([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]], seeds=[0])
+    >>> sources[0].tolist(), targets[0].tolist()
+    ([5, 99, 8, 9, 10, 98, 13, 14], [99, 6, 7, 98, 11, 12])
+
+    Args:
+        mixture: `"t5gemma2"`, `"ul2"`, or rows of `(weight, Spans or Suffix)`; see
+            `MIXTURES`.
+        sentinels: ids that stand for the spans of a text, the first for the first.
+        mode_tokens: `{name: id}` of the modes in the mixture; `"ul2"` has `[NLU]`,
+            `[NLG]` and `[S2S]`.
+
+    Raises:
+        ValueError: as `Objective`, or for an unknown mixture.
+    """
+
+    def __init__(self, mixture="t5gemma2", sentinels=(), mode_tokens=None):
+        if isinstance(mixture, str) and mixture not in MIXTURES:
+            raise ValueError(
+                f"`mixture` must be one of {list(MIXTURES)}, or rows of (weight, Spans "
+                f"or Suffix); got {mixture!r}."
+            )
+        rows = MIXTURES[mixture] if isinstance(mixture, str) else mixture
+        super().__init__(rows, sentinels, mode_tokens)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer, mixture="t5gemma2"):
+        """With a vocabulary's unused tokens, as T5Gemma 2 takes them.
+
+        The sentinels are the unused tokens from the highest number downwards. The mode
+        tokens, which T5Gemma 2 has not, are the lowest.
+
+        Args:
+            tokenizer: a `Tokenizer`.
+            mixture: as in `UL2`.
+
+        Raises:
+            ValueError: when there are too few unused tokens, or as `UL2`.
+        """
+        unused = tokenizer.unused_ids
+        rows = MIXTURES.get(mixture, ()) if isinstance(mixture, str) else mixture
+        modes = dict.fromkeys(d.mode for _, d in rows if d.mode is not None)
+        if len(unused) <= len(modes):
+            raise ValueError(
+                f"`tokenizer` must have more than {len(modes)} pieces <unused0>, "
+                f"<unused1>, ... for sentinels and modes; it has {len(unused)}."
+            )
+        modes = dict(zip(modes, unused, strict=False))
+        return cls(mixture, unused[len(modes) :][::-1], modes)
+
+
+def _compose(totals, parts, draws, skip=0):
+    """Numbers as sums of so many positive ones, all such sums alike.
+
+    Args:
+        totals: int `(rows,)`.
+        parts: int `(rows,)`, at least 1, at most the total.
+        draws: a `Ragged` of uniform numbers, of which each row uses `total - 1`.
+        skip: int, or `(rows,)`: where in a row of `draws` to begin.
+
+    Returns:
+        A `Ragged` of `parts` numbers a row.
+    """
+    places = Ragged(totals - 1, None)  # Where a row could be cut.
+    row = places.row_numbers()
+    inside = np.arange(len(row)) - places.starts[row]
+    keys = draws.values[(draws.starts + skip)[row] + inside]
+    order = np.argsort(row + keys.astype("float64"))
+    cut = np.zeros(len(row), bool)
+    cut[order[inside < (parts - 1)[row]]] = True  # The lowest numbers of each row.
+    ends = np.zeros(parts.sum(), "int64")
+    last = np.cumsum(parts) - 1
+    is_last = np.zeros(len(ends), bool)
+    is_last[last] = True
+    ends[last] = totals
+    ends[~is_last] = inside[cut] + 1
+    before = np.concatenate([[0], ends[:-1]])
+    before[last - parts + 1] = 0
+    return Ragged(parts, ends - before)
+
+
+def _gaps(left, spans, draws, skip, at_end):
+    """Tokens before, between and after the spans: first and last may be none."""
+    gap = _compose(left + 2, spans + 1, draws, skip)
+    first, last = gap.starts, gap.ends - 1
+    gap.values[first] -= 1
+    gap.values[last] -= 1
+    gap.values[first[at_end]] = left[at_end]
+    gap.values[last[at_end]] = 0
+    return gap
+
+
+def _lay_out(gap, span):
+    """Gap, span, gap, ..., span, gap: what is in a span, and where each begins."""
+    sizes = np.zeros(len(gap.values) + len(span.values), "int64")
+    is_span = np.zeros(len(sizes), bool)
+    is_span[2 * np.arange(len(span.values)) + 1 + span.row_numbers()] = True
+    sizes[is_span], sizes[~is_span] = span.values, gap.values
+    return np.repeat(is_span, sizes), (np.cumsum(sizes) - sizes)[is_span]

@@ -1,0 +1,264 @@
+"""Several processes that train one model: how they meet, and what they agree on.
+
+`jax.distributed` joins processes, but aborts them where one is missing at the start.
+So they meet over a plain socket first: the first process waits for the others, looks
+at what they bring, and tells them all to go on, or all what is wrong. Once joined, a
+process whose peer dies is ended by JAX after the `heartbeat`.
+"""
+
+import contextlib
+import json
+import socket
+import time
+
+import keras
+import numpy as np
+
+_LARGEST_MESSAGE = 2**20
+
+
+def connect(address, processes, index, timeout=300, heartbeat=100, same=None):
+    """Join the other processes of a training, on the JAX backend.
+
+    Every process calls it, before anything is computed. All of them then have the
+    random seed of the first.
+
+    Args:
+        address: `"host:port"` of the first process, where all of them can reach it.
+        processes: how many there are.
+        index: the number of this one, from 0.
+        timeout: seconds to wait for the others.
+        heartbeat: seconds after which JAX ends a process whose peer has died.
+        same: dict of what must be equal in all of them (a configuration, say), of
+            numbers, strings, lists and dicts. Versions of Keras and JAX are added.
+
+    Raises:
+        ValueError: for another backend, an `index` that is not in range, an address
+            that is none; in every process where `same` differs, naming what.
+        TimeoutError: in every process when one is missing, naming which.
+    """
+    if keras.config.backend() != "jax":
+        raise ValueError(
+            "`connect` joins processes on the JAX backend; this is "
+            f"{keras.config.backend()}, which has its own ways (see the guide)."
+        )
+    if not (isinstance(processes, int) and processes >= 1):
+        raise ValueError(f"`processes` must be a whole number >= 1; got {processes!r}.")
+    if not (isinstance(index, int) and 0 <= index < processes):
+        raise ValueError(f"`index` must be in [0, {processes}); got {index!r}.")
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"`address` must be 'host:port'; got {address!r}.")
+    import jax
+
+    versions = {"keras": keras.__version__, "jax": jax.__version__}
+    mine = {"processes": processes, "versions": versions, **(same or {})}
+    seed = keras.src.utils.rng_utils.get_random_seed()
+    if seed is None:
+        seed = int(np.random.randint(2**31))
+    until = time.monotonic() + timeout
+    if index == 0:
+        verdict = _await_others(host, int(port), processes, mine, seed, until)
+    else:
+        verdict = _report(host, int(port), index, mine, until)
+    if "missing" in verdict:
+        raise TimeoutError(
+            f"{verdict['missing']} of {processes} did not come to {address} within "
+            f"{timeout} seconds (`timeout`). Start all processes, each with its own "
+            "`index` and this `address`."
+        )
+    if "different" in verdict:
+        raise ValueError(f"The processes differ: {verdict['different']}.")
+    jax.distributed.initialize(
+        address,
+        processes,
+        index,
+        initialization_timeout=max(1, round(timeout)),
+        heartbeat_timeout_seconds=heartbeat,
+    )
+    keras.utils.set_random_seed(verdict["seed"])
+
+
+def _await_others(host, port, processes, mine, seed, until):
+    """As the first process: gather what the others bring, tell them what follows."""
+    brought, peers = {0: mine}, []
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(_listen(host, port, processes))
+        while len(brought) < processes:
+            server.settimeout(max(until - time.monotonic(), 0.01))
+            try:
+                peer, _ = server.accept()
+            except TimeoutError:
+                break
+            stack.enter_context(peer)
+            # What is no message of ours is left standing.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                peer.settimeout(min(10, max(until - time.monotonic(), 0.01)))
+                message = _receive(peer)
+                brought[int(message["index"])] = message["same"]
+                peers.append(peer)
+        verdict = {"seed": seed}
+        missing = sorted(set(range(processes)) - set(brought))
+        if missing:
+            verdict = {"missing": f"Process {', '.join(map(str, missing))}"}
+        elif different := _differences(list(brought.items())):
+            verdict = {"different": different}
+        for peer in peers:
+            with contextlib.suppress(OSError):
+                _send(peer, verdict)
+    return verdict
+
+
+def _listen(host, port, processes):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server(
+        (host.strip("[]"), port), family=family, backlog=processes
+    )
+
+
+def _report(host, port, index, mine, until):
+    """As another process: tell the first what this one brings, hear what follows."""
+    while (left := until - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host.strip("[]"), port), left) as peer:
+                _send(peer, {"index": index, "same": mine})
+                peer.settimeout(max(until - time.monotonic(), 0) + 5)  # It decides.
+                return _receive(peer)
+        except (OSError, ValueError):  # It is not there yet, or not any more.
+            time.sleep(min(0.2, left))
+    return {"missing": "Process 0"}
+
+
+def _send(peer, message):
+    peer.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(peer):
+    with peer.makefile("rb") as file:
+        line = file.readline(_LARGEST_MESSAGE)
+    return json.loads(line)
+
+
+def process_count():
+    """How many processes there are; 1 without `connect`."""
+    if keras.config.backend() != "jax":
+        return 1
+    import jax
+
+    return jax.process_count()
+
+
+def process_index():
+    """The number of this process, from 0."""
+    if keras.config.backend() != "jax":
+        return 0
+    import jax
+
+    return jax.process_index()
+
+
+def gather(data):
+    """What every process has, in their order; all of them call it.
+
+    Args:
+        data: bytes, of any length.
+
+    Returns:
+        A list of bytes.
+    """
+    if process_count() == 1:
+        return [data]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(data, "uint8")
+    sizes = multihost_utils.process_allgather(np.array([len(data)], "int32")).ravel()
+    padded = np.zeros(max(sizes.max(), 1), "uint8")
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+def from_first(value):
+    """A value of the first process, in all of them; numbers, strings, lists, dicts."""
+    return json.loads(gather(json.dumps(value).encode())[0])
+
+
+def require_same(**values):
+    """Raise `ValueError` in all processes where values differ, naming which."""
+    texts = gather(json.dumps(values, sort_keys=True, default=str).encode())
+    if len(set(texts)) > 1:
+        brought = [(i, json.loads(text)) for i, text in enumerate(texts)]
+        raise ValueError(f"The processes differ: {_differences(brought)}.")
+
+
+@contextlib.contextmanager
+def all_or_none(what):
+    """An error in one process is an error in all, at the end of the `with` block.
+
+    Where it is an `OSError` it is one in all of them, else a `RuntimeError`.
+
+    Args:
+        what: what is being done, for the message in the other processes.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:  # Handed on below, or raised again.
+        error = raised
+    note = "" if error is None else f"{type(error).__name__}: {error}"
+    notes = gather(json.dumps([note, isinstance(error, OSError)]).encode())
+    if error is not None:
+        raise error
+    for i, (note, is_os_error) in enumerate(map(json.loads, notes)):
+        if note:
+            kind = OSError if is_os_error else RuntimeError
+            raise kind(f"Process {i} failed while {what}: {note}")
+
+
+def local_rows(rows):
+    """Which rows of a batch the devices of this process hold, as a slice.
+
+    Args:
+        rows: how many the batch has in all processes together.
+
+    Raises:
+        ValueError: for a number that the mesh does not divide.
+    """
+    distribution = keras.distribution.distribution()
+    if process_count() == 1 or distribution is None:
+        return slice(rows)
+    sharding = distribution.get_data_layout((rows,)).backend_layout
+    pieces = len(set(map(str, sharding.devices_indices_map((rows,)).values())))
+    if rows % pieces:
+        raise ValueError(
+            f"`batch_size` must be a multiple of {pieces}, the places of the mesh axis "
+            f"{distribution.batch_dim_name!r}; got {rows}."
+        )
+    held = [i[0] for i in sharding.addressable_devices_indices_map((rows,)).values()]
+    ends = [part.indices(rows)[:2] for part in held]
+    return slice(min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def _differences(brought):
+    """What differs between dicts, `[(index, dict)]`, in words; "" for nothing."""
+    flat = [(index, _flatten(values)) for index, values in brought]
+    names = {name: None for _, values in flat for name in values}
+    words = []
+    for name in names:
+        found = [(index, values.get(name, "nothing")) for index, values in flat]
+        if any(value != found[0][1] for _, value in found):
+            words.append(
+                f"{name} is "
+                + ", ".join(f"{value!r} in process {index}" for index, value in found)
+            )
+    return "; ".join(words)
+
+
+def _flatten(values, prefix=""):
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = json.loads(json.dumps(value, default=str))
+    return flat

@@ -1,0 +1,258 @@
+"""From what a user asks for to batches of the decoding loop, and back."""
+
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.distribution import mesh
+from keras_t5gemma.generation.options import id_tuple
+from keras_t5gemma.tokenization.preprocessor import pad
+from keras_t5gemma.tokenization.token_ids import INPUTS, check_range
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `generate` was asked for, checked.
+
+    Args:
+        arrays: of `id_prompts` or `generate_preprocess`. Where the encoder's have one
+            row and the decoder's several, these are prompts for the same source.
+        stop_ids: tuple of ids that end an answer, or `None`.
+    """
+
+    arrays: dict
+    stop_ids: tuple | None
+
+    @property
+    def prompt_lengths(self):
+        """Decoder tokens that are given, the start token included: `(rows,)`."""
+        return self.arrays["decoder_padding_mask"].sum(axis=1)
+
+    @property
+    def max_length(self):
+        """Most decoder tokens."""
+        return self.arrays["decoder_token_ids"].shape[1]
+
+
+def read_request(inputs, preprocessor, config, max_length, stop_token_ids, batch_size):
+    """Check the arguments of `Seq2SeqLM.generate`.
+
+    Args:
+        inputs: see there.
+        preprocessor: a `Seq2SeqLMPreprocessor`, or `None`.
+        config: the model's `T5GemmaConfig`.
+        max_length: int or `None`.
+        stop_token_ids: ids, `"auto"` or `None`.
+        batch_size: int.
+
+    Returns:
+        A `Request`.
+
+    Raises:
+        ValueError: see there.
+    """
+    if max_length is None and preprocessor is not None:
+        max_length = preprocessor.decoder_sequence_length
+    whole = isinstance(max_length, int | np.integer)
+    if not whole or not 2 <= max_length <= config.max_positions:
+        raise ValueError(
+            f"`max_length` must be a whole number from 2 to {config.max_positions}, "
+            f"the model's positions; got {max_length!r}."
+        )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size!r}.")
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        if preprocessor is None:
+            raise ValueError(
+                "`stop_token_ids='auto'` needs a preprocessor; pass a tuple of ids, "
+                "or None to write until `max_length`."
+            )
+        stop_token_ids = preprocessor.stop_ids
+    if stop_token_ids is not None:
+        stop_token_ids = id_tuple(stop_token_ids, "stop_token_ids") or None
+        check_range(
+            np.asarray(stop_token_ids or [0]), "stop_token_ids", config.vocabulary_size
+        )
+    if isinstance(inputs, dict) and "encoder_token_ids" in inputs:
+        arrays = id_prompts(inputs, max_length, config.vocabulary_size)
+    elif preprocessor is None:
+        raise ValueError(
+            "Without a preprocessor, `inputs` must be a dict of int arrays with "
+            "`encoder_token_ids`."
+        )
+    else:
+        arrays = _text_arrays(inputs, preprocessor, max_length)
+    return Request(arrays, stop_token_ids)
+
+
+def _text_arrays(inputs, preprocessor, max_length):
+    if isinstance(inputs, dict):
+        source, prompts = inputs.get("encoder_text"), inputs.get("decoder_text")
+        if isinstance(source, str) and isinstance(prompts, list | tuple) and prompts:
+            inputs = {**inputs, "encoder_text": [source] * len(prompts)}
+            arrays = preprocessor.generate_preprocess(inputs, max_length)
+            for name in ("encoder_token_ids", "encoder_padding_mask"):
+                arrays[name] = arrays[name][:1]
+            return arrays
+    return preprocessor.generate_preprocess(inputs, max_length)
+
+
+def id_prompts(inputs, max_length, vocabulary_size):
+    """The arrays of `generate_preprocess`, from a user's own arrays.
+
+    Args:
+        inputs: dict of `encoder_token_ids` `(batch, length)` and, as an option,
+            the other three inputs of the backbone. Without a mask, id 0 is
+            padding; without a prompt, the decoder starts from bos, id 2.
+        max_length: length of the decoder arrays that are returned.
+        vocabulary_size: the bound of the ids.
+
+    Raises:
+        ValueError: for unknown keys, shapes that do not fit, ids out of range, or
+            a prompt longer than `max_length`.
+    """
+    unknown = set(inputs) - set(INPUTS)
+    if unknown:
+        raise ValueError(
+            f"`inputs` has unknown keys {sorted(unknown)}; known: {INPUTS}."
+        )
+    arrays = {k: ops.convert_to_numpy(v) for k, v in inputs.items()}
+    source = arrays["encoder_token_ids"]
+    if source.ndim != 2 or not source.size:
+        raise ValueError(
+            "`encoder_token_ids` must be (batch, length) with batch and length >= 1; "
+            f"got shape {source.shape}."
+        )
+    arrays.setdefault("encoder_padding_mask", source != 0)
+    start = np.full((len(source), 1), 2)
+    prompt = arrays.get("decoder_token_ids", start)
+    mask = arrays.get("decoder_padding_mask", prompt != 0).astype(bool)
+    for name, array in (
+        ("encoder_token_ids", source),
+        ("decoder_token_ids", prompt),
+    ):
+        check_range(array, name, vocabulary_size)
+    lengths = mask.sum(axis=1)
+    if len(prompt) != len(source) or lengths.min(initial=1) < 1:
+        raise ValueError(
+            "`decoder_token_ids` must hold at least the start token of each of "
+            f"the {len(source)} sources; got shape {prompt.shape}."
+        )
+    if lengths.max(initial=1) > max_length:
+        raise ValueError(
+            f"`decoder_token_ids` holds a prompt of {lengths.max()} tokens, more "
+            f"than the `max_length` of {max_length}."
+        )
+    rows = [row[keep].tolist() for row, keep in zip(prompt, mask, strict=True)]
+    ids, mask = pad(rows, max_length)
+    return {
+        "encoder_token_ids": source.astype("int32"),
+        "encoder_padding_mask": arrays["encoder_padding_mask"].astype("int32"),
+        "decoder_token_ids": ids,
+        "decoder_padding_mask": mask,
+    }
+
+
+def batches(request, options, batch_size, width, rounded=True):
+    """Rows that are decoded together: sources, and prompts, of similar length.
+
+    With a compiler sizes are rounded up, so that requests of all lengths need few
+    programs: a source's length to one of `bucket`'s, 9 up to 512 tokens; the rows to
+    a power of two, 6 up to 32, and on a mesh of devices to a multiple of those that
+    split them; a prompt's to a power of two.
+
+    Args:
+        request: a `Request`.
+        options: a `GenerationOptions`.
+        batch_size: most decoder rows at a time, not counting `rows_per_source`.
+        width: length of the decoder's arrays, at least the request's.
+        rounded: `False` rounds nothing: without a compiler it is only waste.
+
+    Yields:
+        `(rows, inputs)`: the places of the rows in the decoder's arrays, and the
+        arrays of `decoding.start`, which may repeat the last row at their end.
+    """
+    arrays, lengths = request.arrays, request.prompt_lengths
+    source_ids = arrays["encoder_token_ids"]
+    mask = np.asarray(arrays["encoder_padding_mask"]).astype("int32")
+    sources = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)  # Up to the last token.
+    sources = np.where(mask.any(axis=1), sources, 1)
+    more = ((0, 0), (0, max(0, bucket(sources.max()) - mask.shape[1])))
+    source_ids, mask = np.pad(source_ids, more), np.pad(mask, more)
+    is_shared = len(mask) < len(lengths)
+    decoder_ids = arrays["decoder_token_ids"]
+    decoder_ids = np.pad(decoder_ids, ((0, 0), (0, width - request.max_length)))
+    copies = options.rows_per_source
+    seeds = _row_seeds(options, len(lengths))
+    # Longest first: what does not fit into memory is known at once.
+    groups = np.frexp(lengths - 1)[1]  # Prompts that differ by less than a factor 2.
+    order = np.lexsort((-np.broadcast_to(sources, len(lengths)), groups))
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    for group in np.split(order, starts[1:]):
+        for start in range(0, len(group), batch_size):
+            rows = taken = group[start : start + batch_size]
+            read = np.zeros(1, int) if is_shared else rows
+            length = max(2, sources[read].max())  # Keras warns of a softmax over one.
+            count = prefix_length = lengths[rows].min() - 1
+            if rounded:
+                length = bucket(length)
+                prefix_length = min(power_of_two(count), width)
+                size = mesh.round_up(min(power_of_two(len(rows)), batch_size))
+                taken = np.pad(rows, (0, size - len(rows)), mode="edge")
+                read = read if is_shared else taken
+            repeated = np.repeat(taken, copies)
+            yield (
+                rows,
+                {
+                    "encoder_token_ids": source_ids[read, :length],
+                    "encoder_padding_mask": mask[read, :length],
+                    "decoder_token_ids": decoder_ids[repeated],
+                    "prefix_token_ids": decoder_ids[repeated, :prefix_length],
+                    "prefix_count": np.int32(count),
+                    "prompt_lengths": lengths[repeated].astype("int32"),
+                    "seeds": seeds[taken].reshape(-1),
+                    "max_length": np.int32(request.max_length),
+                    "knobs": options.knobs(),
+                },
+            )
+
+
+def _row_seeds(options, rows):
+    """int32 `(rows, rows_per_source)`."""
+    generator = np.random.default_rng(options.seed)
+    seeds = generator.integers(0, 2**31, (rows, options.rows_per_source))
+    return seeds.astype("int32")
+
+
+def power_of_two(n):
+    """The number, 0 or more, rounded up to a power of two; 0 stays."""
+    return 1 << (int(n) - 1).bit_length() if n else 0
+
+
+def bucket(length):
+    """The length rounded up: 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, ..."""
+    size = 16
+    while size < length:
+        half = size * 3 // 2
+        if size >= 64 and half >= length:
+            return half
+        size *= 2
+    return size
+
+
+def answer_mask(ids, prompt_lengths, ends, stop_ids):
+    """1 for prompt and answer, stop id included; 0 after it. int32, as `ids`.
+
+    Args:
+        ids: `(rows, L)`.
+        prompt_lengths: `(rows,)`.
+        ends: `(rows,)`, how many are written at most.
+        stop_ids: tuple of ids, or `None`.
+    """
+    positions = np.arange(ids.shape[1])
+    mask = positions < ends[:, None]
+    if stop_ids is not None:
+        stop = np.isin(ids, stop_ids) & (positions >= prompt_lengths[:, None])
+        mask &= (np.cumsum(stop, axis=1) - stop) == 0
+    return mask.astype("int32")
