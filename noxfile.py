@@ -66,13 +66,13 @@ def without_tensorflow(session, backend):
     )
     session.run(
         *PYTEST,
-        "tests/test_tokenizer.py",
-        "tests/test_preprocessor.py",
-        "tests/test_generate.py",
-        "tests/test_fit.py",
-        "tests/test_files.py",
-        "tests/test_presets.py",
-        "tests/test_cli.py",
+        "tests/tokenization/test_tokenizer.py",
+        "tests/tokenization/test_preprocessor.py",
+        "tests/generation/test_generate.py",
+        "tests/tasks/test_fit.py",
+        "tests/data/test_readers.py",
+        "tests/checkpoints/test_presets.py",
+        "tests/cli/test_cli.py",
         *session.posargs,
         env={"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},
     )
@@ -92,4 +92,4 @@ def gemma_vocabulary(session):
     session.install(*KERAS_HUB)
     session.install("-e", ".", "keras==3.15.1", "pytest>=8", "protobuf")
     env = {"GEMMA_VOCABULARY": "1", "KERAS_BACKEND": "jax"}
-    session.run("pytest", "tests/test_gemma_vocabulary.py", env=env)
+    session.run("pytest", "tests/tokenization/test_gemma_vocabulary.py", env=env)

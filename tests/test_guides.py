@@ -7,14 +7,14 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import pytest
+from helpers import ROOT
 
 import keras_t5gemma as kt
 
-FOLDER = Path(__file__).parent.parent / "guides"
+FOLDER = ROOT / "guides"
 GUIDES = sorted(path.stem for path in FOLDER.glob("*.py"))
 TIMEOUT = 1200  # Seconds; one to two minutes on a machine that is free.
 

@@ -1,0 +1,260 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+from helpers.models import max_difference, numpy, tiny_model
+
+import keras_t5gemma as kt
+from keras_t5gemma.checkpoints import presets
+
+
+def test_the_32_published_names_and_their_counts():
+    rows = {row.name: row for row in kt.presets()}
+    published = [r for r in rows.values() if r.sources[0].startswith("hf://")]
+    assert len(published) == 32
+    assert rows["t5gemma_9b_2b_ul2_it"] == presets.Preset(
+        name="t5gemma_9b_2b_ul2_it",
+        description="9B encoder, 2B decoder, instruction-tuned, UL2.",
+        objective="UL2",
+        tuned=True,
+        parameters=12_292_375_296,
+        sources=(
+            "hf://google/t5gemma-9b-2b-ul2-it",
+            "kaggle://keras/t5-gemma/keras/t5gemma_9b_2b_ul2_it/1",
+        ),
+    )
+
+
+def test_published_names_and_handles_are_kerashubs():
+    import keras_hub
+
+    theirs = keras_hub.models.T5GemmaBackbone.presets
+    ours = {row.name: row for row in kt.presets()}
+    published = {n: r for n, r in ours.items() if len(r.sources) == 2}
+    assert set(theirs) == set(published)
+    for name, row in published.items():
+        assert row.sources[1] == theirs[name]["kaggle_handle"]
+        assert row.parameters == theirs[name]["metadata"]["params"]
+
+
+def test_a_published_name_without_weights_needs_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(presets, "get_file", refuse)
+    small = kt.StackConfig(1, 8, 8, 2, 1, 4)
+    config = kt.T5GemmaConfig.pair(small, small, vocabulary_size=32)
+    monkeypatch.setattr(presets, "published_config", lambda name: config)
+    model = kt.Seq2SeqLM.from_preset("t5gemma_s_s_ul2", load_weights=False)
+    assert model.preprocessor is None
+    assert model.backbone.config == config
+    tower = kt.Backbone.from_preset("t5gemma_s_s_ul2", False, encoder_only=True)
+    assert tower.decoder is None
+
+
+def test_published_configurations_are_in_the_package():
+    config = presets.published_config("t5gemma_xl_xl_ul2")
+    assert config == kt.T5GemmaConfig.pair("xl", "xl")
+    assert presets.published_config("t5gemma_mini_synopsis") is None
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean t5gemma_b_b_prefixlm_it"):
+        kt.Seq2SeqLM.from_preset("t5gema_b_b_prefixlm_it")
+    with pytest.raises(ValueError, match="`preset` must be a string; got 3"):
+        kt.Seq2SeqLM.from_preset(3)
+
+
+def test_folders_that_are_no_preset(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json"):
+        kt.Seq2SeqLM.from_preset(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        kt.Seq2SeqLM.from_preset(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"must hold a JSON object; got \[1\]"):
+        kt.Seq2SeqLM.from_preset(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    with pytest.raises(ValueError, match="not a checkpoint of T5Gemma.*'gemma2'"):
+        kt.Seq2SeqLM.from_preset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cls", [kt.Seq2SeqLM, kt.Backbone, kt.Tokenizer, kt.Seq2SeqLMPreprocessor]
+)
+def test_unknown_keywords_are_refused(cls, model, tmp_path):
+    """Trap: KerasHub's tasks swallow them."""
+    model.save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match=r"unknown keywords \['dtyp'\]"):
+        cls.from_preset(tmp_path, dtyp="bfloat16")
+
+
+def test_dtype_and_random_weights(model, tmp_path):
+    model.save_to_preset(str(tmp_path))
+    half = kt.Seq2SeqLM.from_preset(tmp_path, dtype="bfloat16")
+    assert half.backbone.variable_dtype == "bfloat16"
+    half.save_to_preset(str(tmp_path / "half"))
+    lifted = kt.Seq2SeqLM.from_preset(tmp_path / "half")
+    assert lifted.backbone.variable_dtype == "float32"
+    for a, b in zip(half.backbone.weights, lifted.backbone.weights, strict=True):
+        assert (numpy(a) == numpy(b)).all()
+    random = kt.Backbone.from_preset(tmp_path, load_weights=False)
+    kernel, loaded = (
+        b.encoder.blocks[0].mlp.up.kernel for b in (random, model.backbone)
+    )
+    assert (numpy(kernel) != numpy(loaded)).any()
+    assert kt.Seq2SeqLM.from_preset(tmp_path, preprocessor=None).preprocessor is None
+
+
+def test_keras_hub_base_classes_find_our_preset_and_only_ours(tokenizer, tmp_path):
+    """Trap: a task sharing KerasHub's backbone class hijacks its `from_preset`."""
+    import keras_hub
+
+    tiny_model(tokenizer).save_to_preset(str(tmp_path))
+    found = keras_hub.models.Seq2SeqLM.from_preset(str(tmp_path))
+    assert type(found) is kt.Seq2SeqLM
+    assert kt.Seq2SeqLM.backbone_cls is kt.Backbone
+    objects = keras.saving.get_custom_objects()
+    ours = [k for k, v in objects.items() if v.__module__.startswith("keras_t5gemma")]
+    assert ours and all(name.startswith("keras_t5gemma>") for name in ours)
+    shared = [
+        v
+        for v in objects.values()
+        if getattr(v, "backbone_cls", None) is keras_hub.models.T5GemmaBackbone
+    ]
+    assert all(v.__module__.startswith("keras_hub") for v in shared)
+
+
+def test_handles_go_through_the_hubs_own_clients(model, tmp_path, monkeypatch):
+    """A published name from Hugging Face, ours from both hubs; only what is needed."""
+    import huggingface_hub
+    import kagglehub
+
+    model.save_to_huggingface(tmp_path / "theirs")
+    model.save_to_preset(tmp_path / "ours")
+    asked = []
+
+    def folder_of(handle):
+        return tmp_path / ("theirs" if handle.startswith("google/") else "ours")
+
+    def download_file(repo_id, filename):
+        asked.append(filename)
+        return str(folder_of(repo_id) / filename)
+
+    def snapshot(handle, allow_patterns):
+        asked.append("everything")
+        return str(folder_of(handle))
+
+    def kaggle(handle, path=None):
+        asked.append(path or "everything")
+        folder = folder_of(handle)
+        return str(folder / path if path else folder)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download_file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(kagglehub, "model_download", kaggle)
+    for preset in (
+        "t5gemma_s_s_prefixlm_it",
+        "hf://me/mine",
+        "kaggle://me/model/keras/mine",
+    ):
+        loaded = kt.Seq2SeqLM.from_preset(preset)
+        assert max_difference(loaded.weights[0], model.weights[0]) == 0
+        template = "instruction" if preset.endswith("_it") else None
+        assert loaded.preprocessor.template == template
+    asked.clear()
+    kt.Tokenizer.from_preset("kaggle://me/model/keras/mine")
+    kt.Backbone.from_preset("hf://me/mine", load_weights=False)
+    assert "everything" not in asked and len(asked) <= 4
+    with pytest.raises(ValueError, match="must start with hf:// or kaggle://"):
+        presets.download("gs://bucket/folder")
+
+
+@pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError])
+def test_failed_download_says_what_to_do(monkeypatch, error):
+    """KerasHub reports a hub that was not reached as a file that is not there."""
+
+    def offline(*args, **kwargs):
+        raise error("no route")
+
+    monkeypatch.setattr(presets, "get_file", offline)
+    with pytest.raises(OSError, match="licence.*hf auth login.*passed as a path") as e:
+        kt.Seq2SeqLM.from_preset("t5gemma_b_b_prefixlm_it")
+    elsewhere = "kaggle://keras/t5-gemma/keras/t5gemma_b_b_prefixlm_it/1"
+    assert f"The same weights lie at {elsewhere}." in str(e.value)
+
+
+def test_missing_keras_hub_says_how_to_install_it(tmp_path):
+    (tmp_path / "keras_hub.py").write_text(
+        "raise ModuleNotFoundError('No module', name='keras_hub')"
+    )
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    result = subprocess.run(
+        [sys.executable, "-c", "import keras_t5gemma"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "pip install --no-deps 'keras-hub>=0.32'" in result.stderr
+
+
+EMBEDDED = "t5gemma_mini_synopsis"
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    model = kt.Seq2SeqLM.from_preset(EMBEDDED)
+    model.compile(sampler="beam")
+    return model
+
+
+def test_embedded_preset_summarises_a_real_paragraph(embedded):
+    text = (
+        "This package provides a small command line program that converts images "
+        "between many formats, among them PNG, JPEG and TIFF. It can also resize "
+        "them and change their colours."
+    )
+    answer = embedded.generate(text)
+    assert 2 <= len(answer.split()) <= 20
+    words = answer.lower()
+    assert any(word in words for word in ("image", "convert", "format"))
+
+
+def test_embedded_preset_prefers_the_right_synopsis(embedded):
+    text = (
+        "This library reads and writes files in the JSON format. It is written in "
+        "C and has no dependencies."
+    )
+    right, wrong = "library to read and write JSON files", "strategy game in space"
+    scores = embedded.score([text, text], [right, wrong])["log_prob"]
+    assert scores[0] > scores[1] + 10
+
+
+def test_embedded_presets_are_small_and_documented():
+    embedded = [p for p in kt.presets() if "://" not in p.sources[0]]
+    assert [(p.name, p.objective, p.tuned) for p in embedded] == [
+        ("t5gemma_mini", "PrefixLM", False),
+        ("t5gemma_mini_synopsis", "supervised", True),
+    ]
+    assert sum(2 * p.parameters for p in embedded) < 25e6  # Bytes, in bfloat16.
+    for preset in embedded:
+        folder = Path(preset.sources[0])
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        assert size < 13e6
+        card = (folder / "README.md").read_text()
+        for word in ("How it was made", "Data", "Rebuild", "Scores", "Limits"):
+            assert f"## {word}" in card
+
+
+def test_damaged_preset_is_refused(tmp_path, model):
+    model.save_to_preset(str(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "model.weights.h5").unlink()
+    with pytest.raises(ValueError, match="has no weights: neither model.weights.h5"):
+        kt.Seq2SeqLM.from_preset(tmp_path / "b")

@@ -1,0 +1,163 @@
+import re
+
+import numpy as np
+import pytest
+from helpers.models import numpy, tiny_config
+
+import keras_t5gemma as kt
+from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
+from keras_t5gemma.conversion.average import average_presets
+from keras_t5gemma.conversion.convert import convert
+from keras_t5gemma.recipes.model_card import write_model_card
+
+
+def values(preset):
+    tensors = open_checkpoint(str(preset)).tensors()
+    return {path: tensor.read() for path, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def presets(shared_model, tmp_path_factory):
+    """Three checkpoints of one configuration: ours twice, and transformers'."""
+    folder = tmp_path_factory.mktemp("presets")
+    rng = np.random.default_rng(1)
+    paths = [folder / name for name in ("a", "b", "transformers")]
+    for path in paths:
+        for variable in shared_model.backbone.weights:
+            variable.assign(rng.normal(0, 1, variable.shape).astype("float32"))
+        if path.name == "transformers":
+            shared_model.save_to_huggingface(path)
+        else:
+            shared_model.save_to_preset(path)
+    return paths
+
+
+@pytest.mark.parametrize("weights", [None, [1, 0, 2.5]])
+def test_average_is_the_mean(presets, weights, tmp_path):
+    average_presets(presets, tmp_path / "mean", weights)
+    found = values(tmp_path / "mean")
+    sources = [values(preset) for preset in presets]
+    for path, value in found.items():
+        stacked = np.stack([source[path] for source in sources]).astype("float64")
+        mean = np.average(stacked, axis=0, weights=weights)
+        assert np.abs(value - mean).max() < 1e-6
+        assert value.dtype == "float32"
+    assert set(found) == set(sources[0])
+
+
+def test_average_loads_with_the_first_ones_tokenizer(presets, tmp_path):
+    average_presets(presets[:1] * 3, tmp_path / "mean")
+    model = kt.Seq2SeqLM.from_preset(tmp_path / "mean")
+    expected = values(presets[0])
+    for variable in model.backbone.weights:
+        np.testing.assert_allclose(numpy(variable), expected[variable.path], rtol=3e-7)
+    assert model.preprocessor.encoder_sequence_length == 24
+
+
+def test_dtype_is_the_firsts(presets, tmp_path):
+    convert(presets[0], tmp_path / "half", dtype="bfloat16")
+    average_presets([tmp_path / "half", presets[1]], tmp_path / "mean")
+    half, other = values(tmp_path / "half"), values(presets[1])
+    for path, value in values(tmp_path / "mean").items():
+        mean = (half[path].astype("float32") + other[path]) / 2  # Rounded once.
+        assert value.dtype == half[path].dtype != other[path].dtype
+        assert (value == mean.astype(value.dtype)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"presets": []}, "`presets` must be a list of at least one"),
+        ({"presets": "a"}, "list of at least one preset; got 'a'"),
+        ({"weights": [1.0]}, "each of the 3 presets; got 1"),
+        ({"weights": [1.0, -1.0, 2.0]}, "`weights`.*from 0.*-1.0"),
+        ({"weights": [0, 0, 0]}, "`weights`.*not all"),
+        ({"weights": [1, 1, np.inf]}, "`weights`.*inf"),
+    ],
+)
+def test_average_refuses(presets, change, message, tmp_path):
+    arguments = {"presets": presets, "folder": tmp_path / "mean"} | change
+    with pytest.raises(ValueError, match=message):
+        average_presets(**arguments)
+    assert not (tmp_path / "mean").exists()
+
+
+def test_average_refuses_other_configs_and_overwriting(presets, tmp_path):
+    stack = tiny_config().to_dict()
+    other = tmp_path / "other"
+    kt.Backbone(
+        kt.T5GemmaConfig.from_dict(stack | {"final_soft_cap": 5.0})
+    ).save_to_preset(other)
+    with pytest.raises(ValueError, match="/a and .*/other differ in final_soft_cap"):
+        average_presets([presets[0], other], tmp_path / "mean")
+    with pytest.raises(ValueError, match="other exists already"):
+        average_presets(presets[:2], other)
+    average_presets(presets[:2], other, overwrite=True)
+    first, second = values(presets[0]), values(presets[1])
+    path = "encoder/final_norm/scale"
+    np.testing.assert_allclose(
+        values(other)[path], (first[path] + second[path]) / 2, rtol=1e-6
+    )
+
+
+def card(folder, **changes):
+    arguments = {
+        "title": "Short\nsummaries",
+        "base": "t5gemma_s_s_ul2",
+        "data": [{"file": "a|b.jsonl", "rows": 12, "sha256": "ab12"}],
+        "training": {"epochs": 3, "optimizer": "AdamW(1e-3)"},
+        "scores": {
+            "rougeL": {"mean": 31.249, "standard_error": 0.625},
+            "mine": {"mean": 2.0, "standard_error": None},
+            "val_loss": 1.5,
+        },
+    }
+    path = write_model_card(folder, **arguments | changes)
+    assert path == folder / "README.md"
+    return path.read_text("utf-8")
+
+
+def test_model_card_states_what_it_is_given(tmp_path):
+    text = card(tmp_path)
+    front, body = re.fullmatch(r"---\n(.*?)---\n(.*)", text, re.DOTALL).groups()
+    assert front == "library_name: keras_t5gemma\npipeline_tag: text-generation\n"
+    assert body.startswith("\n# Short summaries\n")
+    for row in (
+        "| file | rows | sha256 |",
+        "| a\\|b.jsonl | 12 | ab12 |",
+        "| epochs | 3 |",
+        "| rougeL | 31.25 | 0.62 |",
+        "| mine | 2 |  |",
+        "| val_loss | 1.5 |  |",
+    ):
+        assert f"\n{row}\n" in body
+    assert "trained from `t5gemma_s_s_ul2`" in body
+    assert "TODO" not in body
+
+    nothing = card(tmp_path, base=None, data=[], training={}, scores={})
+    assert "trained from" not in nothing.split("## Use")[0]
+    for sentence in ("None was recorded", "No settings", "None were measured"):
+        assert sentence in nothing
+    assert "|" not in nothing
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_model_card_shows_how_to_load(presets, monkeypatch):
+    text = card(presets[0])
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(presets[0].parent)
+    monkeypatch.setattr(kt.Seq2SeqLM, "generate", lambda self, text: text.upper())
+    said = []
+    exec(code, {"print": said.append})
+    assert said == ["A TEXT OF THE KIND IT WAS TRAINED ON"]
+
+
+def test_model_card_needs_a_preset(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`folder` must be the folder of a preset"):
+        card(tmp_path / "none")
+    before = card(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda file: 1 / 0)  # As if the disk were full.
+    with pytest.raises(ZeroDivisionError):
+        card(tmp_path, title="Other")
+    assert (tmp_path / "README.md").read_text("utf-8") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

@@ -1,0 +1,101 @@
+"""PyTorch's decoding step, eager and compiled, against the layers."""
+
+import keras
+import pytest
+from helpers.models import enlarge, tiny_config, tiny_model
+from helpers.oracles import SOURCES, generated_ids
+
+import keras_t5gemma as kt
+
+LENGTH = 16
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="PyTorch's step"
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_step_equals_the_layers(dtype):
+    """Unequal towers, grouped heads, padding, several rows a source, the window."""
+    import torch
+
+    from keras_t5gemma.generation.decoding import plain_step
+    from keras_t5gemma.generation.torch_step import TorchStep
+
+    backbone = enlarge(kt.Backbone(tiny_config(), dtype=dtype))
+    mask = torch.ones(2, 9, dtype=torch.int32)
+    mask[1, 4:] = 0
+    ids = torch.randint(4, 480, (2, 9))
+    rows = torch.randint(4, 480, (6, 20))
+    tolerance = 1e-4 if dtype == "float32" else 0.5
+    with torch.inference_mode():
+        caches = [
+            backbone.make_cache(backbone.encode(ids, mask), mask, 20, rows=6)
+            for _ in range(2)
+        ]
+        fast, plain = TorchStep(backbone), plain_step(backbone)
+        for index in range(20):
+            a, caches[0] = fast(rows[:, index], caches[0], index)
+            b, caches[1] = plain(rows[:, index], caches[1], index, True)
+            assert float((a.float() - b.float()).abs().max()) < tolerance
+            uncapped, _ = fast(rows[:, index], caches[0], index, capped=False)
+            if dtype == "float32":
+                assert (uncapped.argmax(-1) == a.argmax(-1)).all()
+            assert float((uncapped - a).abs().max()) > 0
+
+
+def test_int8_product_keeps_seven_bits_of_each_row():
+    """Weights that copy: what comes out is the input, rounded to 1 / 63 at most."""
+    import torch
+
+    from keras_t5gemma.generation.torch_step import _Int8
+
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("needs FBGEMM")
+    copy = _Int8(torch.eye(64, dtype=torch.int8) * 127, torch.full((64,), 127.0))
+    x = torch.linspace(-1, 1, 192).reshape(3, 64) * torch.tensor([[1.0], [9], [1e-3]])
+    error = (copy(x) - x).abs() / x.abs().amax(1, keepdim=True)
+    assert 0 < float(error.max()) < 0.51 / 63
+
+
+def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
+    """`jit_compile=True` gives the same tokens; without a compiler it says so."""
+    import torch
+
+    model = tiny_model(tokenizer)
+    expected = generated_ids(model, SOURCES, LENGTH, stop_token_ids=None)
+    model.compile(jit_compile=True)
+    compiled = []
+    compile = torch.compile
+
+    def spy(function, **kwargs):
+        def run(*args):
+            compiled.append(args[0].shape[0])
+            return compiled_function(*args)
+
+        compiled_function = compile(function, **kwargs)
+        return run
+
+    monkeypatch.setattr(torch, "compile", spy)
+    for sources in (SOURCES, SOURCES[:1]):
+        rows = generated_ids(model, sources, LENGTH, stop_token_ids=None)
+        assert rows == expected[: len(sources)]
+    assert set(compiled) == {4, 1}
+    # Weights change: the compiled step must not go on with the old ones.
+    enlarge(model.backbone, 11.0)
+    rows = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
+    model.compile()
+    assert rows == generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
+    assert rows != expected[:1]
+
+    def broken(function, **kwargs):
+        def run(*args):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model.compile(jit_compile=True)
+    model._generator().engines.clear()
+    with pytest.warns(UserWarning, match="decoding goes on uncompiled.*no compiler"):
+        got = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
+    assert got == rows
