@@ -1,14 +1,14 @@
-"""Train the embedded presets by the paper's recipe, on a CPU.
+"""Train the embedded presets with the paper's recipe, on a CPU.
 
     KERAS_BACKEND=jax python tools/train_mini.py --data DATA --runs RUNS
 
-A decoder-only model with KerasHub (experiments/sources.py), adapted to a balanced pair,
-pretrained with PrefixLM on plain text, fine-tuned on package synopses. A small model
-learns last to copy from what its encoder has read, so a part of the plain text says
-everything twice: then the half that is read is the half that is to be written.
+Trains a decoder-only model with KerasHub (experiments/sources.py), adapts it to a
+balanced pair, pretrains that with PrefixLM on plain text and fine-tunes it on package
+synopses. Copying from the encoder is what a small model learns last, so part of the
+plain text repeats every paragraph: the encoder's half then equals the target.
 
-Every step keeps backups: killed and started again, it goes on where it was. In the end
-`RUNS/mini/presets` holds both, in bfloat16, with their cards.
+Every step keeps backups: started again after an interruption, it resumes. At the end
+`RUNS/mini/presets` holds both presets, in bfloat16, with their model cards.
 """
 
 import argparse
@@ -25,13 +25,14 @@ import corpus  # noqa: E402
 import keras_t5gemma as kt  # noqa: E402
 from keras_t5gemma.conversion.adapt import adapt_to_folder
 from keras_t5gemma.conversion.convert import convert
+from keras_t5gemma.recipes.model_card import card_metadata, eval_result, save_card
 
 SIZE = "large"
 ONCE, TWICE, LONGEST = 6_000, 10_000, 400  # Of `corpus.mixture`.
 
 
 def write_mixture(data, folder):
-    """The texts of the pretraining, and held-out ones, as JSON lines."""
+    """Write the pretraining texts and the held-out texts as JSON lines."""
     paths = [folder / f"{name}.jsonl" for name in ("mixture", "held-out")]
     if not paths[1].exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,20 +43,21 @@ def write_mixture(data, folder):
     return paths
 
 
-ABOUT = """# {name}
+CARD = """# {name}
 
-{what}
+{description}
 
-{parameters} parameters: three layers of width 192 on either side, an own vocabulary of
-8,192 pieces with Gemma's special ids; weights in bfloat16. It holds no Gemma weights.
+{parameters:,} parameters: three layers of width 192 in the encoder and in the decoder,
+an 8,192-piece vocabulary with Gemma's special ids, weights in bfloat16. It contains no
+Gemma weights.
 
 ## How it was made
 
-By the paper's recipe (arXiv 2504.06225): a decoder-only Gemma 2 of three layers,
-trained with KerasHub on {source_tokens:.1f} million tokens; adapted to a pair of two of
-it, the cross-attention a copy; pretrained with PrefixLM for {steps} steps of 8 rows of
-128 + 128 tokens, where {twice} of {documents} texts say everything twice, so that it
-learns to copy from what it has read{tuning}.
+Following the paper (arXiv 2504.06225): a decoder-only Gemma 2 of three layers, trained
+with KerasHub on {source_tokens:.1f} million tokens, was adapted to a balanced
+encoder-decoder, the cross-attention copied from the self-attention. Pretraining:
+PrefixLM, {steps} steps of 8 rows of 128 + 128 tokens. {twice:,} of the {documents:,}
+texts repeat every paragraph, so that the model learns to copy from the encoder.{tuning}
 
 ## Data
 
@@ -76,65 +78,113 @@ of this project.
 
 ## Limits
 
-A very small model of one kind of English text. It is here to show the package with real
-weights, not to be relied on.
+A very small model of one kind of English text. It shows the package with real weights
+and is not meant to be relied on.
 """
-WHAT = {
-    "t5gemma_mini": "A small T5Gemma that has read plain text, to be fine-tuned.",
+DESCRIPTIONS = {
+    "t5gemma_mini": "A small T5Gemma that is pretrained on plain text, to be "
+    "fine-tuned.",
     "t5gemma_mini_synopsis": "A small T5Gemma that shortens a Debian package "
     "description to one line.",
 }
+BASELINES = """The first ten words of the description score ROUGE-L 28.2; a hand-written
+rule that strips "X is a" scores ROUGE-L 32.1 and BLEU 9.7."""
 
 
 def publish(name, run, args, folder):
-    """A preset in bfloat16, measured as it is shipped, with its card."""
+    """Convert a run's preset to bfloat16, measure it and write its card."""
     output = folder / "presets" / name
     convert(str(run / "preset"), output, dtype="bfloat16", overwrite=True)
     model = kt.Seq2SeqLM.from_preset(output)
     log = json.loads((args.runs / f"sources/{SIZE}/log.json").read_text())
-    pretraining = json.loads((folder / "pretrained/scores.json").read_text())
-    tuning = ""
     if name.endswith("synopsis"):
         scores = measure(model, args.data)
-        tuning = f"; fine-tuned for {args.epochs} epochs on 38,471 synopses"
     else:
-        loss = pretraining["valid"]["loss"]
-        scores = (
-            "Loss of the second halves of 400 held-out texts, a token: "
-            f"{loss['mean']:.2f}, "
-            f"{loss['before']:.2f} before the pretraining."
-        )
-    text = ABOUT.format(
-        name=name,
-        what=WHAT[name],
-        parameters=f"{model.backbone.config.count_params():,}",
+        pretraining = json.loads((folder / "pretrained/scores.json").read_text())
+        scores = pretraining["valid"]["loss"]
+    write_card(
+        output,
+        name,
+        scores,
+        parameters=model.backbone.config.count_params(),
         source_tokens=log[-1]["tokens"] / 1e6,
         steps=args.pretraining_steps,
-        twice=f"{TWICE:,}",
-        documents=f"{ONCE + TWICE:,}",
-        tuning=tuning,
-        scores=scores,
+        epochs=args.epochs,
     )
-    (output / "README.md").write_text(text, encoding="utf-8")
 
 
 def measure(model, data):
-    """Scores on the synopsis test, greedy and with beams, as text."""
+    """Scores on the synopsis test set by decoding method."""
     test = corpus.read_synopsis(data, "test")
-    columns = {}
-    for title, options in (("greedy", {}), ("5 beams", {"num_beams": 5})):
+    scores = {}
+    for method, options in (("greedy", {}), ("5 beams", {"num_beams": 5})):
         answers = model.generate(test["encoder_text"], **options)
         metrics = ["rouge", "bleu", "chrf"]
-        columns[title] = kt.score_texts(answers, test["decoder_text"], metrics)
-    lines = [f"| synopsis test, 1,780 rows | {' | '.join(columns)} |", "|---|---|---|"]
-    for name in columns["greedy"]:
-        cells = [f"{c[name]['mean']:.1f}" for c in columns.values()]
-        error = columns["greedy"][name]["standard_error"]
-        lines.append(f"| {name} (± {error:.1f}) | {' | '.join(cells)} |")
-    return "\n".join(lines) + (
-        "\n\nThe first ten words of the description score ROUGE-L 28.2; a hand-written "
-        'rule that strips\n"X is a" scores ROUGE-L 32.1 and BLEU 9.7.'
+        scores[method] = kt.score_texts(answers, test["decoder_text"], metrics)
+    return scores
+
+
+def write_card(folder, name, scores, parameters, source_tokens, steps, epochs):
+    """Write README.md of an embedded preset, its metadata included.
+
+    Args:
+        folder: of the preset.
+        name: of the preset.
+        scores: what `measure` returns; of the pretrained preset `{"mean": loss on
+            held-out texts, "before": that of the adapted model}`.
+        parameters: their number.
+        source_tokens: millions of tokens that the decoder-only model was trained on.
+        steps: of the pretraining.
+        epochs: of the fine-tuning.
+    """
+    metadata = {"license": "apache-2.0", "language": "en"}
+    if name.endswith("synopsis"):
+        metadata["pipeline_tag"] = "summarization"
+        dataset = "Debian 12 package synopses"
+        results = [
+            eval_result(
+                measure,
+                round(score["mean"], 1),
+                dataset,
+                "test",
+                "summarization",
+                variant=method,
+            )
+            for method, measured in scores.items()
+            for measure, score in measured.items()
+        ]
+        tuning = f"\nFine-tuning: {epochs} epochs on 38,471 synopses."
+        text = f"{score_table(scores)}\n\n{BASELINES}"
+    else:
+        dataset = "Debian 12 descriptions and documentation"
+        results = [eval_result("loss", round(scores["mean"], 2), dataset, "validation")]
+        tuning = ""
+        text = (
+            "Loss per token of the second halves of 400 held-out texts: "
+            f"{scores['mean']:.2f}; before pretraining\n{scores['before']:.2f}."
+        )
+    body = CARD.format(
+        name=name,
+        description=DESCRIPTIONS[name],
+        parameters=parameters,
+        source_tokens=source_tokens,
+        steps=steps,
+        twice=TWICE,
+        documents=ONCE + TWICE,
+        tuning=tuning,
+        scores=text,
     )
+    save_card(folder, card_metadata(name, results, **metadata), body)
+
+
+def score_table(scores):
+    """Markdown table of measures by decoding method, with greedy's standard errors."""
+    lines = [f"| synopsis test, 1,780 rows | {' | '.join(scores)} |", "|---|---|---|"]
+    for name, greedy in scores["greedy"].items():
+        cells = [f"{measured[name]['mean']:.1f}" for measured in scores.values()]
+        error = greedy["standard_error"]
+        lines.append(f"| {name} (± {error:.1f}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main():

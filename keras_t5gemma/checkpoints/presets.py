@@ -69,7 +69,7 @@ def presets():
         rows.append(
             Preset(
                 name,
-                card.split("\n\n")[1].replace("\n", " "),
+                _first_paragraph(card),
                 objective,
                 tuned,
                 T5GemmaConfig.from_dict(config["config"]["config"]).count_params(),
@@ -93,6 +93,13 @@ def presets():
             )
         )
     return rows
+
+
+def _first_paragraph(card):
+    """The first paragraph of a model card, after its metadata and its title."""
+    body = card.partition("\n---\n")[2] if card.startswith("---\n") else card
+    texts = (part.strip() for part in body.split("\n\n"))
+    return next(t for t in texts if t and not t.startswith("#")).replace("\n", " ")
 
 
 def _published():

@@ -1,5 +1,3 @@
-import re
-
 import numpy as np
 import pytest
 from helpers.models import numpy, tiny_config
@@ -8,7 +6,6 @@ import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.conversion.average import average_presets
 from keras_t5gemma.conversion.convert import convert
-from keras_t5gemma.recipes.model_card import write_model_card
 
 
 def values(preset):
@@ -98,66 +95,3 @@ def test_average_refuses_other_configs_and_overwriting(presets, tmp_path):
     np.testing.assert_allclose(
         values(other)[path], (first[path] + second[path]) / 2, rtol=1e-6
     )
-
-
-def card(folder, **changes):
-    arguments = {
-        "title": "Short\nsummaries",
-        "base": "t5gemma_s_s_ul2",
-        "data": [{"file": "a|b.jsonl", "rows": 12, "sha256": "ab12"}],
-        "training": {"epochs": 3, "optimizer": "AdamW(1e-3)"},
-        "scores": {
-            "rougeL": {"mean": 31.249, "standard_error": 0.625},
-            "mine": {"mean": 2.0, "standard_error": None},
-            "val_loss": 1.5,
-        },
-    }
-    path = write_model_card(folder, **arguments | changes)
-    assert path == folder / "README.md"
-    return path.read_text("utf-8")
-
-
-def test_model_card_states_what_it_is_given(tmp_path):
-    text = card(tmp_path)
-    front, body = re.fullmatch(r"---\n(.*?)---\n(.*)", text, re.DOTALL).groups()
-    assert front == "library_name: keras_t5gemma\npipeline_tag: text-generation\n"
-    assert body.startswith("\n# Short summaries\n")
-    for row in (
-        "| file | rows | sha256 |",
-        "| a\\|b.jsonl | 12 | ab12 |",
-        "| epochs | 3 |",
-        "| rougeL | 31.25 | 0.62 |",
-        "| mine | 2 |  |",
-        "| val_loss | 1.5 |  |",
-    ):
-        assert f"\n{row}\n" in body
-    assert "trained from `t5gemma_s_s_ul2`" in body
-    assert "TODO" not in body
-
-    nothing = card(tmp_path, base=None, data=[], training={}, scores={})
-    assert "trained from" not in nothing.split("## Use")[0]
-    for sentence in ("None was recorded", "No settings", "None were measured"):
-        assert sentence in nothing
-    assert "|" not in nothing
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-
-
-def test_model_card_shows_how_to_load(presets, monkeypatch):
-    text = card(presets[0])
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    monkeypatch.chdir(presets[0].parent)
-    monkeypatch.setattr(kt.Seq2SeqLM, "generate", lambda self, text: text.upper())
-    said = []
-    exec(code, {"print": said.append})
-    assert said == ["A TEXT OF THE KIND IT WAS TRAINED ON"]
-
-
-def test_model_card_needs_a_preset(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="`folder` must be the folder of a preset"):
-        card(tmp_path / "none")
-    before = card(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda file: 1 / 0)  # As if the disk were full.
-    with pytest.raises(ZeroDivisionError):
-        card(tmp_path, title="Other")
-    assert (tmp_path / "README.md").read_text("utf-8") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
