@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python experiments/run.py --data DATA --runs RUNS [--minutes N]
         [--only TEXT]
 
-The runs are those of plan.py; the decoder-only sources of a run (sources.py) are
+The runs are those of grid.py; the decoder-only sources of a run (sources.py) are
 trained when it needs them. A run that was stopped goes on where its last backup was.
 What a run measured is written to `experiments/results/`, from which report.py makes
 tables and pictures.
@@ -12,6 +12,7 @@ tables and pictures.
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-import plan
+import grid
 
 RESULTS = Path(__file__).parent / "results"
 ENCODER, DECODER, ROWS_A_STEP = 128, 128, 8
@@ -64,7 +65,7 @@ def start_preset(run, runs):
     from keras_t5gemma.conversion.adapt import adapt_to_folder
 
     encoder, decoder = (
-        str(runs / f"sources/{size}/preset") for size in plan.PAIRS[run.pair]
+        str(runs / f"sources/{size}/preset") for size in grid.PAIRS[run.pair]
     )
     options = {}
     if run.start == "random-cross":
@@ -80,31 +81,16 @@ def start_preset(run, runs):
 
 @contextlib.contextmanager
 def encoder_mask(causal):
-    """Let encoders see to the left only, if asked for."""
-    from keras import ops
+    """Make causal attention the default of encoders, if asked for."""
+    from keras_t5gemma.modeling.towers import Encoder
 
-    from keras_t5gemma.modeling import masks, towers
-
-    call = towers.Encoder.call
-
-    def left_only(queries, keys):
-        positions = ops.arange(queries.shape[1])
-        causal_mask = masks.causal_mask(positions, positions)
-        return ops.logical_and(masks.segment_mask(queries, keys), causal_mask)
-
-    def patched(self, *args, **kwargs):
-        towers.segment_mask = left_only
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            towers.segment_mask = masks.segment_mask
-
+    call = Encoder.call
     if causal:
-        towers.Encoder.call = patched
+        Encoder.call = functools.partialmethod(call, causal=True)
     try:
         yield
     finally:
-        towers.Encoder.call = call
+        Encoder.call = call
 
 
 def pretrain(run, args):
@@ -126,8 +112,8 @@ def pretrain(run, args):
         encoder_sequence_length=ENCODER,
         decoder_sequence_length=DECODER,
         batch_size=ROWS_A_STEP,
-        max_steps=plan.STEPS,
-        steps_per_epoch=plan.STEPS // 10,
+        max_steps=grid.STEPS,
+        steps_per_epoch=grid.STEPS // 10,
         learning_rate=3e-3,
         optimizer="adamw",
         seed=run.seed,
@@ -141,7 +127,7 @@ def pretrain(run, args):
             | {n: float(r[n]) for n in ("val_loss", "val_accuracy", "padding")}
             for r in csv.DictReader(file)
         ]
-    positions = plan.STEPS // 10 * ROWS_A_STEP * (ENCODER + DECODER)
+    positions = grid.STEPS // 10 * ROWS_A_STEP * (ENCODER + DECODER)
     tokens = 0
     for row in log:
         tokens += round(positions * (1 - row["padding"]))
@@ -179,8 +165,8 @@ def synopsis(run, args):
     preset = start_preset(run, args.runs)
     model = kt.Seq2SeqLM.from_preset(preset, preprocessor=preprocessor)
     train = corpus.read_synopsis(args.data, "train")
-    rows = {key: column[: plan.ROWS] for key, column in train.items()}
-    steps = plan.ROWS // 32
+    rows = {key: column[: grid.ROWS] for key, column in train.items()}
+    steps = grid.ROWS // 32
     import sources
 
     model.compile(optimizer=sources.optimizer(2e-3, steps))
@@ -241,8 +227,8 @@ def decoder_only(run, args):
     source = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
     rows = corpus.chunks(corpus.mixture(args.data, ONCE, TWICE), ENCODER + DECODER)
     rows = np.random.default_rng(run.seed).permutation(rows)
-    x, y = sources.inputs(rows[: plan.STEPS * ROWS_A_STEP])
-    model = sources.trainer(source, 3e-3, plan.STEPS)
+    x, y = sources.inputs(rows[: grid.STEPS * ROWS_A_STEP])
+    model = sources.trainer(source, 3e-3, grid.STEPS)
     model.fit(x, y, batch_size=ROWS_A_STEP, shuffle=False, verbose=0)
     turn = pieces.token_to_id("<start_of_turn>")
 
@@ -267,7 +253,7 @@ def decoder_only(run, args):
         return x, ids[:, 1:], weights[:, 1:]
 
     train = corpus.read_synopsis(args.data, "train")
-    train = {key: column[: plan.ROWS] for key, column in train.items()}
+    train = {key: column[: grid.ROWS] for key, column in train.items()}
     # Rows of similar length together, cut to the longest: as the pairs are.
     x, y, weights = arrays(train)
     lengths = x["padding_mask"].sum(1)
@@ -353,9 +339,9 @@ def main():
     parser.add_argument("--only", default="", help="runs with this in their names")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    runs = [run for run in plan.make_plan() if args.only in run.name]
+    runs = [run for run in grid.make_plan() if args.only in run.name]
     if args.task:
-        make(next(run for run in plan.make_plan() if run.name == args.task), args)
+        make(next(run for run in grid.make_plan() if run.name == args.task), args)
         return
     start = time.perf_counter()
     here = Path(__file__).parent
@@ -366,7 +352,7 @@ def main():
         if time.perf_counter() - start > 60 * args.minutes:
             break
         print(f"{i + 1} of {len(runs)}: {run.name}", flush=True)
-        for size in plan.sources_of(run):
+        for size in grid.sources_of(run):
             command = [sys.executable, here / "sources.py", size, *common]
             subprocess.run(command, check=True)
         names = [run.name]

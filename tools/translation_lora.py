@@ -1,12 +1,12 @@
 """Teach the embedded preset to translate synopses, English to Italian, with LoRA.
 
-    python tools/translation_lora.py shared/data/translation --run runs/translation
+    python tools/translation_lora.py DATA/translation --run runs/translation
 
-The experiment behind guides/finetune_translation_lora.py, on real data: the folder
+The experiment behind guides/finetune_translation_lora.py, on real data. The folder
 holds en-it.{train,valid,test}.jsonl.gz with the fields kind, en and it. The preset
 has seen English only, so that Italian words are several of its pieces each. Scores are
 BLEU and chrF (sacrebleu) with bootstrap standard errors, next to those of copying the
-source, on the same rows. Killed and started again, it goes on where it was.
+source, on the same rows. Started again after an interruption, it resumes.
 """
 
 import argparse

@@ -1,36 +1,37 @@
-"""SuperGLUE (arXiv 1905.00537) from its own files, every task as classification.
+"""SuperGLUE tasks (arXiv 1905.00537) as text classification.
 
-As in the paper (arXiv 2504.06225, section 4) a text or a pair of texts gets a class.
-How the fields become texts is not published; it is in the functions below. The test
-sets have no labels: measured is on `val.jsonl`, and a tenth of the training rows takes
-its place where something is chosen.
+Every task assigns a class to a text or a pair of texts, as in the T5Gemma paper
+(arXiv 2504.06225, section 4), which does not say how fields become texts: the functions
+below do. The test sets have no labels, so `val.jsonl` is the test split and a tenth of
+the training rows is the validation split.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from keras_t5gemma.data.readers import read_objects
 
-HELD_OUT = 10  # One training row in so many.
+HELD_OUT = 10  # One training row in ten is for validation.
 
 
-def read(name, data):
-    """The rows of a task.
+def read(name: str, data: str | os.PathLike) -> tuple[tuple, tuple]:
+    """Read a SuperGLUE task.
 
     Args:
         name: one of `TASKS`.
-        data: folder of the folders `BoolQ`, `CB`, ... as the archive has them.
+        data: folder that contains the archive's folders `BoolQ`, `CB`, ...
 
     Returns:
-        `(train, valid, test), measures`; each split is `(texts, classes, groups)`.
+        `((train, valid, test), measures)`; a split is `(texts, classes, groups)`.
 
     Raises:
-        ValueError: for a row that lacks a field, with its line.
-        FileNotFoundError: naming the file that is not there.
+        ValueError: for a row that lacks a field, with its line number.
+        FileNotFoundError: naming the missing file.
     """
-    folder, examples, measures = TASKS[name]
-    folder = Path(data) / folder
+    folder_name, examples, measures = TASKS[name]
+    folder = Path(data) / folder_name
     splits = []
     for split in ("train", "val"):
         file = folder / f"{split}.jsonl"
@@ -44,7 +45,7 @@ def read(name, data):
             try:
                 rows += examples(row)
             except (KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"{place}: no row of {name}: {error!r}.") from error
+                raise ValueError(f"{place}: not a row of {name}: {error!r}.") from error
         if len(rows) < 2:
             raise ValueError(f"{file} has fewer than two rows.")
         splits.append(rows)
@@ -94,7 +95,7 @@ def _wic(row):
 
 
 def _wsc(row):
-    """The two places are marked in the text: `[The city] ... *they* ...`."""
+    """Mark both spans in the text: `[The city] ... *they* ...`."""
     words, target = row["text"].split(), row["target"]
     for number, signs in ((1, "[]"), (2, "**")):
         first = target[f"span{number}_index"]
@@ -104,7 +105,7 @@ def _wsc(row):
     return [(" ".join(words), str(row["label"]), None)]
 
 
-# name: (folder, a row's examples, measures)
+# name: (folder, function from a row to its examples, measures)
 TASKS = {
     "boolq": ("BoolQ", _boolq, ("accuracy",)),
     "cb": ("CB", _entailment, ("accuracy", "macro_f1")),

@@ -205,7 +205,7 @@ BAD = [
     ({"mesh": {"data": 5, "model": 2}}, "`mesh` .* has 10 devices; .* is 16"),
     ({"strategy": "tensor", "mesh": {"data": 16}}, "'tensor' splits nothing"),
     ({"mesh": {"rows": 16}}, "'rows'"),
-    ({"devices": 0}, "`devices` must be a whole number >= 1; got 0"),
+    ({"devices": 0}, "`devices` must be a whole number from 1; got 0"),
     ({"devices": 7}, "No layout of 7 devices divides"),
     ({"batch": 2.5}, "`batch` must be"),
     ({"length": (1, 2, 3)}, "`length` must be"),
@@ -248,7 +248,7 @@ def test_command_prints_a_table_and_json(capsys):
 def test_within_15_percent_of_the_compiler():
     # Without rematerialization on the mesh: XLA for CPUs then keeps everything.
     cases = ("long target", "weights, clipped", "fsdp 8 x 1")
-    command = [sys.executable, ROOT / "benchmarks" / "plan.py", "--json", "--cases"]
+    command = [sys.executable, ROOT / "benchmarks" / "planner.py", "--json", "--cases"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [*command, *cases], env=environment, capture_output=True, text=True, check=False

@@ -1,6 +1,6 @@
 """The planner's bytes against the compiler's memory analysis, on small models.
 
-    python benchmarks/plan.py [--cases equal "fsdp 8 x 1"] [--json]
+    python benchmarks/planner.py [--cases equal "fsdp 8 x 1"] [--json]
 
 The real Keras training step is compiled by JAX for CPUs, one or 8 simulated ones, and
 not run.
@@ -30,7 +30,7 @@ import numpy as np
 
 import keras_t5gemma as kt
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.planning.activations import AT_ONCE_ON_CPU
+from keras_t5gemma.utils.buckets import LOGITS_ON_CPU
 from keras_t5gemma.planning.costs import Job, evaluate
 
 SAME = StackConfig(2, 128, 512, 4, 2, 32)
@@ -73,7 +73,7 @@ def make_job(case, rematerialize, devices=1):
         optimizer,
         **{"dtype": "float32", **more},
         rematerialize=rematerialize,
-        at_once=AT_ONCE_ON_CPU,
+        at_once=LOGITS_ON_CPU,
     )
 
 
