@@ -31,13 +31,13 @@ def make_folder(folder, stack, vocabulary_size):
     import numpy as np
 
     from keras_t5gemma.checkpoints import safetensors_file, weight_maps
-    from keras_t5gemma.checkpoints.lazy_tensors import FreshTensor, ToTheirs
+    from keras_t5gemma.checkpoints.lazy_tensors import FreshTensor, ExportedTensor
 
     shapes = weight_maps.tower_shapes(stack, vocabulary_size)
     rows = weight_maps.expand(weight_maps.GEMMA2_HUGGING_FACE, stack.num_layers)
     dtype = np.dtype(ml_dtypes.bfloat16)
     tensors = {
-        theirs: ToTheirs(
+        theirs: ExportedTensor(
             FreshTensor(ours, shapes[ours], dtype, 0.02, 0), rule, stack.head_dim
         )
         for ours, (theirs, rule) in rows.items()

@@ -61,6 +61,31 @@ def atomic_folder(folder, together=False):
 
 
 @contextlib.contextmanager
+def atomic_file(path):
+    """A path whose file replaces `path` when the block ends without an error.
+
+    Args:
+        path: of the file, in a folder that exists.
+
+    Yields:
+        `pathlib.Path` to write the new content to.
+    """
+    path = Path(path)
+    staged = path.with_name(f".{path.name}{SAVING}")
+    try:
+        yield staged
+        _flush(staged)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _flush(path):
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
 def _staging(folder):
     folder = Path(folder)
     existed = folder.exists()
@@ -73,8 +98,7 @@ def _staging(folder):
         yield staging
         files = [p for p in sorted(staging.rglob("*")) if p.is_file()]
         for file in files:
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
+            _flush(file)
         names = [str(file.relative_to(staging)) for file in files]
         (staging / _MANIFEST).write_text(json.dumps(names), encoding="utf-8")
         os.rename(staging, folder / SAVED)

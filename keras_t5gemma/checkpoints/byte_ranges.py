@@ -1,40 +1,47 @@
-"""Parts of tensors: where they lie, and how to read no more than them."""
+"""Byte ranges for partial tensor reads."""
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+Bounds = list[tuple[int, int]]
 
-def bounds(index, shape):
-    """The first and the last position (not included) of a slice, axis by axis.
+
+def bounds(index: Sequence[slice], shape: Sequence[int]) -> Bounds:
+    """`(first, end)` of a slice on every axis.
 
     Args:
-        index: tuple of slices without a step, one an axis; fewer leave the last
-            axes whole.
+        index: slices without a step, one for each axis; missing ones select the
+            whole of the last axes.
         shape: of the tensor that is sliced.
     """
     index = (*index, *[slice(None)] * (len(shape) - len(index)))
     return [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
 
 
-def runs(parts, shape):
-    """Where a slice lies in an array in row order: `(places, length)` of its runs.
+def byte_runs(
+    parts: Bounds, shape: Sequence[int], itemsize: int
+) -> tuple[list[int], int]:
+    """Contiguous runs of bytes that hold a slice of an array in row-major order.
 
     Args:
         parts: `bounds` of the slice.
         shape: of the array.
+        itemsize: bytes of an element.
 
     Returns:
-        The first value of each run, growing, and how many values each has.
+        `(starts, length)`: the first byte of each run, ascending, and the number of
+        bytes that every run has.
     """
-    cut = [high - low < size for (low, high), size in zip(parts, shape, strict=True)]
-    last = max(np.flatnonzero(cut), default=0)  # The axes behind it are whole.
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    steps = [np.arange(*parts[axis]) * strides[axis] for axis in range(last)]
-    places = functools.reduce(np.add.outer, steps, np.int64(0))
     if not shape:
-        return [0], 1
+        return [0], itemsize
+    cut = [high - low < size for (low, high), size in zip(parts, shape, strict=True)]
+    last = max(np.flatnonzero(cut), default=0)  # The axes after it are whole.
+    strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+    steps = [np.arange(*parts[axis]) * strides[axis] for axis in range(last)]
+    starts = functools.reduce(np.add.outer, steps, np.int64(0))
     low, high = parts[last]
-    places = np.ravel(places) + low * strides[last]
-    return places.tolist(), (high - low) * strides[last]
+    starts = np.ravel(starts) + low * strides[last]
+    return starts.tolist(), (high - low) * strides[last]

@@ -95,7 +95,7 @@ class Checkpoint:
             for path, shape in weight_maps.model_shapes(self.config).items()
             if path.startswith(tuple(sides))
         }
-        return weight_maps.read_tower(
+        return weight_maps.import_tensors(
             rows, sides, shapes, entries, dropped, self.location
         )
 

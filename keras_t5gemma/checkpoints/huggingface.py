@@ -187,8 +187,8 @@ def save(
     parsed = write_config(config, dtype.name)
     alone = config.decoder is None
     table = weight_maps.HUGGING_FACE_ENCODER if alone else weight_maps.HUGGING_FACE
-    theirs = weight_maps.to_theirs(table, config, tensors)
-    theirs = {name: CastTensor(tensor, dtype) for name, tensor in theirs.items()}
+    exported = weight_maps.export_tensors(table, config, tensors)
+    entries = {name: CastTensor(tensor, dtype) for name, tensor in exported.items()}
     generation = {
         "bos_token_id": 2,
         "decoder_start_token_id": 2,
@@ -201,7 +201,7 @@ def save(
             progress(data.nbytes)
 
     with atomic_folder(folder) as staging:
-        safetensors_file.write_folder(staging, theirs, max_shard_size, written)
+        safetensors_file.write_folder(staging, entries, max_shard_size, written)
         if tokenizer is not None:
             _save_tokenizer(staging, tokenizer)
         if not alone:

@@ -1,35 +1,38 @@
-"""Tensors that are not read yet: a shape, a dtype, `read()` and `read_slice(index)`.
+"""Lazily loaded tensors: a shape, a dtype, `read()` and `read_slice(index)`.
 
-Every reader gives a dict of our variable path to one of these, every writer and
-loader takes such a dict. What a conversion or an adaptation does is therefore
-written on tables of names, and at any time one tensor is in memory. Where devices
-share a model, each slice of a tensor is read where it is held, and nothing else.
+Every reader returns a dict of our variable path to lazy tensor, every writer and
+loader takes such a dict. Conversion and adaptation therefore work on tables of names,
+with one tensor in memory at a time. Where devices share a model, each reads only the
+slices that it holds.
 """
 
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import keras
 import ml_dtypes
 import numpy as np
 
-from keras_t5gemma.checkpoints.byte_ranges import bounds, runs
-from keras_t5gemma.checkpoints.layout_transforms import Rule
+from keras_t5gemma.checkpoints.byte_ranges import bounds, byte_runs
+from keras_t5gemma.checkpoints.layout_transforms import LayoutTransform
 from keras_t5gemma.distribution.shared_arrays import gathered
+from keras_t5gemma.utils.types import Tensor
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in ("float32", "bfloat16", "float16")
 }
 
 
-def parse_dtype(name, argument="dtype"):
-    """The numpy dtype of a name.
+def parse_dtype(name: str, argument: str = "dtype") -> np.dtype:
+    """NumPy dtype of a name, one of `DTYPES`.
 
     Raises:
-        ValueError: naming the argument, for a dtype that is not stored.
+        ValueError: naming the argument, for a dtype that weights are not stored in.
     """
     if name not in DTYPES:
         raise ValueError(
@@ -39,10 +42,17 @@ def parse_dtype(name, argument="dtype"):
 
 
 class LazyTensor:
-    """What all of them have in common."""
+    """Base class: a tensor whose values are read when they are needed."""
 
-    def read_slice(self, index):
-        """What `read()[index]` is.
+    shape: Any  # Tuple of ints.
+    dtype: Any  # NumPy dtype.
+
+    def read(self) -> np.ndarray:
+        """The values."""
+        raise NotImplementedError
+
+    def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
+        """`read()[index]`, reading no more than needed where possible.
 
         Args:
             index: tuple of slices, see `bounds`.
@@ -57,7 +67,7 @@ class FileTensor(LazyTensor):
     Args:
         file: its path.
         name: the tensor's name in the file, for messages.
-        dtype: numpy dtype of the stored values.
+        dtype: NumPy dtype of the stored values.
         shape: tuple.
         offset: first byte.
     """
@@ -68,34 +78,37 @@ class FileTensor(LazyTensor):
     shape: tuple
     offset: int
 
-    def read(self):
-        """The tensor, as an array of its own."""
+    def read(self) -> np.ndarray:
+        """The values, as a new array."""
         return self.read_slice(())
 
-    def read_slice(self, index):
-        """A part of it, as an array of its own; no other byte is read."""
+    def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice, as a new array; no other byte is read."""
         parts = bounds(index, self.shape)
         shape = tuple(high - low for low, high in parts)
         size = math.prod(shape) * self.dtype.itemsize
-        # JAX takes over a buffer that is aligned to 64 bytes, and copies others.
+        # JAX uses a buffer without a copy only if it is aligned to 64 bytes.
         buffer = np.empty(size + 64, "uint8")
         start = -buffer.ctypes.data % 64
         buffer = buffer[start : start + size]
-        places, length = runs(parts, self.shape)
-        length *= self.dtype.itemsize
+        starts, length = byte_runs(parts, self.shape, self.dtype.itemsize)
         with open(self.file, "rb", buffering=0) as file:
             view = memoryview(buffer)
-            for place in places if size else ():
+            for first in starts if size else ():
                 run, view = view[:length], view[length:]
-                file.seek(self.offset + place * self.dtype.itemsize)
+                file.seek(self.offset + first)
                 read_into(file, run, self.name)
         return buffer.view(self.dtype).reshape(shape)
 
 
-def read_into(file, view, name):
-    """Fill a view from where an open file stands; `name` is for the message."""
+def read_into(file: BinaryIO, view: memoryview, name: str) -> None:
+    """Fill a view from the current position of an open file.
+
+    Raises:
+        ValueError: if the file ends before; `name` is the tensor in the message.
+    """
     done = 0
-    while done < len(view):  # One call reads 2 GB at the most.
+    while done < len(view):  # One call reads at most 2 GB.
         count = file.readinto(view[done:])
         if not count:
             raise ValueError(f"{file.name} ended while tensor {name!r} was read.")
@@ -103,34 +116,35 @@ def read_into(file, view, name):
 
 
 @dataclasses.dataclass(frozen=True)
-class FromTheirs(LazyTensor):
-    """A tensor of theirs in our layout.
+class ImportedTensor(LazyTensor):
+    """A tensor of another format, in our layout.
 
     Args:
-        source: theirs.
-        rule: a `Rule`.
-        shape: ours.
+        source: the tensor in the layout of its file.
+        transform: layout transform between the two.
+        shape: in our layout.
     """
 
-    source: object
-    rule: Rule
+    source: LazyTensor
+    transform: LayoutTransform
     shape: tuple
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         """Of the stored values."""
         return self.source.dtype
 
-    def read(self):
-        """The tensor, in our layout."""
-        return self.rule.to_ours(self.source.read(), self.shape)
+    def read(self) -> np.ndarray:
+        """The values, in our layout."""
+        return self.transform.from_file(self.source.read(), self.shape)
 
-    def read_slice(self, index):
-        """A part of it; of theirs the same part is read, in whole heads at the most."""
-        parts, split = bounds(index, self.shape), self.rule.split
-        shape = [high - low for low, high in parts]
-        cut, rest = [slice(*part) for part in parts], ()
-        order = self.rule.permutation or tuple(range(len(self.source.shape)))
+    def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice; of the file the same slice is read, rounded out to whole heads."""
+        parts, split = bounds(index, self.shape), self.transform.split
+        shape = tuple(high - low for low, high in parts)
+        cut = [slice(*part) for part in parts]
+        rest: tuple[slice, ...] = ()
+        order = self.transform.permutation or tuple(range(len(self.source.shape)))
         if split is not None:
             low, high = parts[split]
             size = self.source.shape[order.index(split + 1)]
@@ -139,53 +153,59 @@ class FromTheirs(LazyTensor):
             inside = slice(low, high) if last - first == 1 else slice(size)
             cut[split : split + 1] = slice(first, last), inside
             if last - first > 1:
-                shape[split] = (last - first) * size
+                shape = (*shape[:split], (last - first) * size, *shape[split + 1 :])
                 rest = (*[slice(None)] * split, slice(low, high))
         array = self.source.read_slice(tuple(cut[axis] for axis in order))
-        return self.rule.to_ours(array, shape)[rest]
+        return self.transform.from_file(array, shape)[rest]
 
 
 @dataclasses.dataclass(frozen=True)
-class ToTheirs(LazyTensor):
-    """A tensor of ours in their layout."""
+class ExportedTensor(LazyTensor):
+    """A tensor in our layout, in the layout of another format.
 
-    source: object
-    rule: Rule
+    Args:
+        source: the tensor in our layout.
+        transform: layout transform between the two.
+        head_dim: head size of the tower.
+    """
+
+    source: LazyTensor
+    transform: LayoutTransform
     head_dim: int
 
     @property
-    def shape(self):
-        """In their layout."""
-        return self.rule.their_shape(self.source.shape, self.head_dim)
+    def shape(self) -> tuple[int, ...]:
+        """In the layout of the file."""
+        return self.transform.file_shape(self.source.shape, self.head_dim)
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         """Of the source."""
         return self.source.dtype
 
-    def read(self):
-        """The tensor, in their layout."""
-        return self.rule.to_theirs(self.source.read(), self.head_dim)
+    def read(self) -> np.ndarray:
+        """The values, in the layout of the file."""
+        return self.transform.to_file(self.source.read(), self.head_dim)
 
 
 class VariableTensor(LazyTensor):
     """The value of a variable of a live model.
 
     Args:
-        value: `() -> tensor` of the backend.
+        value: function that returns the tensor of the backend.
         shape: tuple.
         dtype: name of the dtype.
     """
 
-    def __init__(self, value, shape, dtype):
+    def __init__(self, value: Callable[[], Tensor], shape: Any, dtype: str):
         self.value, self.shape, self.dtype = value, tuple(shape), DTYPES[dtype]
 
-    def read(self):
+    def read(self) -> np.ndarray:
         """The value, copied to the host."""
         value = self.value()
         if keras.config.backend() == "jax":
             value = gathered(value)
-        if keras.config.backend() == "torch":  # numpy has no bfloat16 of torch's.
+        if keras.config.backend() == "torch":  # It cannot give NumPy a bfloat16 array.
             value = keras.ops.cast(value, "float32")
         array = keras.ops.convert_to_numpy(value)
         return np.asarray(array).astype(self.dtype, copy=False)
@@ -193,12 +213,12 @@ class VariableTensor(LazyTensor):
 
 @dataclasses.dataclass(frozen=True)
 class FreshTensor(LazyTensor):
-    """Random or zero values that depend on the path and the seed alone.
+    """Initial values, random or zero, that depend only on the path and the seed.
 
     Args:
-        path: the variable's, so that no two draw the same numbers.
+        path: of the variable, so that no two variables get the same numbers.
         shape: tuple.
-        dtype: numpy dtype.
+        dtype: NumPy dtype.
         std: standard deviation of the normal distribution; 0 gives zeros.
         seed: int.
     """
@@ -209,8 +229,8 @@ class FreshTensor(LazyTensor):
     std: float
     seed: int
 
-    def read(self):
-        """The same values at every call."""
+    def read(self) -> np.ndarray:
+        """The values, the same at every call."""
         if not self.std:
             return np.zeros(self.shape, self.dtype)
         rng = np.random.default_rng([self.seed, zlib.crc32(self.path.encode())])
@@ -222,56 +242,56 @@ class FreshTensor(LazyTensor):
 class CastTensor(LazyTensor):
     """A tensor in another dtype."""
 
-    source: object
+    source: LazyTensor
     dtype: np.dtype
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """Of the source."""
         return self.source.shape
 
-    def read(self):
+    def read(self) -> np.ndarray:
         """The values, rounded to the dtype."""
         return self.source.read().astype(self.dtype, copy=False)
 
-    def read_slice(self, index):
-        """A part of them."""
+    def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice, rounded to the dtype."""
         return self.source.read_slice(index).astype(self.dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstRows(LazyTensor):
-    """The first rows of a matrix; of a file, only they are read."""
+    """The first rows of a matrix; no others are read."""
 
-    source: object
+    source: LazyTensor
     rows: int
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """With at most `rows` rows."""
         shape = self.source.shape
         return (min(self.rows, shape[0]), *shape[1:])
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         """Of the source."""
         return self.source.dtype
 
-    def read(self):
+    def read(self) -> np.ndarray:
         """The rows."""
         return self.read_slice(())
 
-    def read_slice(self, index):
-        """A part of them."""
+    def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of the rows."""
         parts = bounds(index, self.shape)
         return self.source.read_slice(tuple(slice(*part) for part in parts))
 
 
-def nbytes(tensor):
-    """Size in bytes of a tensor that is not read yet."""
+def nbytes(tensor: LazyTensor) -> int:
+    """Size in bytes of a lazily loaded tensor."""
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
-def to_bytes(array):
-    """The array's bytes in row order, as a flat uint8 view or copy."""
+def to_bytes(array: np.ndarray) -> np.ndarray:
+    """Bytes of an array in row-major order, as a flat uint8 view or copy."""
     return np.ascontiguousarray(array).reshape(-1).view("uint8")

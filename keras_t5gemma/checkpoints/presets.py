@@ -6,9 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from keras_hub.src.utils.preset_utils import get_file
-
-from keras_t5gemma.checkpoints import atomic, keras_hub_format
+from keras_t5gemma.checkpoints import atomic, hub, keras_hub_format
+from keras_t5gemma.checkpoints.hub import get_file
 from keras_t5gemma.config import T5GemmaConfig
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "_presets"
@@ -184,6 +183,7 @@ def locate(preset, names, accepted):
         raise ValueError(f"`preset` must be a string; got {preset!r}.")
     location = os.fspath(preset)
     if "://" in location:
+        hub.split(location)
         return location
     if os.path.isdir(location):
         atomic.finish(location)
@@ -210,9 +210,8 @@ def read_json(location, name="config.json", default=None):
     except Exception as error:
         if default is not None and isinstance(error, FileNotFoundError):
             return default
-        if "://" in location:  # "Not found" may be "not reached": KerasHub's own
-            cause = error.__cause__ or error  # message does not tell them apart.
-            raise _download_error(location, cause) from error
+        if "://" in location:
+            raise _download_error(location, error) from error
         if isinstance(error, FileNotFoundError):
             raise ValueError(_no_checkpoint(location, name)) from error
         raise
@@ -240,32 +239,11 @@ def download(location):
     Raises:
         OSError: when the download fails, with what to do.
     """
-    if "://" not in location:
-        return Path(location)
-    scheme, _, handle = location.partition("://")
+    hub.split(location)
     try:
-        if scheme == "hf":
-            import huggingface_hub
-
-            return Path(
-                huggingface_hub.snapshot_download(
-                    handle,
-                    allow_patterns=[
-                        "*.json",
-                        "*.safetensors",
-                        "*.h5",
-                        "assets/*",
-                        "tokenizer.model",
-                    ],
-                )
-            )
-        if scheme == "kaggle":
-            import kagglehub
-
-            return Path(kagglehub.model_download(handle))
+        return hub.get_folder(location)
     except Exception as error:
         raise _download_error(location, error) from error
-    raise ValueError(f"{location!r} must start with hf:// or kaggle://.")
 
 
 def tokenizer_file(location, kind):
@@ -282,7 +260,7 @@ def tokenizer_file(location, kind):
         return get_file(location, name)
     except Exception as error:
         if "://" in location:
-            raise _download_error(location, error.__cause__ or error) from error
+            raise _download_error(location, error) from error
         raise ValueError(
             f"{location} has no {name}, the SentencePiece model; copy it there, or "
             "pass preprocessor=None to work on ids."

@@ -1,247 +1,254 @@
-"""Weight maps as tables: (our variable path, their tensor name, rule).
+"""Weight maps as tables: (our variable path, name in the file, layout transform).
 
-`{i}` runs over the layers of a tower; `{_i}` is how Keras numbers repeated layers
-in a file: nothing, `_1`, `_2`, ... The rules are those of `rules.RULES`, and each
-of them reads in both directions.
+`{i}` is the number of a layer; `{_i}` is the suffix by which Keras numbers repeated
+layers in a file: nothing, `_1`, `_2`, ... The transforms are those of
+`layout_transforms.TRANSFORMS`, each of which works in both directions.
 """
 
-from keras_t5gemma.checkpoints.layout_transforms import RULES
-from keras_t5gemma.checkpoints.lazy_tensors import FromTheirs, ToTheirs
+import dataclasses
+from collections.abc import Iterable, Mapping
 
-_HF_ATTENTION = (
-    ("query/kernel", "q_proj.weight", "transpose"),
-    ("key/kernel", "k_proj.weight", "transpose"),
-    ("value/kernel", "v_proj.weight", "transpose"),
-    ("output/kernel", "o_proj.weight", "transpose"),
+from keras_t5gemma.checkpoints.layout_transforms import TRANSFORMS, LayoutTransform
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    ExportedTensor,
+    ImportedTensor,
+    LazyTensor,
 )
-_HF_MLP = (
-    ("mlp/gate/kernel", "mlp.gate_proj.weight", "transpose"),
-    ("mlp/up/kernel", "mlp.up_proj.weight", "transpose"),
-    ("mlp/down/kernel", "mlp.down_proj.weight", "transpose"),
-)
-_HF_NORMS = (
-    ("pre_self_norm/scale", "pre_self_attn_layernorm.weight", "same"),
-    ("post_self_norm/scale", "post_self_attn_layernorm.weight", "same"),
-    ("pre_mlp_norm/scale", "pre_feedforward_layernorm.weight", "same"),
-    ("post_mlp_norm/scale", "post_feedforward_layernorm.weight", "same"),
-)
-_HF_CROSS_NORMS = (
-    ("pre_cross_norm/scale", "pre_cross_attn_layernorm.weight", "same"),
-    ("post_cross_norm/scale", "post_cross_attn_layernorm.weight", "same"),
-)
-_HUB_ATTENTION = (
-    ("query/kernel", "query_dense/vars/0", "heads_out"),
-    ("key/kernel", "key_dense/vars/0", "heads_out"),
-    ("value/kernel", "value_dense/vars/0", "heads_out"),
-    ("output/kernel", "output_dense/vars/0", "heads_in"),
-)
-_HUB_MLP = (
-    ("mlp/gate/kernel", "mlp/gate_proj/vars/0", "same"),
-    ("mlp/up/kernel", "mlp/up_proj/vars/0", "same"),
-    ("mlp/down/kernel", "mlp/down_proj/vars/0", "same"),
-)
-_HUB_NORMS = (
-    ("pre_self_norm/scale", "pre_self_attn_layernorm/vars/0", "same"),
-    ("post_self_norm/scale", "post_self_attn_layernorm/vars/0", "same"),
-    ("pre_mlp_norm/scale", "pre_feedforward_layernorm/vars/0", "same"),
-    ("post_mlp_norm/scale", "post_feedforward_layernorm/vars/0", "same"),
-)
-_HUB_CROSS_NORMS = (
-    ("pre_cross_norm/scale", "pre_cross_attn_layernorm/vars/0", "same"),
-    ("post_cross_norm/scale", "post_cross_attn_layernorm/vars/0", "same"),
-)
-_OUR_ATTENTION = (
-    ("query/kernel", "query/vars/0", "same"),
-    ("key/kernel", "key/vars/0", "same"),
-    ("value/kernel", "value/vars/0", "same"),
-    ("output/kernel", "output_projection/vars/0", "same"),
-)
-_OUR_MLP = (
-    ("mlp/gate/kernel", "mlp/gate/vars/0", "same"),
-    ("mlp/up/kernel", "mlp/up/vars/0", "same"),
-    ("mlp/down/kernel", "mlp/down/vars/0", "same"),
-)
-_OUR_NORMS = (
-    ("pre_self_norm/scale", "pre_self_norm/vars/0", "same"),
-    ("post_self_norm/scale", "post_self_norm/vars/0", "same"),
-    ("pre_mlp_norm/scale", "pre_mlp_norm/vars/0", "same"),
-    ("post_mlp_norm/scale", "post_mlp_norm/vars/0", "same"),
-)
-_OUR_CROSS_NORMS = (
-    ("pre_cross_norm/scale", "pre_cross_norm/vars/0", "same"),
-    ("post_cross_norm/scale", "post_cross_norm/vars/0", "same"),
-)
+from keras_t5gemma.config import StackConfig, T5GemmaConfig
+
+Row = tuple[str, str, str]
+Shape = tuple[int, ...]
 
 
-_GEMMA2_HF_NORMS = (
-    ("pre_self_norm/scale", "input_layernorm.weight", "same"),
-    ("post_self_norm/scale", "post_attention_layernorm.weight", "same"),
-    ("pre_mlp_norm/scale", "pre_feedforward_layernorm.weight", "same"),
-    ("post_mlp_norm/scale", "post_feedforward_layernorm.weight", "same"),
-)
-_GEMMA2_HUB_ATTENTION = (
-    ("query/kernel", "query_dense/vars/0", "heads_first"),
-    ("key/kernel", "key_dense/vars/0", "heads_first"),
-    ("value/kernel", "value_dense/vars/0", "heads_first"),
-    ("output/kernel", "output_dense/vars/0", "heads_in"),
-)
-_GEMMA2_HUB_MLP = (
-    ("mlp/gate/kernel", "gating_ffw/vars/0", "same"),
-    ("mlp/up/kernel", "gating_ffw_2/vars/0", "same"),
-    ("mlp/down/kernel", "ffw_linear/vars/0", "same"),
-)
-_GEMMA2_HUB_NORMS = (
-    ("pre_self_norm/scale", "pre_attention_norm/vars/0", "same"),
-    ("post_self_norm/scale", "post_attention_norm/vars/0", "same"),
-    ("pre_mlp_norm/scale", "pre_ffw_norm/vars/0", "same"),
-    ("post_mlp_norm/scale", "post_ffw_norm/vars/0", "same"),
-)
+@dataclasses.dataclass(frozen=True)
+class BlockNames:
+    """Names that a format gives the layers of one block, by our names.
 
+    Args:
+        attention: names of the projections.
+        mlp: names of the feed-forward matrices.
+        norms: names of the norms.
+        self_attention: prefix of the self-attention's projections.
+        cross_attention: prefix of the cross-attention's projections.
+        suffix: of the weight of each layer.
+        transforms: layout transforms by our names; those left out are stored as ours.
+    """
 
-def _under(ours, theirs, rows):
-    return tuple((ours + a, theirs + b, rule) for a, b, rule in rows)
+    attention: Mapping[str, str]
+    mlp: Mapping[str, str]
+    norms: Mapping[str, str]
+    self_attention: str
+    cross_attention: str | None
+    suffix: str
+    transforms: Mapping[str, str]
 
-
-def _tower(ours, embedding, final_norm, layer, rows, attention, cross_attention=None):
-    """Rows of a tower: `ours` is the prefix of our paths, the others are theirs."""
-    block = ours + "block_{i}/"
-    name, attention_rows = attention
-    table = (
-        (ours + "token_embedding/embeddings", embedding, "same"),
-        (ours + "final_norm/scale", final_norm, "same"),
-        *_under(block, layer, rows),
-        *_under(block + "self_attention/", layer + name, attention_rows),
-    )
-    if cross_attention:
-        table += _under(
-            block + "cross_attention/", layer + cross_attention, attention_rows
+    def rows(self, cross_attention: bool) -> tuple[Row, ...]:
+        """Rows of one block, paths relative to it."""
+        kinds = ("self", "cross") if cross_attention else ("self",)
+        paths = {f"mlp/{name}/kernel": file for name, file in self.mlp.items()}
+        for name, file in self.norms.items():
+            if cross_attention or "cross" not in name:
+                paths[f"{name}/scale"] = file
+        for kind in kinds:
+            prefix = getattr(self, f"{kind}_attention")
+            for name, file in self.attention.items():
+                paths[f"{kind}_attention/{name}/kernel"] = prefix + file
+        return tuple(
+            (path, file + self.suffix, self._transform(path))
+            for path, file in paths.items()
         )
-    return table
+
+    def _transform(self, path):
+        return self.transforms.get(path.split("/")[-2], "same")
 
 
-def _hf_encoder(prefix):
+_PROJECTIONS = ("query", "key", "value", "output")
+_MATRICES = ("gate", "up", "down")
+_NORMS = tuple(
+    f"{place}_{sub_layer}_norm"
+    for sub_layer in ("self", "mlp", "cross")
+    for place in ("pre", "post")
+)
+
+# transformers' T5Gemma, 4.53 to 5.x.
+_HUGGING_FACE = BlockNames(
+    attention={name: f"{name[0]}_proj" for name in _PROJECTIONS},
+    mlp={name: f"mlp.{name}_proj" for name in _MATRICES},
+    norms={
+        "pre_self_norm": "pre_self_attn_layernorm",
+        "post_self_norm": "post_self_attn_layernorm",
+        "pre_mlp_norm": "pre_feedforward_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+        "pre_cross_norm": "pre_cross_attn_layernorm",
+        "post_cross_norm": "post_cross_attn_layernorm",
+    },
+    self_attention="self_attn.",
+    cross_attention="cross_attn.",
+    suffix=".weight",
+    transforms=dict.fromkeys(_PROJECTIONS + _MATRICES, "transpose"),
+)
+# KerasHub 0.32's T5GemmaBackbone, in its weight files.
+_KERAS_HUB = BlockNames(
+    attention={name: f"{name}_dense" for name in _PROJECTIONS},
+    mlp={name: f"mlp/{name}_proj" for name in _MATRICES},
+    norms=_HUGGING_FACE.norms,
+    self_attention="self_attn/",
+    cross_attention="cross_attn/",
+    suffix="/vars/0",
+    transforms={
+        **dict.fromkeys(("query", "key", "value"), "heads_out"),
+        "output": "heads_in",
+    },
+)
+# Our own Backbone, in its weight files: attributes instead of layer names.
+_KERAS = BlockNames(
+    attention={**{n: n for n in _PROJECTIONS}, "output": "output_projection"},
+    mlp={name: f"mlp/{name}" for name in _MATRICES},
+    norms={name: name for name in _NORMS},
+    self_attention="self_attention/",
+    cross_attention="cross_attention/",
+    suffix="/vars/0",
+    transforms={},
+)
+# Decoder-only Gemma 2: transformers' Gemma2Model.
+_GEMMA2_HUGGING_FACE = dataclasses.replace(
+    _HUGGING_FACE,
+    norms={
+        **_HUGGING_FACE.norms,
+        "pre_self_norm": "input_layernorm",
+        "post_self_norm": "post_attention_layernorm",
+    },
+    cross_attention=None,
+)
+# Decoder-only Gemma 2: KerasHub's GemmaBackbone, in its weight files.
+_GEMMA2_KERAS_HUB = dataclasses.replace(
+    _KERAS_HUB,
+    mlp={"gate": "gating_ffw", "up": "gating_ffw_2", "down": "ffw_linear"},
+    norms={
+        "pre_self_norm": "pre_attention_norm",
+        "post_self_norm": "post_attention_norm",
+        "pre_mlp_norm": "pre_ffw_norm",
+        "post_mlp_norm": "post_ffw_norm",
+    },
+    self_attention="attention/",
+    cross_attention=None,
+    transforms={
+        **_KERAS_HUB.transforms,
+        **dict.fromkeys(("query", "key", "value"), "heads_first"),
+    },
+)
+
+
+def _tower(
+    side: str,
+    names: BlockNames,
+    embedding: str,
+    final_norm: str,
+    block: str,
+) -> tuple[Row, ...]:
+    """Rows of a tower; `side` is "encoder", "decoder", or "" for Gemma 2."""
+    prefix = f"{side}/" if side else ""
+    rows = [("token_embedding/embeddings", embedding, "same")]
+    rows += [("final_norm/scale", final_norm, "same")]
+    rows += [
+        ("block_{i}/" + path, block + file, transform)
+        for path, file, transform in names.rows(cross_attention=side == "decoder")
+    ]
+    return tuple((prefix + path, file, transform) for path, file, transform in rows)
+
+
+def _hugging_face(side, prefix, names=_HUGGING_FACE):
     return _tower(
-        "encoder/",
+        side,
+        names,
         prefix + "embed_tokens.weight",
         prefix + "norm.weight",
         prefix + "layers.{i}.",
-        _HF_MLP + _HF_NORMS,
-        ("self_attn.", _HF_ATTENTION),
     )
 
 
-# transformers' T5GemmaForConditionalGeneration, 4.53 to 5.x.
+# transformers' T5GemmaForConditionalGeneration.
 HUGGING_FACE = {
-    "encoder": _hf_encoder("model.encoder."),
-    "decoder": _tower(
-        "decoder/",
-        "model.decoder.embed_tokens.weight",
-        "model.decoder.norm.weight",
-        "model.decoder.layers.{i}.",
-        _HF_MLP + _HF_NORMS + _HF_CROSS_NORMS,
-        ("self_attn.", _HF_ATTENTION),
-        cross_attention="cross_attn.",
-    ),
+    side: _hugging_face(side, f"model.{side}.") for side in ("encoder", "decoder")
 }
 # transformers' T5GemmaEncoderModel.
-HUGGING_FACE_ENCODER = {"encoder": _hf_encoder("encoder.")}
+HUGGING_FACE_ENCODER = {"encoder": _hugging_face("encoder", "encoder.")}
 # The logit table is the decoder's embedding table; some files hold it twice.
 HUGGING_FACE_DROPPED = ("lm_head.out_proj.weight",)
-
-# KerasHub 0.32's T5GemmaBackbone, in its weight files.
 KERAS_HUB = {
     "encoder": _tower(
-        "encoder/",
+        "encoder",
+        _KERAS_HUB,
         "layers/embedding/vars/0",
         "layers/rms_normalization/vars/0",
         "layers/t5_gemma_encoder_layer{_i}/",
-        _HUB_MLP + _HUB_NORMS,
-        ("self_attn/", _HUB_ATTENTION),
     ),
     "decoder": _tower(
-        "decoder/",
+        "decoder",
+        _KERAS_HUB,
         "layers/reversible_embedding/vars/0",
         "layers/rms_normalization_1/vars/0",
         "layers/t5_gemma_decoder_layer{_i}/",
-        _HUB_MLP + _HUB_NORMS + _HUB_CROSS_NORMS,
-        ("self_attn/", _HUB_ATTENTION),
-        cross_attention="cross_attn/",
     ),
 }
-
-# Our own Backbone, in its weight files.
 KERAS = {
-    "encoder": _tower(
-        "encoder/",
-        "layers/encoder/token_embedding/vars/0",
-        "layers/encoder/final_norm/vars/0",
-        "layers/encoder/blocks/encoder_block{_i}/",
-        _OUR_MLP + _OUR_NORMS,
-        ("self_attention/", _OUR_ATTENTION),
-    ),
-    "decoder": _tower(
-        "decoder/",
-        "layers/decoder/token_embedding/vars/0",
-        "layers/decoder/final_norm/vars/0",
-        "layers/decoder/blocks/decoder_block{_i}/",
-        _OUR_MLP + _OUR_NORMS + _OUR_CROSS_NORMS,
-        ("self_attention/", _OUR_ATTENTION),
-        cross_attention="cross_attention/",
-    ),
+    side: _tower(
+        side,
+        _KERAS,
+        f"layers/{side}/token_embedding/vars/0",
+        f"layers/{side}/final_norm/vars/0",
+        f"layers/{side}/blocks/{side}_block{{_i}}/",
+    )
+    for side in ("encoder", "decoder")
 }
-
-# Decoder-only Gemma 2, under the names our towers have: transformers' Gemma2Model.
-GEMMA2_HUGGING_FACE = _tower(
-    "",
-    "model.embed_tokens.weight",
-    "model.norm.weight",
-    "model.layers.{i}.",
-    _HF_MLP + _GEMMA2_HF_NORMS,
-    ("self_attn.", _HF_ATTENTION),
-)
+# Gemma 2, under the paths that our towers have.
+GEMMA2_HUGGING_FACE = _hugging_face("", "model.", _GEMMA2_HUGGING_FACE)
 GEMMA2_HUGGING_FACE_DROPPED = ("lm_head.weight",)  # The embedding table again.
-# KerasHub's GemmaBackbone, in its weight files.
 GEMMA2_KERAS_HUB = _tower(
     "",
+    _GEMMA2_KERAS_HUB,
     "layers/reversible_embedding/vars/0",
     "layers/rms_normalization/vars/0",
     "layers/gemma_decoder_block{_i}/",
-    _GEMMA2_HUB_MLP + _GEMMA2_HUB_NORMS,
-    ("attention/", _GEMMA2_HUB_ATTENTION),
 )
 
 
-def expand(rows, num_layers):
-    """One entry a tensor: `{our path: (their name, rule)}` of a tower's rows."""
+def expand(
+    rows: Iterable[Row], num_layers: int
+) -> dict[str, tuple[str, LayoutTransform]]:
+    """`{our path: (name in the file, transform)}`, one entry for each tensor."""
     table = {}
-    for ours, theirs, rule in rows:
-        for i in range(num_layers if "{i}" in ours else 1):
+    for path, name, transform in rows:
+        for i in range(num_layers if "{i}" in path else 1):
             suffix = f"_{i}" if i else ""
-            table[ours.format(i=i)] = (theirs.format(i=i, _i=suffix), RULES[rule])
+            file_name = name.format(i=i, _i=suffix)
+            table[path.format(i=i)] = (file_name, TRANSFORMS[transform])
     return table
 
 
-def tower_shapes(stack, vocabulary_size, memory_dim=None):
+def tower_shapes(
+    stack: StackConfig, vocabulary_size: int, encoder_dim: int | None = None
+) -> dict[str, Shape]:
     """Shapes of a tower's variables by path, without the tower's name.
 
     Args:
         stack: the tower's `StackConfig`.
         vocabulary_size: V.
-        memory_dim: width of the encoder that a decoder reads; `None` for a tower
-            without cross-attention.
+        encoder_dim: width of the encoder that a decoder attends to; `None` for a
+            tower without cross-attention.
     """
     d, f = stack.hidden_dim, stack.intermediate_dim
     n, k = (
         heads * stack.head_dim
         for heads in (stack.num_query_heads, stack.num_key_value_heads)
     )
-    block = {"mlp/gate/kernel": (d, f), "mlp/up/kernel": (d, f)}
+    block: dict[str, Shape] = {"mlp/gate/kernel": (d, f), "mlp/up/kernel": (d, f)}
     block["mlp/down/kernel"] = (f, d)
     sub_layers = ["self", "mlp"]
     widths = {"self": d}
-    if memory_dim is not None:
+    if encoder_dim is not None:
         sub_layers.append("cross")
-        widths["cross"] = memory_dim
+        widths["cross"] = encoder_dim
     for name in sub_layers:
         block |= {f"{place}_{name}_norm/scale": (d,) for place in ("pre", "post")}
     for name, width in widths.items():
@@ -249,14 +256,14 @@ def tower_shapes(stack, vocabulary_size, memory_dim=None):
         block[f"{name}_attention/key/kernel"] = (width, k)
         block[f"{name}_attention/value/kernel"] = (width, k)
         block[f"{name}_attention/output/kernel"] = (n, d)
-    shapes = {"token_embedding/embeddings": (vocabulary_size, d)}
+    shapes: dict[str, Shape] = {"token_embedding/embeddings": (vocabulary_size, d)}
     for i in range(stack.num_layers):
         shapes |= {f"block_{i}/{leaf}": shape for leaf, shape in block.items()}
     shapes["final_norm/scale"] = (d,)
     return shapes
 
 
-def model_shapes(config):
+def model_shapes(config: T5GemmaConfig) -> dict[str, Shape]:
     """Shapes of all variables of a `Backbone` by path, in forward order."""
     e, d, size = config.encoder, config.decoder, config.vocabulary_size
     towers = {"encoder": tower_shapes(e, size)}
@@ -269,60 +276,70 @@ def model_shapes(config):
     }
 
 
-def read_tower(rows, stack, shapes, entries, dropped, source):
-    """Our tensors, unread, of a checkpoint's entries.
+def import_tensors(
+    rows: Mapping[str, tuple[str, LayoutTransform]],
+    stacks: Mapping[str, StackConfig],
+    shapes: Mapping[str, Shape],
+    entries: Mapping[str, LazyTensor],
+    dropped: Iterable[str],
+    source: str,
+) -> dict[str, LazyTensor]:
+    """Lazily loaded tensors by our paths, in our layout, of a checkpoint's entries.
 
     Args:
-        rows: `{our path: (their name, rule)}`, of `expand`.
-        stack: the `StackConfig` whose `head_dim` the rules split by, by path prefix:
-            `{prefix: StackConfig}`.
+        rows: `{our path: (name in the file, transform)}`, from `expand`.
+        stacks: `{path prefix: StackConfig}`, whose `head_dim` the transforms use.
         shapes: `{our path: shape}` that the configuration asks for.
-        entries: `{their name: tensor}` of the files.
-        dropped: names of theirs that are left out on purpose.
-        source: what to call the checkpoint in messages.
+        entries: `{name in the file: tensor}`.
+        dropped: names in the file that are left out on purpose.
+        source: name of the checkpoint for messages.
 
     Returns:
         `{our path: tensor}` in the order of `shapes`.
 
     Raises:
-        ValueError: listing what is missing, extra or misshapen; every variable has
-            one tensor of its shape, and every tensor one variable.
+        ValueError: listing what is missing, unexpected or misshapen: every variable
+            has one tensor of its shape, and every tensor one variable.
     """
     problems = []
     unmapped = sorted(set(shapes) ^ set(rows))
     if unmapped:
         problems.append(f"the weight map does not fit the model: {unmapped}")
-    wanted = {theirs for theirs, _ in rows.values()}
+    wanted = {name for name, _ in rows.values()}
     missing = sorted(wanted - set(entries))
     extra = sorted(set(entries) - wanted - set(dropped))
     if missing:
         problems.append(f"missing tensors {missing}")
     if extra:
         problems.append(f"unexpected tensors {extra}")
-    tensors = {}
-    for ours, shape in shapes.items():
-        theirs, rule = rows.get(ours, (None, None))
-        if theirs not in entries:
+    tensors: dict[str, LazyTensor] = {}
+    for path, shape in shapes.items():
+        if path not in rows or rows[path][0] not in entries:
             continue
-        entry = entries[theirs]
-        head_dim = next(s.head_dim for p, s in stack.items() if ours.startswith(p))
-        needed = rule.their_shape(shape, head_dim)
+        name, transform = rows[path]
+        entry = entries[name]
+        head_dim = next(s.head_dim for p, s in stacks.items() if path.startswith(p))
+        needed = transform.file_shape(shape, head_dim)
         if tuple(entry.shape) != needed:
             problems.append(
-                f"tensor {theirs!r} in {entry.file} has shape {tuple(entry.shape)}, "
-                f"the config needs {needed}"
+                f"tensor {name!r} in {getattr(entry, 'file', source)} has shape "
+                f"{tuple(entry.shape)}, the config needs {needed}"
             )
-        tensors[ours] = FromTheirs(entry, rule, shape)
+        tensors[path] = ImportedTensor(entry, transform, shape)
     if problems:
         raise ValueError(f"{source} cannot be loaded: " + "; ".join(problems) + ".")
     return tensors
 
 
-def to_theirs(table, config, tensors):
-    """`{their name: tensor}` of our tensors, for export."""
-    theirs = {}
+def export_tensors(
+    table: Mapping[str, tuple[Row, ...]],
+    config: T5GemmaConfig,
+    tensors: Mapping[str, LazyTensor],
+) -> dict[str, LazyTensor]:
+    """`{name in the file: tensor}` of tensors by our paths, for export."""
+    exported: dict[str, LazyTensor] = {}
     for side, rows in table.items():
         stack = getattr(config, side)
-        for ours, (name, rule) in expand(rows, stack.num_layers).items():
-            theirs[name] = ToTheirs(tensors[ours], rule, stack.head_dim)
-    return theirs
+        for path, (name, transform) in expand(rows, stack.num_layers).items():
+            exported[name] = ExportedTensor(tensors[path], transform, stack.head_dim)
+    return exported

@@ -1,92 +1,124 @@
-"""What the sub-commands of `keras-t5gemma` do; `cli.py` has their options."""
+"""Functions that run the sub-commands of `keras-t5gemma`."""
 
 import dataclasses
-import inspect
+import importlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# Options of `Seq2SeqLM.generate` with the same names and meanings.
-GENERATION_OPTIONS = (
-    ("num_beams", int, "beams of a beam search"),
-    ("length_penalty", float, "power of the length that beams are ranked by"),
-    ("temperature", float, "sample; logits are divided by this"),
-    ("top_k", int, "sample among so many tokens"),
-    ("top_p", float, "sample among the tokens of this probability"),
-    ("repetition_penalty", float, "above 1: fewer repetitions"),
-    ("no_repeat_ngram_size", int, "no so many tokens in a row twice"),
-    ("min_new_tokens", int, "least tokens of an answer"),
-    ("num_return_sequences", int, "answers a text, a line each"),
-    ("seed", int, "of sampling"),
-    ("max_time", float, "seconds after which what there is, is returned"),
-)
+from keras_t5gemma import environment
+from keras_t5gemma.cli import options
+from keras_t5gemma.evaluation.options import EvaluateOptions
+from keras_t5gemma.planning.options import PlanOptions
+from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
+
+if TYPE_CHECKING:
+    from keras_t5gemma.config import StackConfig
+
+_BATCHES = 32  # Batches of `generate --lines` after which answers are printed.
 
 
-def read_texts(args):
-    """The texts of a `generate` call, from arguments, a file or a pipe."""
-    if args.text and args.file:
+def load_package() -> Any:
+    """Import all of `keras_t5gemma`, which the command line deferred, and return it.
+
+    Keras then finds every serializable class, as in a library user's process.
+    """
+    import keras_t5gemma
+
+    if "keras" not in sys.modules:
+        environment.require_keras_hub()
+        importlib.reload(keras_t5gemma)  # Keras is loaded: nothing is deferred now.
+    return keras_t5gemma
+
+
+def read_texts(o: options.Generate) -> list[str]:
+    """Texts from the arguments, a file or standard input.
+
+    Raises:
+        ValueError: for both arguments and a file, and for empty input.
+    """
+    if o.text and o.file:
         raise ValueError("pass TEXT or --file, not both.")
-    if args.text:
-        return args.text
-    if args.file:
-        content = args.file.read_text(encoding="utf-8")
+    if o.text:
+        return list(o.text)
+    if o.file:
+        content = o.file.read_text(encoding="utf-8")
     else:
         if sys.stdin.isatty():
             print("Type or paste a text, then Ctrl-D.", file=sys.stderr)
         content = sys.stdin.read()
-    texts = content.splitlines() if args.lines else [content]
+    texts = content.splitlines() if o.lines else [content]
     texts = [text.strip() for text in texts]
     if not any(texts):
         raise ValueError("the input is empty: pass a TEXT, --file, or a pipe.")
     return texts
 
 
-def run_generate(args):
-    """One answer a line, or several lines a text with --num-return-sequences."""
-    texts = read_texts(args)
-    if args.stream and len(texts) > 1:
+def run_generate(o: options.Generate) -> None:
+    """Print one answer per line, or several per text with --num-return-sequences."""
+    texts = read_texts(o)
+    if o.stream and len(texts) > 1:
         raise ValueError(f"--stream takes one text; got {len(texts)}.")
-    import keras_t5gemma
-
-    if args.compilation_cache:
-        keras_t5gemma.cache_compiled_programs(args.compilation_cache)
-    model = keras_t5gemma.Seq2SeqLM.from_preset(args.preset, dtype=args.dtype)
-    if args.quantize:
-        model.quantize(args.quantize)
-    model.compile(sampler=args.sampler)
-    options = {name: getattr(args, name) for name, _, _ in GENERATION_OPTIONS}
-    options = {name: value for name, value in options.items() if value is not None}
-    if args.stream:
-        for piece in model.stream(texts[0], args.max_length, **options):
+    kt = load_package()
+    if o.compilation_cache:
+        kt.cache_compiled_programs(o.compilation_cache)
+    model = kt.Seq2SeqLM.from_preset(o.preset, dtype=o.dtype)
+    if o.quantize:
+        model.quantize(o.quantize)
+    model.compile(sampler=o.sampler)
+    sampling = fields_of(o, options.Sampling)
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if o.stream:
+        for piece in model.stream(texts[0], o.max_length, **sampling):
             print(piece, end="", flush=True)
         print()
         return
-    chunk = 32 * args.batch_size  # Answers appear, and are kept, as they come.
+    chunk = _BATCHES * o.batch_size  # An interrupted command has printed its chunks.
     for start in range(0, len(texts), chunk):
         answers = model.generate(
             texts[start : start + chunk],
-            max_length=args.max_length,
-            batch_size=args.batch_size,
-            **options,
+            max_length=o.max_length,
+            batch_size=o.batch_size,
+            **sampling,
         )
         for answer in answers:
             for text in answer if isinstance(answer, list) else [answer]:
-                print(" ".join(text.split()) if args.lines else text, flush=True)
+                print(" ".join(text.split()) if o.lines else text, flush=True)
 
 
-def run_training(function, args):
-    """`finetune`, `pretrain` or `evaluate` with the options that were given."""
-    names = inspect.signature(function).parameters
+def fields_of(o: Any, kind: type) -> dict[str, Any]:
+    """Values of the fields that an options object has from one of its base classes."""
+    return {field.name: getattr(o, field.name) for field in dataclasses.fields(kind)}
+
+
+def run_finetune(o: options.Finetune) -> None:
+    """Fine-tune, with a hint when interrupted."""
+    _run_resumable(load_package().finetune, fields_of(o, FinetuneOptions))
+
+
+def run_pretrain(o: options.Pretrain) -> None:
+    """Pretrain, with a hint when interrupted."""
+    _run_resumable(load_package().pretrain, fields_of(o, PretrainOptions))
+
+
+def run_evaluate(o: options.Evaluate) -> None:
+    """Evaluate, with a hint when interrupted."""
+    _run_resumable(load_package().evaluate_encoders, fields_of(o, EvaluateOptions))
+
+
+def _run_resumable(function: Callable[..., Any], keywords: dict[str, Any]) -> None:
     try:
-        function(**{name: getattr(args, name) for name in names})
+        function(**keywords)
     except KeyboardInterrupt:
-        print("\nThe same command goes on from what is kept.", file=sys.stderr)
+        print("\nThe same command resumes this run.", file=sys.stderr)
         raise
 
 
-def run_presets(args):
-    """A table on a terminal, tab-separated lines in a pipe."""
+def run_presets(o: options.Presets) -> None:
+    """Print a table on a terminal, tab-separated lines in a pipe."""
     from keras_t5gemma.checkpoints.presets import presets
 
     rows = [
@@ -104,15 +136,15 @@ def run_presets(args):
     print_rows(rows, header)
 
 
-def run_info(args):
-    """What a preset is, from its configuration and its files' headers."""
+def run_info(o: options.Info) -> None:
+    """Print what a preset's configuration and file headers say."""
     from keras_t5gemma.checkpoints import presets
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 
-    rows, lineage = [("preset", args.preset)], None
-    config = presets.published_config(args.preset)
+    rows, lineage = [("preset", o.preset)], None
+    config = presets.published_config(o.preset)
     if config is None:
-        opened = open_checkpoint(args.preset)
+        opened = open_checkpoint(o.preset)
         config, lineage = opened.config, opened.lineage
         rows += [("format", opened.format), ("weights stored as", opened.stored_dtype)]
         if os.path.isdir(opened.location):
@@ -121,7 +153,7 @@ def run_info(args):
             rows += [("folder", opened.location)]
             rows += [("size on disk", f"{size / 1e6:,.1f} MB")]
     else:
-        row = next(r for r in presets.presets() if r.name == args.preset)
+        row = next(r for r in presets.presets() if r.name == o.preset)
         rows += [("description", row.description), ("sources", " ".join(row.sources))]
     rows += [("parameters", f"{config.count_params():,}")]
     rows += [(f"  {k}", f"{v:,}") for k, v in config.count_params_by_part().items()]
@@ -133,10 +165,10 @@ def run_info(args):
         stack = getattr(config, side)
         rows += [(side, "none" if stack is None else _describe(stack))]
     rows += [(f"lineage: {k}", v) for k, v in (lineage or {}).items() if v is not None]
-    print_rows(rows, None)
+    print_rows(rows)
 
 
-def _describe(stack):
+def _describe(stack: "StackConfig") -> str:
     return (
         f"{stack.num_layers} layers, width {stack.hidden_dim}, feed-forward "
         f"{stack.intermediate_dim}, {stack.num_query_heads} heads "
@@ -145,104 +177,90 @@ def _describe(stack):
     )
 
 
-def run_adapt(args):
-    """Adapt, and say what to do next."""
+def run_adapt(o: options.Adapt) -> None:
+    """Adapt, and suggest the next step."""
+    load_package()
     from keras_t5gemma.conversion.adapt import adapt_to_folder
 
-    lineage, report = adapt_to_folder(
-        args.encoder,
-        args.decoder,
-        folder=args.output,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        check=not args.no_check,
-        cross_attention=args.cross_attention,
-        cross_norms=args.cross_norms,
-        initializer_std=args.initializer_std,
-        seed=args.seed,
-        dropout=args.dropout,
+    keywords = fields_of(o, options.Adapt)
+    lineage, report = adapt_to_folder(folder=keywords.pop("output"), **keywords)
+    print(
+        f"{o.output}: encoder from {lineage['encoder']}, decoder from "
+        f"{lineage['decoder']}."
     )
-    print(f"{args.output}: {lineage['encoder']} reads, {lineage['decoder']} writes.")
     for line in report:
         print(f"  {line}")
     if lineage["needs_warm_up"]:
         print(
-            "Its cross-attention is random: that is trained alone for the first steps "
-            "(the paper: 1,000), then everything."
+            "The cross-attention is random: train it alone for the first steps (1,000 "
+            "in arXiv 2504.06225), then everything; pretrain does."
         )
     else:
-        print("Its cross-attention is a copy: all of it is trained from the start.")
+        print("The cross-attention is a copy: all weights are trained from the start.")
     print(
-        f"Next:\n  keras-t5gemma pretrain --preset {args.output} --train texts.txt "
+        f"Next:\n  keras-t5gemma pretrain --preset {o.output} --train texts.txt "
         "--output RUN"
     )
 
 
-def run_convert(args):
+def run_convert(o: options.Convert) -> None:
     """Convert, tensor by tensor."""
+    load_package()
     from keras_t5gemma.conversion.convert import convert
 
-    convert(
-        args.preset,
-        args.output,
-        to=args.to,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-    )
-    print(f"{args.output}: {args.preset} for {args.to}.")
+    convert(o.preset, o.output, to=o.to, dtype=o.dtype, overwrite=o.overwrite)
+    print(f"{o.output}: {o.preset} as {o.to}.")
 
 
-def run_verify(args):
-    """Largest differences first; status 1 beyond the tolerance."""
-    from keras_t5gemma.conversion import verify
+def run_verify(o: options.Verify) -> int:
+    """Print the largest differences; status 1 beyond the tolerance."""
+    load_package()
+    from keras_t5gemma.conversion import compare
 
-    if args.other is None:
-        count = verify.check_checksums(args.preset)
+    if o.other is None:
+        count = compare.check_checksums(o.preset)
         if not count:
             raise ValueError(
-                f"{args.preset} has no checksums.json; pass a second checkpoint to "
+                f"{o.preset} has no checksums.json; pass a second checkpoint to "
                 "compare it with."
             )
-        print(f"{args.preset}: all {count} tensors are what was written.")
+        print(f"{o.preset}: all {count} tensors have their checksums.")
         return 0
-    found = verify.compare(args.preset, args.other, args.seed)
+    found = compare.verify(o.preset, o.other, o.seed)
     rows = [("configuration differs", line) for line in found.configs]
-    rows += [(f"only in {args.preset}", path) for path in found.only_a]
-    rows += [(f"only in {args.other}", path) for path in found.only_b]
+    rows += [(f"only in {o.preset}", path) for path in found.only_a]
+    rows += [(f"only in {o.other}", path) for path in found.only_b]
     differences = sorted(found.tensors.items(), key=lambda row: -row[1])
-    unequal = [row for row in differences if row[1] != 0]  # NaN too.
+    unequal = [row for row in differences if row[1] != 0]  # Includes NaN.
     rows += [
         ("tensors compared", f"{len(differences):,}, {len(unequal):,} of them differ")
     ]
     rows += [(path, f"{difference:.3g}") for path, difference in unequal[:10]]
     logits = f"not computed: {found.note}" if found.note else f"{found.logits:.3g}"
     rows += [("logits, max|difference|", logits)]
-    same = found.within(args.tolerance)
-    rows += [("verdict", f"{'same' if same else 'differ'} at {args.tolerance:g}")]
-    print_rows(rows, None)
+    same = found.within(o.tolerance)
+    rows += [("verdict", f"{'same' if same else 'differ'} at {o.tolerance:g}")]
+    print_rows(rows)
     return 0 if same else 1
 
 
-def run_plan(args):
-    """A table, or JSON; status 1 when no layout fits."""
-    from keras_t5gemma.planning import planner
+def run_plan(o: options.Plan) -> int:
+    """Print a table, or JSON; status 1 when no layout fits."""
+    plan = load_package().plan(**fields_of(o, PlanOptions))
+    from keras_t5gemma.planning import table
 
-    names = inspect.signature(planner.plan).parameters
-    options = {name: getattr(args, name) for name in names}
-    options["length"] = args.length * (2 if len(args.length) == 1 else 1)
-    if args.mesh is not None:
-        options["mesh"] = dict(zip(("data", "model"), args.mesh, strict=True))
-    result = planner.plan(**options)
-    if args.json:
-        extra = {name: getattr(result, name) for name in ("total", "fits", "received")}
-        print(json.dumps(dataclasses.asdict(result) | extra, indent=2))
+    if o.json:
+        extra = {name: getattr(plan, name) for name in ("total", "fits", "received")}
+        print(json.dumps(dataclasses.asdict(plan) | extra, indent=2))
     else:
-        print_rows(planner.rows(result), None)
-    return 0 if result.fits else 1
+        table.print_plan(o, plan)
+    return 0 if plan.fits else 1
 
 
-def print_rows(rows, header):
-    """A rich table where somebody looks, tab-separated lines where not."""
+def print_rows(
+    rows: Iterable[Sequence[Any]], header: Sequence[str] | None = None
+) -> None:
+    """Print a table on a terminal, tab-separated lines otherwise."""
     if not sys.stdout.isatty():
         for row in rows:
             print("\t".join(map(str, row)))

@@ -9,12 +9,13 @@ from keras_t5gemma.checkpoints import atomic, keras_format, weight_maps
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.lazy_tensors import FreshTensor, nbytes, parse_dtype
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.conversion import verify
-from keras_t5gemma.conversion.gemma2 import open_gemma2
+from keras_t5gemma.conversion import adaptation_checks
+from keras_t5gemma.conversion.gemma2_reader import open_gemma2
 from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
+from keras_t5gemma.utils.checks import number, one_of, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 
 _TOWER = (
@@ -122,12 +123,9 @@ def plan_adaptation(
         ("cross_attention", cross_attention, ("auto", "copy", "random")),
         ("cross_norms", cross_norms, ("auto", "copy", "zeros")),
     ):
-        if value not in accepted:
-            raise ValueError(f"`{name}` must be one of {accepted}; got {value!r}.")
-    if not (isinstance(initializer_std, int | float) and initializer_std > 0):
-        raise ValueError(f"`initializer_std` must be > 0; got {initializer_std!r}.")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number >= 0; got {seed!r}.")
+        one_of(value, name, accepted)
+    number(initializer_std, "initializer_std", above=0)
+    seed = whole_number(seed, "seed", 0)
     reads = open_gemma2(encoder, "encoder")
     writes = reads if decoder is None else open_gemma2(decoder, "decoder")
     sources = {"encoder": reads, "decoder": writes}
@@ -222,7 +220,7 @@ def adapt_to_folder(
         max_shard_size: bytes of the largest weight file.
         overwrite: replace a checkpoint that is there.
         check: verify the adaptation identities on the result before it appears; see
-            `verify.check_identities`.
+            `adaptation_checks.check_identities`.
         verbose: show a progress bar on standard error when it is a terminal.
         **options: see `plan_adaptation`.
 
@@ -256,7 +254,9 @@ def adapt_to_folder(
             )
         if check:
             largest = max(map(nbytes, tensors.values()))
-            report = verify.check_identities(staging, sources, room=largest)
+            report = adaptation_checks.check_identities(
+                staging, sources, max_bytes=largest
+            )
     return lineage, report
 
 

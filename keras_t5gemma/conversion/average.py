@@ -10,7 +10,7 @@ from keras_t5gemma.checkpoints import atomic, keras_format
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
-from keras_t5gemma.conversion.verify import _config_differences
+from keras_t5gemma.conversion.compare import config_differences
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.utils.progress import progress_bar
 
@@ -48,7 +48,7 @@ def average_presets(presets, folder, weights=None, overwrite=False):
     opened = [open_checkpoint(preset) for preset in presets]
     first = opened[0]
     for other in opened[1:]:
-        lines = _config_differences(first.config.to_dict(), other.config.to_dict())
+        lines = config_differences(first.config.to_dict(), other.config.to_dict())
         if lines:
             raise ValueError(
                 f"`presets` must have one configuration; {first.location} and "

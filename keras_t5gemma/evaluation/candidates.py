@@ -8,7 +8,7 @@ import keras
 import keras_hub
 
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
-from keras_t5gemma.conversion.gemma2 import open_gemma2
+from keras_t5gemma.conversion.gemma2_reader import open_gemma2
 from keras_t5gemma.evaluation import measures
 from keras_t5gemma.evaluation.tasks import CLASSES
 from keras_t5gemma.modeling.backbone import Backbone

@@ -6,21 +6,24 @@ G = N / K queries a key/value head, H head size, D width, F feed-forward width,
 V vocabulary.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_t5gemma.modeling import kv_cache
-from keras_t5gemma.modeling.dropout import dropout
+from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
 from keras_t5gemma.modeling.layers import dense, soft_cap
 from keras_t5gemma.modeling.rotary import apply_rotary
+from keras_t5gemma.utils.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Attention(keras.layers.Layer):
-    """Soft-capped grouped-query attention of queries `x` to keys of `memory`.
+    """Soft-capped grouped-query attention.
 
-    Self-attention is `memory = x` with rotary angles; cross-attention passes
-    the encoder output and no angles (FACTS: cross-attention has no rotary).
+    Self-attention is `key_value_states = x` with rotary angles; cross-attention
+    passes the encoder output and no angles: in T5Gemma it has no rotary embedding.
     Keys and values are never repeated: the queries are grouped instead.
 
     Args:
@@ -35,14 +38,14 @@ class Attention(keras.layers.Layer):
 
     def __init__(
         self,
-        hidden_dim,
-        num_query_heads,
-        num_key_value_heads,
-        head_dim,
-        query_scale,
-        soft_cap=None,
-        dropout=0.0,
-        **kwargs,
+        hidden_dim: int,
+        num_query_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        query_scale: float,
+        soft_cap: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
     ):
         # No autocast: the rotary angles stay float32.
         super().__init__(autocast=False, **kwargs)
@@ -59,55 +62,58 @@ class Attention(keras.layers.Layer):
         self.value = dense(num_key_value_heads * head_dim, "value", dtype)
         self.output_projection = dense(hidden_dim, "output", dtype)
 
-    def build(self, x_shape, memory_shape=None):
-        memory_shape = memory_shape or x_shape
+    def build(self, x_shape, key_value_shape=None):
+        key_value_shape = key_value_shape or x_shape
         self.query.build(x_shape)
-        self.key.build(memory_shape)
-        self.value.build(memory_shape)
+        self.key.build(key_value_shape)
+        self.value.build(key_value_shape)
         width = self.num_query_heads * self.head_dim
         self.output_projection.build((*x_shape[:-1], width))
 
-    def project_memory(self, memory, angles=None):
-        """Keys and values of `memory` `(B, S, D)`, each `(B, K, S, H)`."""
-        key = self._heads(self.key(memory), self.num_key_value_heads)  # B S K H
-        value = self._heads(self.value(memory), self.num_key_value_heads)
+    def project_keys_values(
+        self, states: Tensor, angles: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of `states` `(B, S, D)`, each `(B, K, S, H)`."""
+        key = self._heads(self.key(states), self.num_key_value_heads)  # B S K H
+        value = self._heads(self.value(states), self.num_key_value_heads)
         if angles is not None:
             key = apply_rotary(key, angles)
-        return tuple(ops.transpose(t, (0, 2, 1, 3)) for t in (key, value))
+        return ops.transpose(key, (0, 2, 1, 3)), ops.transpose(value, (0, 2, 1, 3))
 
     def call(
         self,
-        x,
-        memory=None,
-        attention_mask=None,
-        angles=None,
-        cache=None,
-        index=None,
-        count=None,
-        seeds=None,
-    ):
-        """Attend.
+        x: Tensor,
+        key_value_states: Tensor = None,
+        attention_mask: Tensor = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        index: Tensor = None,
+        count: Tensor = None,
+        seeds: ReplayableSeedGenerator | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Attention output of the queries `x`.
 
         Args:
-            x: queries `(B, T, D)`.
-            memory: `(B, S, D)`; not needed when `cache` holds all there is.
+            x: states of the queries `(B, T, D)`.
+            key_value_states: states of the keys and values `(B, S, D)`; `None` when
+                `cache` already holds all keys and values.
             attention_mask: boolean, broadcastable to `(B, T, S)`; True may be
                 seen. A row that is False everywhere gets attention output 0.
             angles: rotary angles of the new positions, or `None`.
             cache: `(key, value)`, each `(B, K, S, H)`, or `None`.
-            index: position of the first token of `memory`, with a cache.
-            count: how many tokens of `memory` go into the cache; `None` is all.
-            seeds: `ReplayableSeedGenerator` of dropout, `None` for none.
+            index: position of the first of `key_value_states`, with a cache.
+            count: how many of `key_value_states` the cache keeps; `None` keeps all.
+            seeds: seeds of dropout, `None` for no dropout.
 
         Returns:
-            `(output, cache)`: `(B, T, D)`, and the keys and values of `memory` and
-            of the cache that was given.
+            `(output, cache)`: `(B, T, D)`, and the `cache` passed in, with the keys
+            and values of `key_value_states` added.
         """
         query = self._heads(self.query(x), self.num_query_heads)  # B T N H
         if angles is not None:
             query = apply_rotary(query, angles)
-        if memory is not None:
-            new = self.project_memory(memory, angles)
+        if key_value_states is not None:
+            new = self.project_keys_values(key_value_states, angles)
             if cache is None:
                 cache = seen = new
             else:

@@ -3,17 +3,21 @@
 import dataclasses
 import gc
 import os
+from typing import Any
 
 import keras
 import keras_hub
 
+from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints import checkpoint, huggingface, presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import layouts, mesh, process_group
 from keras_t5gemma.modeling import lora, weight_loading
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.towers import Decoder, Encoder
+from keras_t5gemma.utils.types import Tensor
 
 QUANTIZED = ("int8", "int4")
 
@@ -60,22 +64,24 @@ class Backbone(keras_hub.models.Backbone):
             for name in (f"{side}_token_ids", f"{side}_padding_mask")
         }
         encoder = Encoder(config, dtype=dtype)
-        memory = encoder(inputs["encoder_token_ids"], inputs["encoder_padding_mask"])
-        outputs = {"encoder_sequence_output": memory}
+        encoder_output = encoder(
+            inputs["encoder_token_ids"], inputs["encoder_padding_mask"]
+        )
+        outputs = {"encoder_sequence_output": encoder_output}
         decoder = None
         if config.decoder is not None:
             decoder = Decoder(config, dtype=dtype)
             outputs["decoder_sequence_output"] = decoder(
                 inputs["decoder_token_ids"],
                 inputs["decoder_padding_mask"],
-                memory,
+                encoder_output,
                 inputs["encoder_padding_mask"],
             )
         if isinstance(dtype, keras.dtype_policies.DTypePolicyMap):
             # Keras 3.15 cannot save a quantized layer that holds the map itself.
             for tower in filter(None, (encoder, decoder)):
-                for layer in tower._flatten_layers():
-                    layer._dtype_policy = dtype[layer.path]
+                for layer in iter_layers(tower):
+                    _compat.set_dtype_policy(layer, dtype[layer.path])
         super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
         self.config = config
         self.lineage = lineage
@@ -83,35 +89,51 @@ class Backbone(keras_hub.models.Backbone):
         self.decoder = decoder
         if mesh.current() is not None:
             self.get_layout_map(mesh.current().device_mesh, mesh.current().strategy)
-        weight_loading.track_parameters(self)
+        _compat.track_parameters(self)
 
-    def encode(self, token_ids, padding_mask, training=False):
-        """Encoder states `(batch, length, width)` of int arrays `(batch, length)`."""
-        return self.encoder(token_ids, padding_mask, training=training)
+    def encode(
+        self,
+        token_ids: Tensor,
+        padding_mask: Tensor,
+        training: bool = False,
+        causal: bool = False,
+    ) -> Tensor:
+        """Encoder output `(batch, length, width)`.
+
+        Args:
+            token_ids: int `(batch, length)`.
+            padding_mask: `(batch, length)`, 0 for padding.
+            training: turns dropout on.
+            causal: attend to earlier tokens only; see `Encoder.call`.
+        """
+        return self.encoder(token_ids, padding_mask, training=training, causal=causal)
 
     def decode(
         self,
-        token_ids,
-        padding_mask=None,
-        memory=None,
-        memory_padding_mask=None,
-        cache=None,
-        index=None,
-        count=None,
-        training=False,
-    ):
+        token_ids: Tensor,
+        padding_mask: Tensor = None,
+        encoder_output: Tensor = None,
+        encoder_padding_mask: Tensor = None,
+        cache: dict[str, Any] | None = None,
+        index: Tensor = None,
+        count: Tensor = None,
+        training: bool = False,
+        cross_attention: bool = True,
+    ) -> Any:
         """Decoder states, of a whole sequence or of the next tokens of a cache.
 
         Args:
             token_ids: int `(batch, length)`.
             padding_mask: `(batch, length)`; without a cache only.
-            memory: encoder states; without a cache only.
-            memory_padding_mask: the encoder's padding mask; likewise.
-            cache: of `make_cache`, or of the call before.
+            encoder_output: from `encode`; without a cache only.
+            encoder_padding_mask: the encoder's padding mask; without a cache only.
+            cache: from `make_cache`, or from the previous call.
             index: position of the first of `token_ids`; with a cache only.
-            count: how many of `token_ids` the cache keeps, the first ones; `None` is
-                all. With a cache only.
+            count: how many of `token_ids` the cache keeps, the first ones; `None`
+                keeps all. With a cache only.
             training: turns dropout on; without a cache only.
+            cross_attention: `False` runs the decoder without its cross-attention,
+                and needs no encoder output; without a cache only.
 
         Returns:
             States `(batch, length, width)` without a cache; `(states, cache)`
@@ -125,18 +147,31 @@ class Backbone(keras_hub.models.Backbone):
         if cache is not None:
             return self.decoder.step(token_ids, cache, index, count)
         return self.decoder(
-            token_ids, padding_mask, memory, memory_padding_mask, training=training
+            token_ids,
+            padding_mask,
+            encoder_output,
+            encoder_padding_mask,
+            training=training,
+            cross_attention=cross_attention,
         )
 
-    def make_cache(self, memory, memory_padding_mask, length, rows=None):
-        """An empty decoding cache for up to `length` tokens; see `kv_cache`."""
-        return self.decoder.make_cache(memory, memory_padding_mask, length, rows)
+    def make_cache(
+        self,
+        encoder_output: Tensor,
+        encoder_padding_mask: Tensor,
+        length: int,
+        rows: int | None = None,
+    ) -> dict[str, Any]:
+        """A decoding cache for up to `length` tokens; see `Decoder.make_cache`."""
+        return self.decoder.make_cache(
+            encoder_output, encoder_padding_mask, length, rows
+        )
 
-    def logits(self, hidden_states):
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """Soft-capped logits `(batch, length, vocabulary)` of decoder states."""
         return self.decoder.logits(hidden_states)
 
-    def next_logits(self, hidden_states, capped=True):
+    def next_logits(self, hidden_states: Tensor, capped: bool = True) -> Tensor:
         """Logits `(batch, vocabulary)` of one position's states, for generation."""
         return self.decoder.next_logits(hidden_states, capped)
 

@@ -1,11 +1,16 @@
 """One layer of each tower: pre- and post-normalized residual sub-layers."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_t5gemma.config import StackConfig
 from keras_t5gemma.modeling.attention import Attention
-from keras_t5gemma.modeling.dropout import dropout
+from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
+from keras_t5gemma.modeling.layer_iteration import sublayers
 from keras_t5gemma.modeling.layers import GatedMLP, RMSNorm
+from keras_t5gemma.utils.types import Tensor
 
 
 def _attention(stack, name, dropout, dtype):
@@ -25,7 +30,13 @@ def _attention(stack, name, dropout, dtype):
 class _Block(keras.layers.Layer):
     """`x += dropout(post_norm(f(pre_norm(x))))`, for each sub-layer f."""
 
-    def __init__(self, stack, sub_layers, dropout, **kwargs):
+    def __init__(
+        self,
+        stack: StackConfig,
+        sub_layers: tuple[str, ...],
+        dropout: float,
+        **kwargs: Any,
+    ):
         # No autocast: the rotary angles stay float32.
         super().__init__(autocast=False, **kwargs)
         self.stack = stack
@@ -49,7 +60,7 @@ class _Block(keras.layers.Layer):
         self.dropout = dropout
 
     def build(self, x_shape):
-        for layer in self._layers:
+        for layer in sublayers(self):
             if isinstance(layer, RMSNorm | GatedMLP):
                 layer.build(x_shape)
         self.self_attention.build(x_shape)
@@ -60,22 +71,28 @@ class _Block(keras.layers.Layer):
 
 
 class EncoderBlock(_Block):
-    """Self-attention, feed-forward: Gemma 2's layer, seen both ways.
+    """Self-attention, feed-forward: Gemma 2's layer.
 
     Args:
         stack: the encoder's `StackConfig`.
         dropout: rate while training.
     """
 
-    def __init__(self, stack, dropout=0.0, **kwargs):
+    def __init__(self, stack: StackConfig, dropout: float = 0.0, **kwargs: Any):
         super().__init__(stack, ("self", "mlp"), dropout, **kwargs)
 
-    def call(self, x, attention_mask=None, angles=None, seeds=None):
-        """`x` `(B, T, D)`, `attention_mask` `(B, T, T)` -> `(B, T, D)`."""
+    def call(
+        self,
+        x: Tensor,
+        attention_mask: Tensor = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        seeds: ReplayableSeedGenerator | None = None,
+    ) -> Tensor:
+        """`x` `(B, T, D)`, boolean `attention_mask` `(B, T, T)` -> `(B, T, D)`."""
         y = self.pre_self_norm(x)
         y, _ = self.self_attention(
             y,
-            memory=y,
+            key_value_states=y,
             attention_mask=attention_mask,
             angles=angles,
             seeds=seeds,
@@ -89,40 +106,47 @@ class DecoderBlock(_Block):
 
     Args:
         stack: the decoder's `StackConfig`.
-        memory_dim: D of the encoder.
+        encoder_dim: D of the encoder.
         dropout: rate while training.
     """
 
-    def __init__(self, stack, memory_dim, dropout=0.0, **kwargs):
+    def __init__(
+        self,
+        stack: StackConfig,
+        encoder_dim: int,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ):
         super().__init__(stack, ("self", "cross", "mlp"), dropout, **kwargs)
-        self.memory_dim = memory_dim
+        self.encoder_dim = encoder_dim
         self.cross_attention = _attention(
             stack, "cross_attention", dropout, self.dtype_policy
         )
 
     def build(self, x_shape):
         super().build(x_shape)
-        self.cross_attention.build(x_shape, (None, None, self.memory_dim))
+        self.cross_attention.build(x_shape, (None, None, self.encoder_dim))
 
     def call(
         self,
-        x,
-        memory=None,
-        attention_mask=None,
-        cross_mask=None,
-        angles=None,
-        cache=None,
-        cross_cache=None,
-        index=None,
-        count=None,
-        seeds=None,
-    ):
+        x: Tensor,
+        encoder_output: Tensor = None,
+        attention_mask: Tensor = None,
+        cross_mask: Tensor = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        cross_cache: tuple[Tensor, Tensor] | None = None,
+        index: Tensor = None,
+        count: Tensor = None,
+        seeds: ReplayableSeedGenerator | None = None,
+        cross_attention: bool = True,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One decoder layer.
 
         Args:
             x: `(B, T, D)`.
-            memory: encoder output `(B, S, D of the encoder)`, or `None` when
-                `cross_cache` holds its keys and values.
+            encoder_output: `(B, S, D of the encoder)`, or `None` when `cross_cache`
+                holds its keys and values.
             attention_mask: boolean self-attention mask, `(B, T, S)`.
             cross_mask: boolean, broadcastable to `(B, T, S)`.
             angles: rotary angles of the T new positions.
@@ -131,7 +155,8 @@ class DecoderBlock(_Block):
                 may be a multiple of its rows.
             index: position of the first new token, with a cache.
             count: how many of the new tokens go into `cache`; `None` is all.
-            seeds: `ReplayableSeedGenerator` of dropout, `None` for none.
+            seeds: seeds of dropout, `None` for no dropout.
+            cross_attention: `False` leaves the cross-attention sub-layer out.
 
         Returns:
             `(x, cache)`.
@@ -139,7 +164,7 @@ class DecoderBlock(_Block):
         y = self.pre_self_norm(x)
         y, cache = self.self_attention(
             y,
-            memory=y,
+            key_value_states=y,
             attention_mask=attention_mask,
             angles=angles,
             cache=cache,
@@ -148,17 +173,23 @@ class DecoderBlock(_Block):
             seeds=seeds,
         )
         x = x + dropout(self.post_self_norm(y), self.dropout, seeds)
+        if cross_attention:
+            x = self._attend_to_encoder(
+                x, encoder_output, cross_mask, cross_cache, seeds
+            )
+        return self._feed_forward(x, seeds), cache
+
+    def _attend_to_encoder(self, x, encoder_output, mask, cache, seeds):
         y = self.pre_cross_norm(x)
-        if cross_cache is not None:  # The queries of one source side by side.
-            sources = ops.shape(cross_cache[0])[0]
+        if cache is not None:  # The queries of one source side by side.
+            sources = ops.shape(cache[0])[0]
             y = ops.reshape(y, (sources, -1, self.stack.hidden_dim))
         y, _ = self.cross_attention(
             y,
-            memory=memory,
-            attention_mask=cross_mask,
-            cache=cross_cache,
+            key_value_states=encoder_output,
+            attention_mask=mask,
+            cache=cache,
             seeds=seeds,
         )
         y = ops.reshape(y, ops.shape(x))
-        x = x + dropout(self.post_cross_norm(y), self.dropout, seeds)
-        return self._feed_forward(x, seeds), cache
+        return x + dropout(self.post_cross_norm(y), self.dropout, seeds)

@@ -2,27 +2,22 @@
 
 Keras fills variables when layers are built. Inside a `StatelessScope` it only
 notes shape and initializer, and fills them later; this module puts a reader in
-the initializer's place, so that nothing is initialized at random first. It uses
-Keras's private `_deferred_initialize` and list of unfilled variables (the same
-since Keras 3.0), here and nowhere else.
+the initializer's place, so that nothing is initialized at random first.
 
 Under a `keras.distribution` on JAX a variable is read slice by slice, straight to the
 devices that hold them: a process reads what its own devices hold, and never has the
 whole of a variable that is split.
 """
 
-import contextlib
 import math
 
 import keras
 import ml_dtypes
 import numpy as np
-from keras.src.backend.common import global_state
 
+from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints.byte_ranges import bounds
 from keras_t5gemma.checkpoints.lazy_tensors import DTYPES
-
-_PENDING = "uninitialized_variables"
 
 
 def build_and_fill(build, read):
@@ -36,37 +31,22 @@ def build_and_fill(build, read):
     Returns:
         The model. When anything raises, nothing of it is left behind.
     """
-    with _own_pending():
+    with _compat.pending_variables() as pending:
         with keras.StatelessScope(initialize_variables=False):
             model = build()
         tensors = read(model)
-        pending = global_state.get_global_attribute(_PENDING)
         # The largest first: while one is converted it is held twice, and then
         # least else is loaded.
         for variable in sorted(pending, key=lambda v: -math.prod(v.shape)):
             tensor = tensors.get(variable.path)
             sharding = None if tensor is None else variable_sharding(variable)
             if sharding is not None:
-                variable._value = read_onto_devices(
-                    tensor, sharding, DTYPES[variable.dtype]
-                )
-                variable._initializer = None
+                value = read_onto_devices(tensor, sharding, DTYPES[variable.dtype])
+                _compat.set_variable_value(variable, value)
                 continue
-            if tensor is not None:
-                variable._initializer = _Reader(tensor.read)
-            variable._deferred_initialize()
+            reader = None if tensor is None else _Reader(tensor.read)
+            _compat.initialize_variable(variable, reader)
     return model
-
-
-@contextlib.contextmanager
-def _own_pending():
-    """Keras's list of unfilled variables, empty inside and as it was afterwards."""
-    already = global_state.get_global_attribute(_PENDING) or []
-    global_state.set_global_attribute(_PENDING, [])
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute(_PENDING, already)
 
 
 def variable_sharding(variable):
@@ -74,8 +54,8 @@ def variable_sharding(variable):
     distribution = keras.distribution.distribution()
     if distribution is None or keras.config.backend() != "jax":
         return None
-    variable._initialize_layout()
-    return getattr(variable._layout, "backend_layout", variable._layout)
+    layout = _compat.variable_layout(variable)
+    return getattr(layout, "backend_layout", layout)
 
 
 def read_onto_devices(tensor, sharding, dtype):
@@ -108,7 +88,7 @@ def build_abstract(build):
 
     Keras would fill them at the next model that it builds, whoever's that is.
     """
-    with _own_pending(), keras.StatelessScope(initialize_variables=False):
+    with _compat.pending_variables(), keras.StatelessScope(initialize_variables=False):
         return build()
 
 

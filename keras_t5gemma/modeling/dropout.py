@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_t5gemma import _compat
+
 
 class ReplayableSeedGenerator(keras.random.SeedGenerator):
     """Seeds that follow from one drawn before, in the order they are asked for.
@@ -15,7 +17,7 @@ class ReplayableSeedGenerator(keras.random.SeedGenerator):
     """
 
     def __init__(self, seed):  # Not Keras's: there is no state.
-        self._initial_seed = 0  # Keras on PyTorch: somebody has chosen a seed.
+        _compat.mark_as_seeded(self)
         self.seed = seed
         self.asked = 0
 

@@ -39,6 +39,11 @@ class RMSNorm(keras.layers.Layer):
         return {**super().get_config(), "epsilon": self.epsilon}
 
 
+def stored_weight(layer, name):
+    """A variable of a layer by its name, where the property adds adapters to it."""
+    return next(v for v in layer.variables if v.name == name)
+
+
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TokenEmbedding(keras.layers.ReversibleEmbedding):
     """Keras's embedding and logit table; int8 quantizes its weights alone.
@@ -50,10 +55,10 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     def quantize(self, mode=None, type_check=True, config=None):
         super().quantize(mode, type_check=False, config=config)
 
-    def _int8_call(self, inputs, reverse=False):
-        if not reverse:
-            return super()._int8_call(inputs)
-        table = ops.cast(self._embeddings, self.compute_dtype)
+    def quantized_call(self, inputs, reverse=False):
+        if not reverse or self.quantization_mode != "int8":
+            return super().quantized_call(inputs, reverse=reverse)
+        table = ops.cast(stored_weight(self, "embeddings"), self.compute_dtype)
         logits = ops.matmul(inputs, ops.transpose(table)) / self.embeddings_scale
         return soft_cap(ops.cast(logits, self.compute_dtype), self.logit_soft_cap)
 
@@ -63,9 +68,10 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         Part of the table by part, so that XLA never widens all of it, and what it
         widens, at most 8 MiB, stays in the processor's cache.
         """
-        size, width = self._embeddings.shape
+        table = stored_weight(self, "embeddings")
+        size, width = table.shape
         parts = math.gcd(size, 1 << (size * width // 2**21).bit_length())
-        table = ops.reshape(self._embeddings, (parts, size // parts, width))
+        table = ops.reshape(table, (parts, size // parts, width))
         columns = ops.transpose(states)  # D B
 
         def product(part):
@@ -86,8 +92,10 @@ class Projection(keras.layers.Dense):
     def quantize(self, mode=None, type_check=True, config=None):
         super().quantize(mode, type_check=False, config=config)
 
-    def _int8_call(self, inputs, training=None):
-        kernel = ops.cast(self._kernel, self.compute_dtype)
+    def quantized_call(self, inputs, training=None):
+        if self.quantization_mode != "int8":
+            return super().quantized_call(inputs, training=training)
+        kernel = ops.cast(stored_weight(self, "kernel"), self.compute_dtype)
         kernel = kernel / ops.cast(self.kernel_scale, self.compute_dtype)
         x = ops.matmul(inputs, kernel)
         if self.lora_enabled:

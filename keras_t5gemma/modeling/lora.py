@@ -5,7 +5,9 @@ import os
 import h5py
 
 from keras_t5gemma.distribution import mesh, process_group
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
+from keras_t5gemma.utils.checks import whole_number
 
 # What a part is: folders of the layer's path, and its layers adapted by default.
 PARTS = {
@@ -29,8 +31,7 @@ def enable(backbone, rank, names=None, parts=None):
     Raises:
         ValueError: for a rank below 1, or what matches no layer.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"`rank` must be a whole number >= 1; got {rank!r}.")
+    rank = whole_number(rank, "rank", 1)
     if isinstance(parts, str) or (parts is not None and set(parts) - set(PARTS)):
         raise ValueError(f"`parts` must be a list among {list(PARTS)}; got {parts!r}.")
     if parts is None and names is None:
@@ -133,12 +134,12 @@ def load(backbone, path):
 
 
 def _candidates(backbone):
-    layers = backbone._flatten_layers(include_self=False)
+    layers = iter_layers(backbone)
     return [layer for layer in layers if isinstance(layer, Projection | TokenEmbedding)]
 
 
 def _enable(backbone, rank, chosen):
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in iter_layers(backbone):
         layer.trainable = False
     for layer in chosen:
         layer.trainable = True

@@ -1,13 +1,21 @@
-"""The two towers: token ids to hidden states."""
+"""Encoder and decoder: token ids to hidden states."""
+
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_t5gemma.config import StackConfig, T5GemmaConfig
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling import kv_cache
-from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock
+from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock, _Block
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
-from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding, soft_cap
+from keras_t5gemma.modeling.layers import (
+    RMSNorm,
+    TokenEmbedding,
+    soft_cap,
+    stored_weight,
+)
 from keras_t5gemma.modeling.masks import (
     causal_mask,
     padding_mask,
@@ -15,15 +23,17 @@ from keras_t5gemma.modeling.masks import (
     two_sided_mask,
 )
 from keras_t5gemma.modeling.rotary import rotary_angles
+from keras_t5gemma.utils.types import Tensor
 
 
 class _Tower(keras.layers.Layer):
-    def __init__(self, stack, config, **kwargs):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, stack: StackConfig, config: T5GemmaConfig, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.stack = stack
         self.config = config
-        # The soft cap and the reverse call serve the decoder; an encoder's
-        # table is the same layer, never called in reverse.
+        # Only a decoder uses the soft cap and the reverse call.
         self.token_embedding = TokenEmbedding(
             config.vocabulary_size,
             stack.hidden_dim,
@@ -32,7 +42,7 @@ class _Tower(keras.layers.Layer):
             name="token_embedding",
             dtype=self.dtype_policy,
         )
-        # Blocks keep only their input for the backward pass.
+        # Whether blocks keep only their input for the backward pass.
         self.rematerialize = False
         if config.dropout:
             self.seed_generator = keras.random.SeedGenerator(name="dropout_seed")
@@ -53,8 +63,14 @@ class _Tower(keras.layers.Layer):
             return None
         return ReplayableSeedGenerator(self.seed_generator.next())
 
-    def _run(self, block, inputs, training, **kwargs):
-        """States of `block(*inputs)`; what is differentiated must be in `inputs`."""
+    def _run(
+        self, block: _Block, inputs: tuple, training: bool | None, **kwargs: Any
+    ) -> Tensor:
+        """States of `block(*inputs)`, rematerialized if asked for.
+
+        Tensors that need a gradient must be in `inputs`: `keras.remat` treats
+        others as constants.
+        """
         seeds = self._seeds(training)
 
         def run(*inputs):
@@ -76,13 +92,13 @@ class _Tower(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Encoder(_Tower):
-    """Reads: bidirectional Gemma 2.
+    """Bidirectional Gemma 2 encoder.
 
     Args:
         config: the pair's `T5GemmaConfig`.
     """
 
-    def __init__(self, config, name="encoder", **kwargs):
+    def __init__(self, config: T5GemmaConfig, name: str = "encoder", **kwargs: Any):
         super().__init__(config.encoder, config, name=name, **kwargs)
 
     def _block(self, i):
@@ -93,30 +109,42 @@ class Encoder(_Tower):
             dtype=self.dtype_policy,
         )
 
-    def call(self, token_ids, padding, training=None, layer=None):
-        """Encode.
+    def call(
+        self,
+        token_ids: Tensor,
+        padding: Tensor,
+        training: bool | None = None,
+        layer: int | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """Hidden states of token ids.
 
-        Several texts in a row do not see each other when `padding` numbers them.
-        They need no positions of their own: rotary embedding tells distances only.
+        Texts packed into one row do not attend to each other when `padding` holds
+        segment ids. Positions need not restart with each text: rotary embedding
+        depends on distances alone.
 
         Args:
             token_ids: int `(B, T)`.
-            padding: `(B, T)`, 0 for padding, 1 for a token; or k for a token of the
-                row's k-th text.
+            padding: int `(B, T)`, 0 for padding, 1 for a token; or segment ids, k
+                for a token of the k-th text of the row.
             training: turns dropout on.
-            layer: how many blocks to go through, without the final norm; `None` is
-                all of them, with it.
+            layer: number of blocks to run, without the final norm; `None` runs all
+                of them and the final norm.
+            causal: attend to earlier tokens only, like the decoder-only model that
+                an adapted encoder comes from.
 
         Returns:
             `(B, T, D)`.
         """
         positions = ops.arange(ops.shape(token_ids)[1])
         angles = self._angles(positions)
-        everything = segment_mask(padding, padding)  # B T T
+        visible = segment_mask(padding, padding)  # B T T
+        if causal:
+            visible = ops.logical_and(visible, causal_mask(positions, positions))
         near = two_sided_mask(positions, self.stack.sliding_window)
         masks = {
-            "full_attention": everything,
-            "sliding_attention": ops.logical_and(everything, near),
+            "full_attention": visible,
+            "sliding_attention": ops.logical_and(visible, near),
         }
         x = self._embed(token_ids, training)
         blocks = zip(self.blocks, self.stack.layer_types, strict=True)
@@ -131,13 +159,14 @@ class Encoder(_Tower):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Decoder(_Tower):
-    """Writes: causal Gemma 2 with cross-attention to the encoder output.
+    """Causal Gemma 2 decoder with cross-attention to the encoder output.
 
     Args:
         config: the pair's `T5GemmaConfig`.
     """
 
-    def __init__(self, config, name="decoder", **kwargs):
+    def __init__(self, config: T5GemmaConfig, name: str = "decoder", **kwargs: Any):
+        assert config.decoder is not None
         super().__init__(config.decoder, config, name=name, **kwargs)
 
     def _block(self, i):
@@ -160,16 +189,28 @@ class Decoder(_Tower):
             return {kind: mask[None] for kind, mask in masks.items()}
         return {kind: ops.logical_and(keep, mask) for kind, mask in masks.items()}
 
-    def call(self, token_ids, padding, memory, memory_padding, training=None):
+    def call(
+        self,
+        token_ids: Tensor,
+        padding: Tensor,
+        encoder_output: Tensor = None,
+        encoder_padding: Tensor = None,
+        training: bool | None = None,
+        cross_attention: bool = True,
+    ) -> Tensor:
         """Decode a whole sequence at once, as in training.
 
         Args:
             token_ids: int `(B, T)`.
-            padding: `(B, T)`, 0 for padding, 1 for a token; or k for a token of the
-                row's k-th text, which sees the k-th of `memory`; see `Encoder.call`.
-            memory: encoder output `(B, S, D of the encoder)`.
-            memory_padding: `(B, S)`, the encoder's `padding`.
+            padding: int `(B, T)`, 0 for padding, 1 for a token; or segment ids, k
+                for a token of the k-th text of the row, which attends to segment k
+                of the encoder output; see `Encoder.call`.
+            encoder_output: `(B, S, D of the encoder)`.
+            encoder_padding: `(B, S)`, the encoder's `padding`.
             training: turns dropout on.
+            cross_attention: `False` leaves the cross-attention sub-layers out, and
+                needs no encoder output: the decoder-only model that an adapted
+                decoder comes from.
 
         Returns:
             `(B, T, D)`, after the final norm.
@@ -177,48 +218,66 @@ class Decoder(_Tower):
         positions = ops.arange(ops.shape(token_ids)[1])
         masks = self._masks(positions, positions, segment_mask(padding, padding))
         angles = self._angles(positions)
-        cross_mask = segment_mask(padding, memory_padding)  # B T S
+        inputs, cross_mask = (), None
+        if cross_attention:
+            inputs = (encoder_output,)
+            cross_mask = segment_mask(padding, encoder_padding)  # B T S
         x = self._embed(token_ids, training)
         for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
             x = self._run(
                 block,
-                (x, memory),
+                (x, *inputs),
                 training,
                 attention_mask=masks[kind],
                 cross_mask=cross_mask,
                 angles=angles,
+                cross_attention=cross_attention,
             )
         return dropout(self.final_norm(x), self.config.dropout, self._seeds(training))
 
-    def make_cache(self, memory, memory_padding, length, rows=None):
-        """The cache of `kv_cache`, cross-attention filled, the rest zeros.
+    def make_cache(
+        self,
+        encoder_output: Tensor,
+        encoder_padding: Tensor,
+        length: int,
+        rows: int | None = None,
+    ) -> dict[str, Any]:
+        """Decoding cache, see `kv_cache`: cross-attention filled, the rest zeros.
 
         Args:
-            memory: encoder output `(B, S, D of the encoder)`.
-            memory_padding: `(B, S)`.
-            length: the longest sequence that will be decoded.
+            encoder_output: `(B, S, D of the encoder)`.
+            encoder_padding: `(B, S)`.
+            length: longest sequence to decode, in tokens.
             rows: a multiple of B, for several answers a source; `None` is B.
         """
-        rows = ops.shape(memory)[0] if rows is None else rows
+        rows = ops.shape(encoder_output)[0] if rows is None else rows
         return {
             "self": kv_cache.make_self_cache(
                 self.stack, rows, length, self.compute_dtype
             ),
             "cross": tuple(
-                block.cross_attention.project_memory(memory) for block in self.blocks
+                block.cross_attention.project_keys_values(encoder_output)
+                for block in self.blocks
             ),
-            "cross_mask": ops.cast(memory_padding, "bool"),
+            "cross_mask": ops.cast(encoder_padding, "bool"),
         }
 
-    def step(self, token_ids, cache, index, count=None):
-        """Decode a few more tokens after those in the cache.
+    def step(
+        self,
+        token_ids: Tensor,
+        cache: dict[str, Any],
+        index: Tensor,
+        count: Tensor = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Decode the next tokens after those in the cache.
 
         Args:
             token_ids: int `(B, T)`, the tokens at positions
                 `index ... index + T - 1`.
-            cache: of `make_cache`, or of the step before.
+            cache: from `make_cache`, or from the previous step.
             index: scalar int.
-            count: how many of the T go into the cache, the first ones; `None` is all.
+            count: how many of the T tokens the cache keeps, the first ones; `None`
+                keeps all.
 
         Returns:
             `(hidden states (B, T, D), cache)`.
@@ -248,34 +307,35 @@ class Decoder(_Tower):
             updated.append(layer_cache)
         return self.final_norm(x), {**cache, "self": tuple(updated)}
 
-    def logits(self, hidden_states):
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """Soft-capped vocabulary logits `(B, T, V)` of hidden states."""
         return self.token_embedding(hidden_states, reverse=True)
 
-    def logit_table(self):
-        """The table `(V, D)` that logits are products with, in the compute dtype.
+    def logit_table(self) -> Tensor:
+        """Output embedding `(V, D)` of the logits, in the compute dtype.
 
-        `None` for int4, whose format is Keras's own affair.
+        `None` for int4, which Keras stores packed.
         """
         layer = self.token_embedding
         if layer.quantization_mode == "int8":
+            table = stored_weight(layer, "embeddings")
             scale = ops.cast(layer.embeddings_scale, self.compute_dtype)
-            return ops.cast(layer._embeddings, self.compute_dtype) / scale[:, None]
+            return ops.cast(table, self.compute_dtype) / scale[:, None]
         if layer.quantization_mode:
             return None
         return ops.cast(layer.embeddings, self.compute_dtype)
 
-    def next_logits(self, hidden_states, capped=True):
-        """Logits `(B, V)` of one position's states `(B, D)`, for generation.
+    def next_logits(self, hidden_states: Tensor, capped: bool = True) -> Tensor:
+        """Logits `(B, V)` of the states `(B, D)` of one position, for generation.
 
-        The table times the states, not the other way round: with few rows that reads
-        the table once at nearly the speed of the memory. The soft cap does not change
-        which logit is the largest; `capped=False` leaves it out.
+        Computed as table times states: with few rows this reads the table once, at
+        nearly memory bandwidth. The soft cap does not change which logit is the
+        largest; `capped=False` leaves it out.
         """
         table = self.token_embedding
         cap = self.config.final_soft_cap if capped else None
         by_parts = keras.config.backend() != "torch" and not table.lora_enabled
-        # Parts of a table that a mesh splits would each lie on one of its devices.
+        # Chunks of a table that a mesh splits would each lie on one device.
         by_parts = by_parts and mesh.shards_of_rows(self.config.vocabulary_size) == 1
         if table.quantization_mode == "int8" and by_parts:
             return soft_cap(table.int8_logits(hidden_states), cap)

@@ -8,12 +8,12 @@ import math
 import os
 from pathlib import Path
 
-import keras
-
+from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import h5_file, keras_format, presets, weight_maps
 from keras_t5gemma.checkpoints.lazy_tensors import VariableTensor
 from keras_t5gemma.distribution.shared_arrays import is_shared
 from keras_t5gemma.modeling.deferred_init import build_and_fill
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 
 
 def load_backbone(build, checkpoint, encoder_only=False, **kwargs):
@@ -75,15 +75,16 @@ def model_tensors(backbone):
         ValueError: for a quantized model.
     """
     tensors = {}
-    for layer in backbone._flatten_layers(include_self=False, recursive=True):
+    for layer in iter_layers(backbone):
         if getattr(layer, "quantization_mode", None):
             raise ValueError(
                 "A quantized model cannot be exported: its float weights are gone. "
                 "Export it before `quantize`."
             )
         merged = getattr(layer, "lora_enabled", False)
-        for variable in layer._trainable_variables + layer._non_trainable_variables:
-            if variable.name.startswith("lora_"):
+        for variable in layer.variables:
+            own = variable.path == f"{layer.path}/{variable.name}"
+            if not own or variable.name.startswith("lora_"):
                 continue
             value = _merged(layer, variable.name) if merged else _value(variable)
             tensors[variable.path] = VariableTensor(
@@ -115,7 +116,7 @@ def gather_weights(backbone, filepath, max_shard_size=None):
         Whether that is done: not for one device, other files, or quantized weights.
     """
     folder, name = os.path.split(filepath)
-    layers = backbone._flatten_layers()
+    layers = iter_layers(backbone)
     if (
         not is_shared(backbone.weights[0])
         or name not in (h5_file.SINGLE_FILE, h5_file.INDEX_FILE)
@@ -127,16 +128,3 @@ def gather_weights(backbone, filepath, max_shard_size=None):
     size = max_shard_size * 1e9 if max_shard_size else math.inf
     h5_file.write_folder(folder, entries, size, lambda names, data: None)
     return True
-
-
-def track_parameters(model):
-    """Let PyTorch see a KerasHub model's parameters.
-
-    KerasHub assigns attributes before the torch module exists, which hides the
-    parameters from `parameters()`, DDP and exporters until they are tracked again.
-    Variables that wait for their values are tracked when they have them.
-    """
-    if keras.config.backend() != "torch":
-        return
-    if all(variable._value is not None for variable in model.variables):
-        model._track_variables()

@@ -21,7 +21,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.checkpoints import atomic, lazy_tensors
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.weight_maps import model_shapes
-from keras_t5gemma.conversion import verify
+from keras_t5gemma.conversion.compare import check_checksums, verify
 
 WINDOW = 8
 
@@ -318,7 +318,7 @@ def test_killed_at_random_moments_it_is_complete_or_refuses(tmp_path):
             os.kill(child, signal.SIGKILL)
             assert process.stdout.readline() == "gone\n"
             try:
-                count = verify.check_checksums(out)
+                count = check_checksums(out)
             except ValueError as error:
                 assert fresh, "the old checkpoint was lost"
                 message = str(error)
@@ -334,7 +334,7 @@ def test_killed_at_random_moments_it_is_complete_or_refuses(tmp_path):
     from keras_t5gemma.conversion import adapt
 
     adapt.adapt_to_folder(source, folder=out, overwrite=True)
-    assert verify.check_checksums(out)
+    assert check_checksums(out)
     assert not (out / atomic.SAVING).exists()
 
 
@@ -342,18 +342,18 @@ def test_killed_at_random_moments_it_is_complete_or_refuses(tmp_path):
 def test_compare_finds_what_differs(backbone, tmp_path):
     backbone.save_to_preset(tmp_path / "a")
     backbone.save_to_huggingface(tmp_path / "b")
-    same = verify.compare(tmp_path / "a", tmp_path / "b")
+    same = verify(tmp_path / "a", tmp_path / "b")
     assert same.within(0) and same.logits == 0 and same.note == ""
     kernel = backbone.decoder.blocks[1].cross_attention.key.kernel
     kernel.assign(kernel + 0.01)
     backbone.save_to_preset(tmp_path / "c")
-    other = verify.compare(tmp_path / "a", tmp_path / "c")
+    other = verify(tmp_path / "a", tmp_path / "c")
     changed = [path for path, d in other.tensors.items() if d]
     assert changed == ["decoder/block_1/cross_attention/key/kernel"]
     assert abs(other.tensors[changed[0]] - 0.01) < 1e-6
     assert other.logits > 0 and not other.within(1e-3)
     kt.Backbone(tiny_config(vocabulary_size=100)).save_to_preset(tmp_path / "d")
-    small = verify.compare(tmp_path / "a", tmp_path / "d")
+    small = verify(tmp_path / "a", tmp_path / "d")
     assert small.configs == ["vocabulary_size: 480 and 100"]
     assert np.isnan(small.tensors["encoder/token_embedding/embeddings"])
     assert small.logits is None and not small.within(1e9)

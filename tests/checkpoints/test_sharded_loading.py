@@ -14,7 +14,7 @@ from helpers.keras_hub_models import make_kerashub
 
 from keras_t5gemma.checkpoints import lazy_tensors
 from keras_t5gemma.checkpoints.byte_ranges import bounds
-from keras_t5gemma.checkpoints.layout_transforms import RULES
+from keras_t5gemma.checkpoints.layout_transforms import TRANSFORMS
 
 HERE = TESTS
 
@@ -74,11 +74,11 @@ def test_a_file_gives_a_slice_and_reads_its_bytes_alone(shape, tmp_path, monkeyp
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_ask_for_the_same_part_of_theirs(rule):
+@pytest.mark.parametrize("rule", TRANSFORMS)
+def test_transforms_read_the_same_part_of_the_file(rule):
     shape, head_dim = (12, 8), 4
-    source = Whole(RULES[rule].their_shape(shape, head_dim))
-    ours = lazy_tensors.FromTheirs(source, RULES[rule], shape)
+    source = Whole(TRANSFORMS[rule].file_shape(shape, head_dim))
+    ours = lazy_tensors.ImportedTensor(source, TRANSFORMS[rule], shape)
     whole = ours.read()
     assert whole.shape == shape
     for index in [(), *slices_of(shape), (slice(1, 3), slice(5, 7))]:
@@ -86,11 +86,11 @@ def test_rules_ask_for_the_same_part_of_theirs(rule):
         part = ours.read_slice(index)
         assert (part == whole[index]).all()
         sizes = [high - low for low, high in bounds(index, shape)]
-        if RULES[rule].split is not None:  # Of several heads whole ones are read.
-            low, high = bounds(index, shape)[RULES[rule].split]
+        if TRANSFORMS[rule].split is not None:  # Of several heads whole ones are read.
+            low, high = bounds(index, shape)[TRANSFORMS[rule].split]
             if low // head_dim != (high - 1) // head_dim:
                 wide = -(-high // head_dim) - low // head_dim
-                sizes[RULES[rule].split] = wide * head_dim
+                sizes[TRANSFORMS[rule].split] = wide * head_dim
         assert source.asked == np.prod(sizes)
 
 

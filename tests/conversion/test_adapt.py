@@ -12,11 +12,12 @@ from helpers.models import make_proto, max_difference, numpy
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints import atomic, safetensors_file
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
-from keras_t5gemma.conversion import adapt, verify
-from keras_t5gemma.conversion.verify import (
+from keras_t5gemma.conversion import adapt, adaptation_checks
+from keras_t5gemma.conversion.adaptation_checks import (
     causal_encoder_states,
     decoder_logits_without_cross,
 )
+from keras_t5gemma.conversion.compare import check_checksums
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_choices_are_arguments(big, small):
         kt.adapt_gemma2(big, cross_norms="none")
     with pytest.raises(ValueError, match="`seed`.*-1"):
         kt.adapt_gemma2(big, seed=-1)
-    with pytest.raises(ValueError, match="`initializer_std` must be > 0"):
+    with pytest.raises(ValueError, match="`initializer_std` must be a number above 0"):
         kt.adapt_gemma2(big, initializer_std=0)
 
 
@@ -184,7 +185,7 @@ def test_file_to_file_equals_in_memory(folders, tmp_path, dtype):
         assert max_difference(a, b) == 0
     assert loaded.backbone.lineage == lineage
     assert isinstance(loaded.generate("A board", max_length=4), str)
-    assert verify.check_checksums(out) == len(loaded.backbone.weights)
+    assert check_checksums(out) == len(loaded.backbone.weights)
     # KerasHub's base class reads the folder by its own loader.
     theirs = keras_hub.models.Backbone.from_preset(str(out), dtype=dtype)
     for a, b in zip(theirs.weights, expected.weights, strict=True):
@@ -212,7 +213,7 @@ def test_damage_is_found(folders, tmp_path):
         file.seek(entry.offset + 5)
         file.write(b"\x55")
     with pytest.raises(ValueError, match=r"damaged.*'decoder/block_1/mlp/up/kernel'"):
-        verify.check_checksums(out)
+        check_checksums(out)
 
 
 def test_a_wrong_result_is_refused_before_it_appears(folders, tmp_path, monkeypatch):
@@ -232,15 +233,15 @@ def test_a_wrong_result_is_refused_before_it_appears(folders, tmp_path, monkeypa
 
 
 def test_large_towers_are_checked_on_two_layers(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "_VOCABULARY", 100)
+    monkeypatch.setattr(adaptation_checks, "_VOCABULARY", 100)
     sources = {}
-    original = verify.check_identities
+    original = adaptation_checks.check_identities
 
-    def small_room(folder, sources_, room):
+    def small_room(folder, sources_, max_bytes):
         sources.update(sources_)
-        return original(folder, sources_, room=1)
+        return original(folder, sources_, max_bytes=1)
 
-    monkeypatch.setattr(verify, "check_identities", small_room)
+    monkeypatch.setattr(adaptation_checks, "check_identities", small_room)
     _, report = adapt.adapt_to_folder(folders / "big", folder=tmp_path / "out")
     assert "on 2 of 4 layers" in report[1] and "on 2 of 4 layers" in report[2]
 

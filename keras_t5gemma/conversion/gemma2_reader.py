@@ -108,7 +108,7 @@ def open_gemma2(source, argument="source"):
         )
     folder = presets.download(location)
     reader = h5_file if kind == presets.KERAS_HUB else safetensors_file
-    tensors = weight_maps.read_tower(
+    tensors = weight_maps.import_tensors(
         weight_maps.expand(rows, stack.num_layers),
         {"": stack},
         weight_maps.tower_shapes(stack, size),
@@ -150,7 +150,7 @@ def _open_live(backbone, argument):
         size,
         cap,
         8192,
-        weight_maps.read_tower(
+        weight_maps.import_tensors(
             weight_maps.expand(weight_maps.GEMMA2_KERAS_HUB, stack.num_layers),
             {"": stack},
             weight_maps.tower_shapes(stack, size),
