@@ -2,20 +2,15 @@
 
 import dataclasses
 
+from keras_t5gemma.utils.checks import number, whole_number
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _require_positive_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number >= 1; got {value!r}.")
-
-
-def _require_soft_cap(name, value):
-    if value is not None and not (isinstance(value, int | float) and value > 0):
-        raise ValueError(
-            f"`{name}` must be a positive number, or None for no soft cap; "
-            f"got {value!r}."
-        )
+def _store_counts(config, *names):
+    for name in names:
+        value = whole_number(getattr(config, name), name, 1)
+        object.__setattr__(config, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +55,8 @@ class StackConfig:
     rms_norm_epsilon: float = 1e-6
 
     def __post_init__(self):
-        for name in (
+        _store_counts(
+            self,
             "num_layers",
             "hidden_dim",
             "intermediate_dim",
@@ -68,8 +64,7 @@ class StackConfig:
             "num_key_value_heads",
             "head_dim",
             "sliding_window",
-        ):
-            _require_positive_int(name, getattr(self, name))
+        )
         if self.num_query_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_query_heads` must be a multiple of `num_key_value_heads`; "
@@ -77,17 +72,15 @@ class StackConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even; got {self.head_dim}.")
-        _require_soft_cap("attention_soft_cap", self.attention_soft_cap)
+        if self.attention_soft_cap is not None:
+            number(self.attention_soft_cap, "attention_soft_cap", above=0, other="None")
         for name in ("rope_base", "rms_norm_epsilon"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"`{name}` must be positive; got {value!r}.")
+            number(getattr(self, name), name, above=0)
         scale = self.query_scale
         if scale is None:
             scale = self.head_dim**-0.5
-        elif not (isinstance(scale, int | float) and scale > 0):
-            raise ValueError(f"`query_scale` must be positive, or None; got {scale!r}.")
-        object.__setattr__(self, "query_scale", float(scale))
+        scale = number(scale, "query_scale", above=0, other="None")
+        object.__setattr__(self, "query_scale", scale)
         types = self.layer_types
         if types is None:
             types = [FULL if i % 2 else SLIDING for i in range(self.num_layers)]
@@ -107,8 +100,8 @@ class StackConfig:
         return self.num_layers * block + d
 
 
-# The released sizes (FACTS: layers, width, feed-forward, heads, kv heads, head
-# size). Blocks and final norm, no embedding, in the comment.
+# The released sizes, docs/facts.md, section 2: layers, width, feed-forward, query
+# heads, key/value heads, head size. Comments: parameters without the embedding.
 STACKS = {
     "s": StackConfig(8, 512, 1024, 8, 8, 64),  # 20,988,416
     "b": StackConfig(12, 768, 2048, 12, 12, 64),  # 84,972,288
@@ -156,11 +149,10 @@ class T5GemmaConfig:
                 continue
             elif not isinstance(stack, StackConfig):
                 raise ValueError(f"`{side}` must be a StackConfig; got {stack!r}.")
-        _require_positive_int("vocabulary_size", self.vocabulary_size)
-        _require_positive_int("max_positions", self.max_positions)
-        _require_soft_cap("final_soft_cap", self.final_soft_cap)
-        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-            raise ValueError(f"`dropout` must be in [0, 1); got {self.dropout!r}.")
+        _store_counts(self, "vocabulary_size", "max_positions")
+        if self.final_soft_cap is not None:
+            number(self.final_soft_cap, "final_soft_cap", above=0, other="None")
+        number(self.dropout, "dropout", at_least=0, below=1)
 
     @classmethod
     def pair(cls, encoder, decoder, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 import keras_t5gemma as kt
 from keras_t5gemma.config import STACKS
 
-PUBLISHED = {  # FACTS: the totals of the released checkpoints
+PUBLISHED = {  # docs/facts.md, section 2: totals of the released checkpoints
     ("s", "s"): 312_517_632,
     ("b", "b"): 591_490_560,
     ("l", "l"): 1_241_761_792,
@@ -47,12 +47,12 @@ def test_configs_are_frozen():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 0}, "num_layers.*>= 1; got 0"),
+        ({"num_layers": 0}, "num_layers.*whole number from 1; got 0"),
         ({"hidden_dim": 2.5}, "hidden_dim"),
         ({"num_key_value_heads": 3}, "multiple of `num_key_value_heads`; got 8 and 3"),
         ({"head_dim": 7}, "head_dim.*even; got 7"),
         ({"sliding_window": 0}, "sliding_window"),
-        ({"attention_soft_cap": 0.0}, "attention_soft_cap.*positive"),
+        ({"attention_soft_cap": 0.0}, "`attention_soft_cap` must be None or a number above 0; got 0.0"),
         ({"attention_soft_cap": -1}, "attention_soft_cap"),
         ({"query_scale": 0}, "query_scale"),
         ({"rope_base": -1.0}, "rope_base"),

@@ -33,7 +33,8 @@ _TOWER = (
     "block_{i}/mlp/down/kernel",
     "block_{i}/post_mlp_norm/scale",
 )
-# (path in the T5Gemma, source, path in the source): FACTS section 3, row by row.
+# (path in the T5Gemma, source, path in the source): the rows of docs/facts.md,
+# section 3.
 WHOLE_ENCODER = tuple(("encoder/" + p, "encoder", p) for p in _TOWER)  # Row 1.
 DECODER = tuple(("decoder/" + p, "decoder", p) for p in _TOWER)  # Row 2.
 # Row 3, balanced: "copied from the same layer's self-attention".

@@ -1,34 +1,36 @@
-"""Plain text as training batches, by an objective."""
+"""Batches of training pairs that an objective makes from documents."""
+
+from typing import Any
 
 import numpy as np
 
 from keras_t5gemma.data import objective_pairs
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
+from keras_t5gemma.utils.buckets import ceil_div
 from keras_t5gemma.utils.ragged import Ragged
 
 
 class DocumentDataset(PairDataset):
-    """Batches of what a preprocessor's objective makes of documents.
+    """Batches of training pairs that an objective makes from documents.
 
-    A document that is too long for the preprocessor's lengths, whatever is drawn, is
-    cut into pieces that are not. Every piece is a pair of its own: none crosses from
-    one document into the next, and packed pairs do not see each other. What is drawn
-    for a piece comes from its number and the epoch's; its lengths stay the same.
+    Documents longer than the preprocessor's lengths allow are cut into pieces. Each
+    piece becomes one pair: no pair crosses a document boundary, and packed pairs do
+    not attend to each other. The objective draws from the number of the piece and of
+    the epoch; the lengths of a pair are the same in every epoch.
 
     Args:
-        preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
-        columns: `{"text": [...]}`, the documents; those below two tokens are left out.
+        *args: of `PairDataset`: a `Seq2SeqLMPreprocessor` with an objective, and
+            `{"text": [...]}`, the documents. Those below two tokens are left out.
+        teacher: adds a teacher's inputs to every batch: a `TeacherInMemory`, a
+            `TeacherScores`, or `None`.
         **kwargs: further arguments of `PairDataset`.
 
-        teacher: whose view of the texts comes with them: a `TeacherInMemory`, a
-            `TeacherScores`, or `None`.
-
     Raises:
-        ValueError: as `PairDataset`, without a document of two tokens, or for a teacher
-            of another vocabulary or other texts.
+        ValueError: as `PairDataset`, when no document has two tokens, or for a teacher
+            with another vocabulary or with scores of other texts.
     """
 
-    def __init__(self, *args, teacher=None, **kwargs):
+    def __init__(self, *args: Any, teacher: Any = None, **kwargs: Any) -> None:
         self.teacher = teacher
         super().__init__(*args, **kwargs)
         if teacher is not None:
@@ -45,8 +47,8 @@ class DocumentDataset(PairDataset):
     def _read_pieces(self, columns, name):
         return read_pieces(self.preprocessor, columns, name)
 
-    def most_pieces(self, rows):
-        """More pieces are in no `rows` of a batch, however they are shuffled."""
+    def max_pieces(self, rows: int) -> int:
+        """Maximum number of pieces in a batch of so many rows, in any order."""
         return int(np.sort(self.packs.lengths)[-rows:].sum())
 
     def __getitem__(self, index):
@@ -68,20 +70,26 @@ class DocumentDataset(PairDataset):
         return objective_pairs.make(self.preprocessor, pieces, pairs, is_last, epoch)
 
     def _take(self, pairs):
-        """So many pieces, as a `Ragged`."""
+        """The pieces of these numbers, as a `Ragged`."""
         return self.pieces.take(pairs)
 
 
-def read_pieces(preprocessor, columns, name):
-    """Documents, tokenized and cut to a preprocessor's lengths.
+def read_pieces(
+    preprocessor: Any, columns: dict, name: str
+) -> tuple[Ragged, np.ndarray]:
+    """Tokenize documents and cut them to a preprocessor's lengths.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
         columns: `{"text": [...]}`.
-        name: of the argument that `columns` came by.
+        name: of the argument that `columns` was passed as, for messages.
 
     Returns:
-        `(pieces, is_last)`: a `Ragged`, and whether a document ends with each.
+        `(pieces, is_last)`: a `Ragged`, and bool `(pieces,)`, whether the piece ends
+        its document.
+
+    Raises:
+        ValueError: when no document has two tokens.
     """
 
     def token_rows(part):
@@ -96,18 +104,18 @@ def read_pieces(preprocessor, columns, name):
     return Ragged(lengths, documents.values), is_last
 
 
-def cut(lengths, longest):
-    """Cut texts into pieces of at least 2 tokens, and at most so many.
+def cut(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut texts into pieces of 2 to `longest` tokens.
 
     Args:
-        lengths: int `(texts,)`, at least 2.
-        longest: int, at least 3.
+        lengths: int `(texts,)`, at least 2 tokens each.
+        longest: maximum length of a piece, at least 3 tokens.
 
     Returns:
-        `(lengths, is_last)` of the pieces, those of a text one after the other:
-        ints, and whether the text ends with the piece.
+        `(lengths, is_last)` of the pieces, in the order of the texts: int and bool
+        `(pieces,)`, whether the piece ends its text.
     """
-    counts = -(-lengths // longest)
+    counts = ceil_div(lengths, longest)
     last = np.cumsum(counts) - 1
     pieces = np.full(counts.sum(), longest)
     pieces[last] = lengths - (counts - 1) * longest

@@ -1,27 +1,40 @@
-"""In-memory texts for an encoder alone, with labels or in matching pairs."""
+"""Batches of texts for an encoder alone, with labels or in matching pairs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
 from keras_t5gemma.tokenization.preprocessor import named, pad
-
-LADDER = (16, 24, 32, 48, 64, 96)  # Widths of `by_length`, and these doubled.
+from keras_t5gemma.utils.buckets import bucket
+from keras_t5gemma.utils.ragged import Ragged
 
 
 class EncoderDataset(PairDataset):
-    """`PairDataset` of texts that are read and not written.
+    """Batches of texts for an encoder alone, with labels or in matching pairs.
 
     Args:
-        preprocessor: a `Seq2SeqLMPreprocessor`; its encoder side is used.
-        columns: `{input name: texts}`, one column or two that belong together.
-            The arrays of a batch are called `NAME_token_ids` and `NAME_padding_mask`.
-        labels: array `(texts, ...)`, or `None`: then those of a batch are zeros.
-        token_rows: a function of a dict of columns that returns a list of ids a
-            text, for each column or for all of them together.
-        **kwargs: those of `PairDataset`, but for `batching="packed"`.
+        preprocessor: a `Seq2SeqLMPreprocessor`, of which the encoder side is used.
+        columns: `{input name: texts}`, one column or two that belong together. The
+            arrays of a batch are called `NAME_token_ids` and `NAME_padding_mask`.
+        labels: array `(texts, ...)`; with `None` the labels of a batch are zeros.
+        token_rows: function from a dict of columns to lists of token ids per text, one
+            list for each column or one for all of them joined.
+        **kwargs: those of `PairDataset`, except `batching="packed"`.
+
+    Raises:
+        ValueError: as `PairDataset`, or for `batching="packed"`.
     """
 
-    def __init__(self, preprocessor, columns, labels, token_rows, **kwargs):
+    def __init__(
+        self,
+        preprocessor: Any,
+        columns: dict,
+        labels: np.ndarray | None,
+        token_rows: Callable[[dict], list],
+        **kwargs: Any,
+    ) -> None:
         if kwargs.get("batching") == "packed":
             raise ValueError(
                 "`batching` must be 'bucketed' or 'fixed' for an encoder alone; got "
@@ -60,51 +73,53 @@ class EncoderDataset(PairDataset):
         return x, labels, weights
 
 
-def arrays(tokens, shape, name="encoder"):
-    """Rows of ids as int32 arrays of a shape, rows that are left over empty."""
+def arrays(
+    tokens: Sequence, shape: tuple[int, int], name: str = "encoder"
+) -> dict[str, np.ndarray]:
+    """Token ids and padding mask, int32 arrays of a shape; missing rows are empty."""
     count, width = shape
     filled = [*tokens, *[[]] * (count - len(tokens))]
     return named(name, *pad(filled, width))
 
 
-def by_length(rows, batch_size, limit):
-    """Batches of rows of similar length, in shapes that are few.
+def by_length(
+    rows: Ragged, batch_size: int, limit: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Batches of rows of similar length, in few shapes.
 
     Args:
         rows: a `Ragged` of ids.
-        batch_size: rows a batch; the last one is filled with empty rows.
-        limit: the largest width.
+        batch_size: rows per batch; the last batch is filled with empty rows.
+        limit: maximum width in tokens.
 
     Yields:
-        `(numbers of the rows, arrays)`, the longest rows first, so that what does not
-        fit into memory fails at once.
+        `(row numbers, arrays)`, longest rows first: a batch that does not fit into
+        memory fails at once.
     """
     order = np.argsort(-rows.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        shape = batch_size, width_of(int(rows.lengths[chosen[0]]), limit)
+        longest = int(rows.lengths[chosen[0]])
+        shape = batch_size, min(limit, bucket(longest, halves_from=16))
         yield chosen, arrays([rows[i] for i in chosen], shape)
 
 
-def width_of(length, limit):
-    """The first step of the ladder that a length fits, or the limit."""
-    steps = list(LADDER)
-    while steps[-1] < length:
-        steps += [2 * step for step in steps[-2:]]
-    return min(limit, next(step for step in steps if step >= length))
-
-
-def encoder_ids(preprocessor, columns, name, token_rows):
-    """The ids of columns of texts, a list of `Ragged`, cut with a warning.
+def encoder_ids(
+    preprocessor: Any, columns: dict, name: str, token_rows: Callable[[dict], list]
+) -> list[Ragged]:
+    """Tokenize columns of texts for the encoder; warns when texts are truncated.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
         columns: `{name: texts}`.
-        name: of the argument that they came by, for messages.
+        name: of the argument that `columns` was passed as, for messages.
         token_rows: as in `EncoderDataset`.
 
+    Returns:
+        A `Ragged` of token ids for each list that `token_rows` returns.
+
     Raises:
-        ValueError: for what is no list of texts, none at all, or empty ones.
+        ValueError: when a column is not a list of texts, is empty, or has empty texts.
     """
     for key, texts in columns.items():
         if isinstance(texts, str | bytes):

@@ -1,10 +1,11 @@
-"""What users hand to `fit`, turned into batches of arrays.
+"""Data adapters for `fit`: text, arrays, datasets and iterables, as batches of arrays.
 
-Keras's own adapters take arrays from everywhere; this module only puts the
-tokenizer between the text and them.
+Keras's own adapters accept arrays of every kind; this module only adds the tokenizer.
 """
 
 import threading
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,25 +16,34 @@ from keras_t5gemma.data.resumable import ResumableDataset, draw_seed
 from keras_t5gemma.data.text_columns import TEXT_KEYS, as_columns, as_documents
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.token_ids import INPUTS, check_ids
+from keras_t5gemma.utils.checks import number, one_of
 
 
 class MappedBatches(ResumableDataset):
-    """A user's PyDataset of text batches, with the tokenizer behind it.
+    """A user's PyDataset of text batches, tokenized batch by batch.
 
-    `start_at` is exact when the dataset does not change with the epochs.
+    `start_at` is exact when the dataset does not change between epochs.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
         dataset: the `keras.utils.PyDataset`.
-        shuffle: a new order of the batches every epoch.
-        steps: batches an epoch; the next epoch goes on where this one ends. `None`
-            is all of them.
+        shuffle: a new order of the batches in every epoch.
+        steps: batches per epoch; the next epoch continues where this one ends. `None`
+            takes all of them.
+        name: of the argument that `dataset` was passed as, for messages.
 
     Raises:
         ValueError: for an endless dataset without `steps`.
     """
 
-    def __init__(self, preprocessor, dataset, shuffle=False, steps=None, name="x"):
+    def __init__(
+        self,
+        preprocessor: Any,
+        dataset: keras.utils.PyDataset,
+        shuffle: bool = False,
+        steps: int | None = None,
+        name: str = "x",
+    ) -> None:
         super().__init__(
             workers=dataset.workers,
             use_multiprocessing=False,
@@ -72,27 +82,29 @@ class MappedBatches(ResumableDataset):
 
 
 class StreamBatches(ResumableDataset):
-    """An iterable of text batches that can be started again.
+    """An iterable of text batches that can be iterated again.
 
-    Batches are found by going through it, from its start when the one asked for has
-    gone by. `start_at` is exact when the iterable gives the same batches in every run.
+    Batches are read in order; an earlier batch restarts the iterable. `start_at` is
+    exact when the iterable gives the same batches in every run.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
         batches: the iterable.
-        length: batches an epoch.
-        goes_on: whether an epoch begins where the one before it ended, and the
-            iterable anew when it is through; otherwise every epoch begins anew.
+        length: batches per epoch.
+        continues: `True` starts an epoch where the previous one ended, and restarts
+            the iterable when it is exhausted; `False` restarts it in every epoch.
     """
 
-    def __init__(self, preprocessor, batches, length, goes_on=False):
+    def __init__(
+        self, preprocessor: Any, batches: Iterable, length: int, continues: bool = False
+    ) -> None:
         super().__init__(workers=0)
         self.preprocessor = preprocessor
         self.batches = batches
         self.length = length
-        self.goes_on = goes_on
+        self.continues = continues
         self._place = (None, None)  # The epoch, and the next of its batches.
-        self._lock = threading.Lock()  # TensorFlow looks ahead in a thread.
+        self._lock = threading.Lock()  # TensorFlow prefetches in a thread.
 
     def batches_an_epoch(self):
         """Batches of a whole epoch."""
@@ -100,7 +112,7 @@ class StreamBatches(ResumableDataset):
 
     def __getitem__(self, index):
         epoch, wanted = self.epoch, self.skipped + index
-        if self.goes_on:
+        if self.continues:
             epoch, wanted = 0, self._position(index)
         with self._lock:
             if self._place[0] != epoch or self._place[1] > wanted:
@@ -112,33 +124,37 @@ class StreamBatches(ResumableDataset):
 
     def _next(self):
         batch = next(self.iterator, None)
-        if batch is None and self.goes_on:
+        if batch is None and self.continues:
             self.iterator = iter(self.batches)
             batch = next(self.iterator, None)
         if batch is None:
-            raise ValueError("The data has fewer batches than when they were counted.")
+            raise ValueError(
+                f"The data must have {self.length} batches in every epoch; it ended "
+                f"after {self._place[1]}."
+            )
         return batch
 
 
-def stream(preprocessor, batches, steps=None, name="x"):
+def stream(
+    preprocessor: Any, batches: Iterable, steps: int | None = None, name: str = "x"
+) -> tuple[Iterable, int | None]:
     """Arrays from an iterable of text batches.
 
     Generators, `tf.data`, Grain and PyTorch DataLoaders are all iterables.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
-        batches: the iterable; each item a dict of text columns, or a
+        batches: the iterable; each item is a dict of text columns, or a
             `(sources, targets)` pair of lists.
-        steps: batches an epoch, for what is endless; `None` takes as an epoch all
-            that the iterable gives, which is gone through once to count when it
-            does not know its length.
-        name: the argument's name, for messages.
+        steps: batches per epoch, for endless data; with `None` an epoch is all of the
+            iterable, which is iterated once to count when it has no length.
+        name: of the argument that `batches` was passed as, for messages.
 
     Returns:
         `(data for keras.Model.fit, steps)`.
 
     Raises:
-        ValueError: for what cannot be iterated, is empty, or is endless without
+        ValueError: when it cannot be iterated, is empty, or is endless without
             `steps`.
     """
     try:
@@ -173,8 +189,12 @@ def _endless(name):
     )
 
 
-def map_batch(preprocessor, batch):
-    """One batch of text through the preprocessor; of arrays, as it is."""
+def map_batch(preprocessor: Any, batch: Any) -> Any:
+    """Tokenize one batch of text; a batch of arrays is returned unchanged.
+
+    Raises:
+        ValueError: when it is not a batch of texts or arrays.
+    """
     columns, weight = batch, None
     first = batch[0] if isinstance(batch, list | tuple) and len(batch) else batch
     is_ids = isinstance(first, dict) and "encoder_token_ids" in first
@@ -203,128 +223,148 @@ def map_batch(preprocessor, batch):
 
 
 def fit_arguments(
-    preprocessor,
-    vocabulary_size,
-    x,
-    y=None,
-    sample_weight=None,
-    batch_size=None,
-    shuffle=False,
-    steps=None,
-    name="x",
-    validation_split=0.0,
-    batching=None,
-    like=None,
-    teacher=None,
-):
-    """Keyword arguments of `keras.Model.fit` for the data of a user.
+    preprocessor: Any,
+    vocabulary_size: int,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+    steps: int | None = None,
+    name: str = "x",
+    validation_split: float = 0.0,
+    batching: str | None = None,
+    like: Any = None,
+    teacher: Any = None,
+) -> dict[str, Any]:
+    """Keyword arguments of `keras.Model.fit` for a user's data.
 
     Args:
-        preprocessor: a `Seq2SeqLMPreprocessor`, or `None`: only arrays are taken.
-        vocabulary_size: the bound of ids in arrays.
+        preprocessor: a `Seq2SeqLMPreprocessor`; with `None` only arrays are accepted.
+        vocabulary_size: ids in arrays must be below this.
         x: in-memory text, arrays, an iterable of batches, or a `PairDataset`.
         y: targets, where `x` does not hold them.
-        sample_weight: one weight a pair.
-        batch_size: rows a batch of in-memory text; 32 when `None`.
-        shuffle: a new order every epoch, for in-memory text.
-        steps: batches an epoch, for what is endless.
-        name: the argument's name, for messages.
+        sample_weight: one weight per pair.
+        batch_size: rows per batch of in-memory text; 32 when `None`.
+        shuffle: a new order in every epoch, for in-memory text.
+        steps: batches per epoch, for endless data.
+        name: of the argument that `x` was passed as, for messages.
         validation_split: share of in-memory data to hold out, from its end.
         batching: of `PairDataset`; `None` is `"packed"` with an objective, else
             `"bucketed"`.
-        like: the training data that this data validates; its widths are taken.
+        like: the training data, when this is validation data: its bucket widths are
+            used here too.
         teacher: of `DocumentDataset`; `None` for pairs and batches.
 
     Returns:
-        The dict; with a split of text, `"held_out"` is the dict for validation.
+        The dict; with a validation split of text, `"held_out"` is the dict for
+        validation.
 
     Raises:
-        ValueError: for what is no data of pairs.
+        ValueError: when `x` is not data of text pairs.
     """
-    if not 0 <= validation_split < 1:
-        raise ValueError(
-            f"`validation_split` must be in [0, 1); got {validation_split!r}."
-        )
-    common = {"shuffle": shuffle, "steps_per_epoch": steps}
-    whole = {
-        "shuffle": False,
-        "steps_per_epoch": None,
-    }  # A `ResumableDataset` does both.
+    number(validation_split, "validation_split", at_least=0, below=1)
+    # A `ResumableDataset` shuffles and counts its steps itself.
+    dataset_arguments = {"shuffle": False, "steps_per_epoch": None}
     if isinstance(x, PairDataset) and getattr(x, "teacher", None) is teacher:
-        return {"x": x, **whole}  # Made before, with all that is asked for here.
-    columns, make = None, PairDataset
-    if preprocessor is not None and preprocessor.objective is not None:
-        columns, make = as_documents(x, y), DocumentDataset
-        if columns is not None:
-            batching = batching or "packed"
-    elif preprocessor is not None:
-        columns = as_columns(x, y)
-    batching = batching or "bucketed"
-    if teacher is not None and (columns is None or make is PairDataset):
+        return {"x": x, **dataset_arguments}  # Made earlier, for the same arguments.
+    has_objective = preprocessor is not None and preprocessor.objective is not None
+    columns = None
+    if preprocessor is not None:
+        columns = as_documents(x, y) if has_objective else as_columns(x, y)
+    if teacher is not None and (columns is None or not has_objective):
         raise ValueError(
             f"Distillation needs plain text in memory as `{name}` (a list of strings, "
             "a Dataset, a path) and a preprocessor with an `objective`."
         )
     if columns is not None:
-
-        def batches(rows, shuffle, steps=None, like=None, **kwargs):
-            return make(
-                preprocessor,
-                {key: column[rows] for key, column in columns.items()},
-                None if sample_weight is None else sample_weight[rows],
-                batch_size or 32,
-                shuffle,
-                batching,
-                steps,
-                like.widths if isinstance(like, PairDataset) else None,
-                name,
-                **kwargs,
-            )
-
-        rows = len(next(iter(columns.values())))
-        cut = rows - int(rows * validation_split)
-        if validation_split and cut == rows:
-            raise ValueError(
-                f"`validation_split` {validation_split} of {rows} rows is none."
-            )
-        with_teacher = {} if teacher is None else {"teacher": teacher}
-        training = batches(slice(cut), shuffle, steps, like, **with_teacher)
-        data = {"x": training, **whole}
-        if validation_split:
-            held_out = batches(slice(cut, None), False, None, data["x"])
-            data["held_out"] = {"x": held_out}
-        return data
-    if batching not in BATCHINGS:
-        raise ValueError(f"`batching` must be one of {BATCHINGS}; got {batching!r}.")
-    if batching == "packed":
+        data = _split_datasets(
+            DocumentDataset if has_objective else PairDataset,
+            columns,
+            sample_weight,
+            validation_split,
+            None if teacher is None else {"teacher": teacher},
+            like,
+            preprocessor=preprocessor,
+            batch_size=batch_size or 32,
+            shuffle=shuffle,
+            batching=batching or ("packed" if has_objective else "bucketed"),
+            steps=steps,
+            name=name,
+        )
+        return {**data, **dataset_arguments}
+    if one_of(batching or "bucketed", "batching", BATCHINGS) == "packed":
         raise ValueError(
-            "`batching='packed'` is for in-memory text; "
+            "`batching='packed'` needs text in memory; "
             f"`{name}` is {type(x).__name__} of something else."
         )
     if isinstance(x, dict):
-        check_ids(x, y, vocabulary_size)
-        rows = len(x[INPUTS[0]])
-        cut = int(rows * (1 - validation_split))
-        for part in (cut, rows - cut):
-            mesh.check_rows(part % (batch_size or 32), f"the last batch of `{name}`")
-        mesh.check_rows(min(rows, batch_size or 32), "batch_size")
-        if validation_split:
-            common["validation_split"] = validation_split
+        _check_arrays(x, y, vocabulary_size, batch_size or 32, validation_split, name)
+        split = {"validation_split": validation_split} if validation_split else {}
         return {
-            **common,
             "x": {key: x[key] for key in INPUTS},
             "y": y,
             "sample_weight": sample_weight,
             "batch_size": batch_size,
+            "shuffle": shuffle,
+            "steps_per_epoch": steps,
+            **split,
         }
     if validation_split:
         raise ValueError(
-            "`validation_split` works on in-memory data; pass `validation_data` "
-            "beside batches."
+            "`validation_split` needs data in memory; pass `validation_data` with "
+            "batches."
         )
     if preprocessor is None:
-        return {**common, "x": x}
+        return {"x": x, "shuffle": shuffle, "steps_per_epoch": steps}
     if isinstance(x, keras.utils.PyDataset):
-        return {"x": MappedBatches(preprocessor, x, shuffle, steps, name), **whole}
+        batches = MappedBatches(preprocessor, x, shuffle, steps, name)
+        return {"x": batches, **dataset_arguments}
     x, steps = stream(preprocessor, x, steps, name)
-    return {**whole, "x": x, "steps_per_epoch": steps}
+    return {"x": x, "shuffle": False, "steps_per_epoch": steps}
+
+
+def _split_datasets(
+    make, columns, sample_weight, share, extra, like, *, shuffle, steps, **kwargs
+):
+    """Datasets for training and, with a validation split, for validation.
+
+    Args:
+        make: `PairDataset` or `DocumentDataset`.
+        columns: dict of lists.
+        sample_weight: one weight per row, or `None`.
+        share: of the rows that is held out, from their end.
+        extra: keyword arguments of the dataset for training alone, or `None`.
+        like: a dataset whose widths are taken, if it is a `PairDataset`.
+        shuffle: for training.
+        steps: for training.
+        **kwargs: of both.
+    """
+
+    def dataset(rows, like, **kwargs):
+        return make(
+            columns={key: column[rows] for key, column in columns.items()},
+            sample_weight=None if sample_weight is None else sample_weight[rows],
+            widths=like.widths if isinstance(like, PairDataset) else None,
+            **kwargs,
+        )
+
+    rows = len(next(iter(columns.values())))
+    cut = rows - int(rows * share)
+    if share and cut == rows:
+        raise ValueError(f"`validation_split` {share} of {rows} rows leaves none.")
+    own = {"shuffle": shuffle, "steps": steps, **kwargs, **(extra or {})}
+    data = {"x": dataset(slice(cut), like, **own)}
+    if share:
+        data["held_out"] = {"x": dataset(slice(cut, None), data["x"], **kwargs)}
+    return data
+
+
+def _check_arrays(x, y, vocabulary_size, batch_size, validation_split, name):
+    """Raise `ValueError` for ids out of range, or batches that no mesh can split."""
+    check_ids(x, y, vocabulary_size)
+    rows = len(x[INPUTS[0]])
+    cut = int(rows * (1 - validation_split))
+    for part in (cut, rows - cut):
+        mesh.check_rows(part % batch_size, f"the last batch of `{name}`")
+    mesh.check_rows(min(rows, batch_size), "batch_size")

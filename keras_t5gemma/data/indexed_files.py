@@ -1,26 +1,32 @@
-"""Rows of many files, each found without going through what is before it."""
+"""Random access to the lines of many files."""
 
 import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 ENDINGS = (".jsonl", ".json", ".txt")
 
 
 class FileRows:
-    """The lines of UTF-8 files: JSON objects, or in `.txt` texts.
+    """Random access to the lines of UTF-8 files: JSON objects, or texts in `.txt`.
 
     Args:
-        paths: of the files; a folder stands for the files in it, by name.
-        fields: names of the fields that a JSON object must have, strings.
+        paths: of the files; a folder stands for the files in it, sorted by name.
+        fields: names of the string fields that a JSON object must have.
 
     Attributes:
         paths: list of the files' paths.
 
     Raises:
-        ValueError: for no file, one that is not there, or another kind of file.
+        ValueError: when there is no file, one is missing, or one is of another kind.
     """
 
-    def __init__(self, paths, fields):
+    def __init__(
+        self,
+        paths: str | os.PathLike | Iterable[str | os.PathLike],
+        fields: Iterable[str],
+    ) -> None:
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         self.paths, self.fields = [], tuple(fields)
         for path in map(Path, paths):
@@ -31,15 +37,15 @@ class FileRows:
         if wrong or not self.paths:
             raise ValueError(
                 f"`paths` must be files that end in one of {kinds}, or folders of "
-                f"them; got {wrong or paths}. Write others anew as JSON lines."
+                f"them; got {wrong or paths}. Convert other files to JSON lines."
             )
 
-    def sizes(self):
+    def sizes(self) -> list[int]:
         """Bytes of each file."""
         return [path.stat().st_size for path in self.paths]
 
-    def lines(self, number):
-        """`(offset, row)` of every line of a file that is not empty."""
+    def lines(self, number: int) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """`(byte offset, row)` of every line of a file that is not empty."""
         with open(self.paths[number], "rb") as file:
             offset = 0
             for line in file:
@@ -47,8 +53,8 @@ class FileRows:
                     yield offset, self._parse(number, offset, line)
                 offset += len(line)
 
-    def read(self, number, offsets):
-        """The rows of a file that begin at some bytes, in that order."""
+    def read(self, number: int, offsets: Sequence[int]) -> list[tuple[str, ...]]:
+        """The rows of a file that begin at these byte offsets, in that order."""
         with open(self.paths[number], "rb") as file:
             rows = []
             for offset in offsets:

@@ -1,25 +1,32 @@
-"""What an objective makes for a preprocessor: pairs that fit, with their ends."""
+"""Pairs that an objective makes for a preprocessor, with their end tokens."""
 
 import zlib
+from typing import Any
 
 import numpy as np
 
 from keras_t5gemma.utils.ragged import Ragged
 
 
-def make(preprocessor, texts, seeds, is_last, epoch=0):
+def make(
+    preprocessor: Any,
+    texts: Ragged,
+    seeds: np.ndarray,
+    is_last: np.ndarray,
+    epoch: int = 0,
+) -> tuple[Ragged, Ragged]:
     """Sources and targets of texts.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
         texts: a `Ragged` of ids, 2 to `preprocessor.longest_text()` each.
-        seeds: int `(rows,)`, what is drawn for each.
-        is_last: bool `(rows,)`, whether the document ends with the text.
-        epoch: int.
+        seeds: int `(rows,)`, the random seed of each text.
+        is_last: bool `(rows,)`, whether the text ends its document.
+        epoch: number of the epoch.
 
     Returns:
-        `(sources, targets)`, a `Ragged` each. A target ends in the end token, unless
-        it is the end of a text which goes on.
+        `(sources, targets)`, a `Ragged` each. A target ends with the end token, unless
+        it ends with its text and the document continues.
     """
     sources, targets = preprocessor.objective(texts, seeds, epoch)
     ends = _has_end(preprocessor, seeds, is_last)
@@ -27,24 +34,31 @@ def make(preprocessor, texts, seeds, is_last, epoch=0):
     return sources, Ragged(targets.lengths + ends, values)
 
 
-def places(preprocessor, lengths, seeds, is_last, epoch=0):
-    """Where in its text every token of a target is that `make` makes.
+def places(
+    preprocessor: Any,
+    lengths: np.ndarray,
+    seeds: np.ndarray,
+    is_last: np.ndarray,
+    epoch: int = 0,
+) -> Ragged:
+    """Position in its text of every target token that `make` returns.
 
     Args:
         preprocessor: as in `make`.
-        lengths: int `(rows,)`, of the texts.
+        lengths: int `(rows,)`, tokens of the texts.
         seeds: as in `make`.
         is_last: as in `make`.
         epoch: as in `make`.
 
     Returns:
-        A `Ragged` of the lengths of the targets: 0 for the first token of the text, as
-        much as its length for the end token after it, -1 for what is not of the text.
+        A `Ragged` as long as the targets: 0 for the first token of the text, the
+        length of the text for the end token after it, -1 for sentinels and other
+        tokens that are not in the text.
     """
     lengths = np.asarray(lengths)
     texts = Ragged(lengths, None)
     inside = np.arange(lengths.sum()) - np.repeat(texts.starts, lengths)
-    # The objective moves ids about, whatever they are, and adds some of its own.
+    # Positions in place of ids: those below `size` are ids that the objective adds.
     size = preprocessor.tokenizer.vocabulary_size()
     texts.values = inside + size
     _, targets = preprocessor.objective(texts, seeds, epoch)
@@ -55,8 +69,10 @@ def places(preprocessor, lengths, seeds, is_last, epoch=0):
     return Ragged(targets.lengths + ends, np.insert(values, targets.ends[ends], last))
 
 
-def lengths(preprocessor, lengths, seeds, is_last):
-    """The lengths of what `make` makes, of texts of so many tokens."""
+def lengths(
+    preprocessor: Any, lengths: np.ndarray, seeds: np.ndarray, is_last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the sources and targets that `make` returns, int `(rows,)` each."""
     sources, targets = preprocessor.objective.lengths(lengths, seeds)
     return sources, targets + _has_end(preprocessor, seeds, is_last)
 
@@ -65,15 +81,15 @@ def _has_end(preprocessor, seeds, is_last):
     return is_last | ~preprocessor.objective.ends_with_the_text(seeds)
 
 
-def of_rows(preprocessor, rows):
-    """Pairs of single texts, what is too long cut, drawn by what a text says.
+def of_rows(preprocessor: Any, rows: list[list[int]]) -> list[list[list[int]]]:
+    """Pairs of single texts, truncated to fit, drawn from a hash of the text.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
-        rows: lists of ids; one below two tokens gives an empty pair.
+        rows: lists of ids; fewer than two tokens give an empty pair.
 
     Returns:
-        `(sources, targets)`, a list of ids each row.
+        `[sources, targets]`, a list of ids for each row.
     """
     longest = preprocessor.longest_text()
     is_whole = np.array([len(row) <= longest for row in rows], bool)

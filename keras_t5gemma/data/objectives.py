@@ -1,31 +1,30 @@
-"""Plain text to training pairs: what the encoder reads, what the decoder writes.
+"""Pretraining objectives: PrefixLM and UL2, from plain text to training pairs.
 
-NumPy only, all rows of a batch at once. What is drawn for a row is a function of its
-own seed: the same in every batch, in every order, on every machine.
+NumPy only, vectorized over the rows of a batch. The random draws of a row depend on its
+seed alone: they are the same in every batch, in every order, on every machine.
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_t5gemma.data import objective_pairs
 from keras_t5gemma.utils import seeded_random
+from keras_t5gemma.utils.checks import number, one_of
 from keras_t5gemma.utils.ragged import Ragged
-
-
-def _check_rate(rate):
-    if not 0 < rate < 1:
-        raise ValueError(f"`rate` must be in (0, 1); got {rate!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """Spans all over the text are taken out; a sentinel stands for each.
+    """Span corruption: random spans are removed, each replaced by a sentinel.
 
     Args:
-        mean_length: tokens a span, on average; at least 1.
-        rate: share of the text that is taken out, in (0, 1).
-        mode: name of the mode token that the encoder's input begins with, or `None`.
+        mean_length: mean length of a span in tokens, at least 1.
+        rate: share of the tokens that is removed, in (0, 1).
+        mode: name of the mode token at the start of the encoder's input, or `None`.
     """
 
     mean_length: float
@@ -33,20 +32,17 @@ class Spans:
     mode: str | None = None
 
     def __post_init__(self):
-        _check_rate(self.rate)
-        if not self.mean_length >= 1:
-            raise ValueError(
-                f"`mean_length` must be at least 1; got {self.mean_length!r}."
-            )
+        number(self.rate, "rate", above=0, below=1)
+        number(self.mean_length, "mean_length", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Suffix:
-    """The end of the text is taken out; no sentinel stands for it.
+    """Sequential denoising: the end of the text is removed, without a sentinel.
 
     Args:
-        rate: share of the text that is taken out, in (0, 1); `None` draws it anew
-            for every text, uniformly.
+        rate: share of the tokens that is removed, in (0, 1); `None` draws it uniformly
+            for each text.
         mode: as in `Spans`.
     """
 
@@ -55,11 +51,11 @@ class Suffix:
 
     def __post_init__(self):
         if self.rate is not None:
-            _check_rate(self.rate)
+            number(self.rate, "rate", above=0, below=1)
 
 
 MIXTURES = {
-    # arXiv 2205.05131, section 3.1: regular, extreme and sequential denoising, alike.
+    # arXiv 2205.05131, section 3.1: regular, extreme and sequential denoising.
     "ul2": (
         (1, Spans(3, 0.15, "[NLU]")),
         (1, Spans(8, 0.15, "[NLU]")),
@@ -81,19 +77,24 @@ MIXTURES = {
 
 
 class Objective:
-    """A mixture of ways to take tokens out of a text, for the decoder to write.
+    """A mixture of denoisers: tokens removed from a text become the decoder's target.
 
     Args:
         mixture: rows of `(weight, Spans or Suffix)`.
-        sentinels: ids that stand for the spans of a text, the first for the first.
+        sentinels: ids of the sentinels, in the order in which a text uses them.
         mode_tokens: `{name: id}` of the modes in the mixture.
 
     Raises:
-        ValueError: for a mixture that is none, spans without sentinels, modes
+        ValueError: for an empty or malformed mixture, spans without sentinels, modes
             without ids, or an id that is used twice.
     """
 
-    def __init__(self, mixture, sentinels=(), mode_tokens=None):
+    def __init__(
+        self,
+        mixture: Iterable[tuple[float, Spans | Suffix]],
+        sentinels: Sequence[int] = (),
+        mode_tokens: dict[str, int] | None = None,
+    ) -> None:
         mixture = tuple(mixture)
         if not mixture or not all(
             len(row) == 2 and row[0] > 0 and isinstance(row[1], Spans | Suffix)
@@ -121,18 +122,20 @@ class Objective:
         if self._is_spans.any() and not len(self.sentinels):
             raise ValueError("`sentinels` must not be empty: the mixture has spans.")
 
-    def __call__(self, token_ids, seeds, epoch=0):
-        """Pairs from texts.
+    def __call__(
+        self, token_ids: Any, seeds: ArrayLike, epoch: int = 0
+    ) -> tuple[Ragged, Ragged]:
+        """Training pairs from texts.
 
         Args:
             token_ids: rows of ids, at least 2 each: a list of lists, an int array
                 `(rows, length)` or a `Ragged`.
-            seeds: int `(rows,)`, at least 0: what is drawn for a row.
-            epoch: int; the next one takes as much out of a row, in other places.
+            seeds: int `(rows,)`, at least 0, the random seed of each row.
+            epoch: number of the epoch: others remove as many tokens at other places.
 
         Returns:
-            `(sources, targets)`, what the encoder reads and what the decoder writes,
-            a `Ragged` of as many rows each. No bos, no eos.
+            `(sources, targets)`, the encoder's input and the decoder's target, a
+            `Ragged` with the same rows each. Without bos and eos.
 
         Raises:
             ValueError: for a row below 2 tokens, or one with more spans than there
@@ -170,8 +173,10 @@ class Objective:
         )
         return sources, Ragged(taken + sentinels, targets)
 
-    def lengths(self, lengths, seeds):
-        """How long the pairs of texts are, without making them.
+    def lengths(
+        self, lengths: ArrayLike, seeds: ArrayLike
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths of the pairs, computed without building them.
 
         Args:
             lengths: int `(rows,)`, tokens of the texts.
@@ -183,29 +188,30 @@ class Objective:
         Raises:
             ValueError: as in the call.
         """
-        kind, taken, spans = self._sizes(np.asarray(lengths), seeds)
+        lengths = np.asarray(lengths)
+        kind, taken, spans = self._sizes(lengths, seeds)
         sentinels = np.where(self._is_spans[kind], spans, 0)
         mode = self._modes[kind] >= 0
         return lengths - taken + sentinels + mode, taken + sentinels
 
-    def pairs(self, preprocessor, rows):
-        """Pairs of single texts, cut to fit; drawn from a hash of the text.
+    def pairs(self, preprocessor: Any, rows: list[list[int]]) -> list[list[list[int]]]:
+        """Pairs of single texts, truncated to fit, drawn from a hash of the text.
 
         Args:
             preprocessor: a `Seq2SeqLMPreprocessor` with this objective.
-            rows: lists of ids; one below two tokens gives an empty pair.
+            rows: lists of ids; fewer than two tokens give an empty pair.
 
         Returns:
-            `(sources, targets)`, a list of ids per row.
+            `[sources, targets]`, a list of ids for each row.
         """
         return objective_pairs.of_rows(preprocessor, rows)
 
-    def ends_with_the_text(self, seeds):
-        """Whether the target of a row goes on where its text does, bool `(rows,)`."""
+    def ends_with_the_text(self, seeds: ArrayLike) -> np.ndarray:
+        """Whether the target of a row ends where its text ends, bool `(rows,)`."""
         return ~self._is_spans[self._kinds(seeded_random.draws(seeds, 3, 0))]
 
-    def longest_text(self, encoder_length, decoder_length):
-        """Tokens of a text whose pairs fit the lengths, whatever is drawn."""
+    def longest_text(self, encoder_length: int, decoder_length: int) -> int:
+        """Maximum number of tokens of a text whose pair always fits the lengths."""
         low, high = 1, encoder_length + decoder_length + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -230,7 +236,7 @@ class Objective:
         return np.searchsorted(self._shares, draws.reshape(-1, 3)[:, 0], side="right")
 
     def _sizes(self, lengths, seeds):
-        """Row of the mixture, tokens taken out and spans, int `(rows,)` each."""
+        """Row of the mixture, tokens removed and spans, int `(rows,)` each."""
         if len(lengths) and lengths.min() < 2:
             raise ValueError(
                 f"Every row of `token_ids` must have at least 2 tokens; row "
@@ -238,7 +244,7 @@ class Objective:
             )
         if len(seeds) != len(lengths):
             raise ValueError(
-                f"`seeds` must be one for each of the {len(lengths)} rows; got "
+                f"`seeds` must have {len(lengths)} numbers, one per row; got "
                 f"{len(seeds)}."
             )
         draws = seeded_random.draws(seeds, 3, 0)
@@ -254,9 +260,9 @@ class Objective:
         return kind, taken, spans
 
     def _round(self, kind, lengths, draw, other):
-        """Tokens and spans to take out; draws round their fractions up or down."""
+        """Tokens and spans to remove; draws round their fractions up or down."""
         rate = self._rates[kind]
-        drawn = 1 + np.floor((lengths - 1) * draw)  # Any split, alike.
+        drawn = 1 + np.floor((lengths - 1) * draw)  # Every split equally likely.
         taken = np.where(np.isnan(rate), drawn, np.floor(lengths * rate + draw))
         taken = np.clip(taken, 1, lengths - 1).astype("int64")
         spans = np.floor(taken / self._means[kind] + other).astype("int64")
@@ -264,34 +270,34 @@ class Objective:
 
 
 class PrefixLM(Objective):
-    """The encoder reads the start of a text, the decoder writes the rest.
+    """Prefix language modeling: the encoder reads the start of a text.
 
-    As T5Gemma does it, in two equal halves (arXiv 2504.06225, section 3.3):
+    The decoder writes the rest. T5Gemma cuts texts into two equal halves
+    (arXiv 2504.06225, section 3.3):
 
     >>> sources, targets = PrefixLM()([[5, 6, 7, 8]], seeds=[0])
     >>> sources[0].tolist(), targets[0].tolist()
     ([5, 6], [7, 8])
 
     Args:
-        split: `"half"`, where an odd token goes to either side by the seed; or
-            `"random"`, anywhere.
+        split: `"half"`, where the seed decides the side of an odd token; or
+            `"random"`, at a uniformly drawn position.
 
     Raises:
         ValueError: for another `split`.
     """
 
-    def __init__(self, split="half"):
+    def __init__(self, split: str = "half") -> None:
         rates = {"half": 0.5, "random": None}
-        if split not in rates:
-            raise ValueError(f"`split` must be one of {list(rates)}; got {split!r}.")
+        one_of(split, "split", rates)
         super().__init__([(1, Suffix(rates[split]))])
         self.split = split
 
 
 class UL2(Objective):
-    """A mixture of denoisers (arXiv 2205.05131).
+    """UL2, a mixture of denoisers (arXiv 2205.05131).
 
-    Spans of the text are taken out, with a sentinel in their place, and the decoder
+    Spans of the text are removed, a sentinel takes the place of each, and the decoder
     writes sentinels and spans:
 
     >>> ul2 = UL2([(1, Spans(2, 0.4))], sentinels=[99, 98, 97])
@@ -302,7 +308,7 @@ class UL2(Objective):
     Args:
         mixture: `"t5gemma2"`, `"ul2"`, or rows of `(weight, Spans or Suffix)`; see
             `MIXTURES`.
-        sentinels: ids that stand for the spans of a text, the first for the first.
+        sentinels: ids of the sentinels, in the order in which a text uses them.
         mode_tokens: `{name: id}` of the modes in the mixture; `"ul2"` has `[NLU]`,
             `[NLG]` and `[S2S]`.
 
@@ -310,7 +316,12 @@ class UL2(Objective):
         ValueError: as `Objective`, or for an unknown mixture.
     """
 
-    def __init__(self, mixture="t5gemma2", sentinels=(), mode_tokens=None):
+    def __init__(
+        self,
+        mixture: str | Iterable[tuple[float, Spans | Suffix]] = "t5gemma2",
+        sentinels: Sequence[int] = (),
+        mode_tokens: dict[str, int] | None = None,
+    ) -> None:
         if isinstance(mixture, str) and mixture not in MIXTURES:
             raise ValueError(
                 f"`mixture` must be one of {list(MIXTURES)}, or rows of (weight, Spans "
@@ -320,11 +331,15 @@ class UL2(Objective):
         super().__init__(rows, sentinels, mode_tokens)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer, mixture="t5gemma2"):
-        """With a vocabulary's unused tokens, as T5Gemma 2 takes them.
+    def from_tokenizer(
+        cls,
+        tokenizer: Any,
+        mixture: str | Iterable[tuple[float, Spans | Suffix]] = "t5gemma2",
+    ) -> "UL2":
+        """UL2 with the unused tokens of a vocabulary as sentinels, as in T5Gemma 2.
 
-        The sentinels are the unused tokens from the highest number downwards. The mode
-        tokens, which T5Gemma 2 has not, are the lowest.
+        The sentinels are the unused tokens from the highest number downwards. Mode
+        tokens, which T5Gemma 2 does not use, are the lowest ones.
 
         Args:
             tokenizer: a `Tokenizer`.
@@ -335,24 +350,24 @@ class UL2(Objective):
         """
         unused = tokenizer.unused_ids
         rows = MIXTURES.get(mixture, ()) if isinstance(mixture, str) else mixture
-        modes = dict.fromkeys(d.mode for _, d in rows if d.mode is not None)
-        if len(unused) <= len(modes):
+        names = dict.fromkeys(d.mode for _, d in rows if d.mode is not None)
+        if len(unused) <= len(names):
             raise ValueError(
-                f"`tokenizer` must have more than {len(modes)} pieces <unused0>, "
+                f"`tokenizer` must have more than {len(names)} pieces <unused0>, "
                 f"<unused1>, ... for sentinels and modes; it has {len(unused)}."
             )
-        modes = dict(zip(modes, unused, strict=False))
+        modes = dict(zip(names, unused, strict=False))
         return cls(mixture, unused[len(modes) :][::-1], modes)
 
 
 def _compose(totals, parts, draws, skip=0):
-    """Numbers as sums of so many positive ones, all such sums alike.
+    """Random compositions: totals as sums of positive parts, all equally likely.
 
     Args:
         totals: int `(rows,)`.
-        parts: int `(rows,)`, at least 1, at most the total.
+        parts: int `(rows,)`, number of parts, at least 1, at most the total.
         draws: a `Ragged` of uniform numbers, of which each row uses `total - 1`.
-        skip: int, or `(rows,)`: where in a row of `draws` to begin.
+        skip: int, or `(rows,)`: how many numbers of a row of `draws` to skip.
 
     Returns:
         A `Ragged` of `parts` numbers a row.
@@ -376,7 +391,7 @@ def _compose(totals, parts, draws, skip=0):
 
 
 def _gaps(left, spans, draws, skip, at_end):
-    """Tokens before, between and after the spans: first and last may be none."""
+    """Tokens before, between and after the spans; first and last may be 0."""
     gap = _compose(left + 2, spans + 1, draws, skip)
     first, last = gap.starts, gap.ends - 1
     gap.values[first] -= 1
@@ -387,7 +402,7 @@ def _gaps(left, spans, draws, skip, at_end):
 
 
 def _lay_out(gap, span):
-    """Gap, span, gap, ..., span, gap: what is in a span, and where each begins."""
+    """Interleave gaps and spans: which tokens are in a span, where each begins."""
     sizes = np.zeros(len(gap.values) + len(span.values), "int64")
     is_span = np.zeros(len(sizes), bool)
     is_span[2 * np.arange(len(span.values)) + 1 + span.row_numbers()] = True

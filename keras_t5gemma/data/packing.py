@@ -1,27 +1,38 @@
-"""How pairs of unequal lengths fill batches of few shapes. Lengths in, numbers out."""
+"""Bucketing and packing: how pairs of unequal length fill batches of few shapes."""
+
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-_GRID = 32  # Candidate widths a side; twice as many pad no less on real data.
-_OPEN = 256  # Rows that packing looks back at; all of them would save no more than 1 %.
+from keras_t5gemma.utils import buckets
+
+_GRID = 32  # Candidate widths per side; 64 did not reduce padding on real data.
+_OPEN = 256  # Rows that packing tries to fill; trying all would save at most 1 %.
 
 
-def choose_widths(sources, targets, limits, count, multiple=8):
-    """The width pairs that pad the least, each wide enough for the one before.
+def choose_widths(
+    sources: np.ndarray,
+    targets: np.ndarray,
+    limits: Sequence[int],
+    count: int,
+    multiple: int = 8,
+) -> list[tuple[int, int]]:
+    """Bucket widths that need the least padding.
 
-    Every pair of texts is padded to the first width pair that it fits. The widths are
-    multiples of `multiple` among the lengths that occur; of those the choice is exact,
-    by dynamic programming over chains of width pairs.
+    Every pair of texts is padded to the first width pair that it fits. Candidates are
+    the lengths that occur, rounded up to `multiple`; among them the choice is optimal,
+    by dynamic programming over increasing chains of width pairs.
 
     Args:
         sources: int `(n,)`, encoder tokens of each pair.
         targets: int `(n,)`, decoder tokens of each pair.
-        limits: the largest encoder and decoder width; no length is above.
-        count: at most how many width pairs.
-        multiple: what widths are rounded up to.
+        limits: maximum encoder and decoder width; no length exceeds them.
+        count: maximum number of width pairs.
+        multiple: widths are multiples of this.
 
     Returns:
-        A list of `(encoder width, decoder width)`, growing.
+        A list of `(encoder width, decoder width)`, increasing.
     """
     lengths = (sources, targets)
     sides = [
@@ -67,30 +78,34 @@ def _candidates(lengths, limit, multiple):
     return widths
 
 
-def round_up(lengths, multiple, limit):
-    """Lengths as widths: multiples, at least one of them, at most the limit."""
-    up = -(-np.maximum(lengths, 1) // multiple) * multiple
+def round_up(lengths: ArrayLike, multiple: int, limit: int) -> np.ndarray:
+    """Widths for lengths: rounded up to a multiple, at most the limit."""
+    up = buckets.round_up(np.maximum(lengths, 1), multiple)
     return np.minimum(up, limit)
 
 
-def levels(sources, targets, widths):
-    """The first of growing `widths` that each pair fits, int `(n,)`."""
+def levels(
+    sources: np.ndarray, targets: np.ndarray, widths: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Index of the first of increasing `widths` that each pair fits, int `(n,)`."""
     level = np.zeros(len(sources), "int64")
     for encoder, decoder in widths[:-1]:
         level += (sources > encoder) | (targets > decoder)
     return level
 
 
-def first_fit(sources, targets, capacity):
-    """Put pairs into rows, each into the first with room on both sides.
+def first_fit(
+    sources: np.ndarray, targets: np.ndarray, capacity: Sequence[int]
+) -> np.ndarray:
+    """Pack pairs into rows, each into the first row with room on both sides.
 
     Args:
         sources: int `(n,)`, encoder tokens of each pair.
         targets: int `(n,)`, decoder tokens of each pair.
-        capacity: the encoder and decoder width of a row.
+        capacity: encoder and decoder width of a row.
 
     Returns:
-        int `(n,)`, the row of each pair; rows are numbered from 0 without a gap.
+        int `(n,)`, the row of each pair; rows are numbered from 0 without gaps.
     """
     room = np.tile(np.array(capacity, "int64"), (len(sources), 1))
     rows, count = np.zeros(len(sources), "int64"), 0
@@ -103,14 +118,16 @@ def first_fit(sources, targets, capacity):
     return rows
 
 
-def batches_by_level(order, level, batch_size, count):
-    """Full batches of rows of one level; what is left over goes one level up.
+def batches_by_level(
+    order: np.ndarray, level: np.ndarray, batch_size: int, count: int
+) -> np.ndarray:
+    """Full batches of rows of one level; remaining rows move one level up.
 
     Args:
         order: int `(n,)`, row numbers.
         level: int `(n,)`, the level of each row, by row number.
-        batch_size: rows a batch.
-        count: how many levels there are.
+        batch_size: rows per batch.
+        count: number of levels.
 
     Returns:
         int `(batches, batch_size)`, row numbers; the last batch is filled with -1.
@@ -124,8 +141,8 @@ def batches_by_level(order, level, batch_size, count):
     return np.concatenate([*full, in_batches(left, batch_size)])
 
 
-def in_batches(rows, batch_size):
-    """Row numbers in the order given, the last batch filled with -1."""
-    filled = np.full(-(-len(rows) // batch_size) * batch_size, -1, "int64")
+def in_batches(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Row numbers in their order, int `(batches, batch_size)`, filled up with -1."""
+    filled = np.full(buckets.round_up(len(rows), batch_size), -1, "int64")
     filled[: len(rows)] = rows
     return filled.reshape(-1, batch_size)

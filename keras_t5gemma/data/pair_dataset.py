@@ -1,83 +1,83 @@
-"""In-memory pairs as batches: tokenized once, then only put together."""
+"""Batches of in-memory text pairs, tokenized once."""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_t5gemma.data import packing
 from keras_t5gemma.data.resumable import ResumableDataset, draw_seed
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.tokenization.tokenizer import as_texts
+from keras_t5gemma.utils.buckets import ceil_div
+from keras_t5gemma.utils.checks import one_of, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
 
 BATCHINGS = ("bucketed", "packed", "fixed")
-MOST_WIDTHS = 4
-_BATCHES_A_WIDTH = 8  # With fewer, compiling one more program does not pay.
+MAX_WIDTHS = 4
+_BATCHES_PER_WIDTH = 8  # With fewer, compiling one more program does not pay.
 _TEXTS_AT_ONCE = 1000
-_MANY = 10_000  # Texts that take long enough to show a bar.
+_MANY = 10_000  # Texts; fewer are tokenized without a progress bar.
 
 
 class PairDataset(ResumableDataset):
-    """Batches of in-memory pairs.
+    """Batches of in-memory text pairs.
 
-    The texts are tokenized here, once. What an epoch holds is a function of the seed
-    and of the number of the epoch.
+    The texts are tokenized once, when the dataset is made. The batches of an epoch are
+    a function of the seed and the number of the epoch.
 
-    With `"bucketed"` pairs of similar length share a batch, padded to one of at most
-    four pairs of widths that are chosen to pad least, so that at most four programs
-    are compiled; all batches have `batch_size` rows. Without shuffling the pairs stay
-    in order and a batch takes the smallest widths it fits. With `"packed"` several
-    pairs share a row, as long as the preprocessor's lengths allow; their masks number
-    them, see `Encoder.call`; the rows are made once and only their order changes. In
-    both the last batch is filled up with rows of weight 0. `"fixed"` pads every batch
-    to the preprocessor's lengths and leaves the last one short, but not on a mesh of
-    devices. Of several processes all have the same pairs; each one's batches are the
-    rows that its own devices take.
+    `"bucketed"`: pairs of similar length share a batch, padded to one of at most four
+    bucket widths that are chosen for the least padding, so that at most four programs
+    are compiled; all batches have `batch_size` rows. Without shuffling the pairs keep
+    their order, and a batch takes the smallest widths that it fits. `"packed"`: several
+    pairs share a row of the preprocessor's lengths; the padding masks hold their
+    segment ids, see `Encoder.call`. The rows are packed once and only their order
+    changes. In both cases rows of weight 0 fill the last batch. `"fixed"`: every batch
+    is padded to the preprocessor's lengths, and the last one is short except on a mesh
+    of devices. With several processes all of them hold all pairs, and each one's
+    batches are the rows for its own devices.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
-        columns: dict of equally long `"encoder_text"` and `"decoder_text"`.
-        sample_weight: `None`, or one weight a pair.
-        batch_size: rows a batch.
-        shuffle: a new order every epoch.
+        columns: dict of `"encoder_text"` and `"decoder_text"`, equally long.
+        sample_weight: one weight per pair, or `None`.
+        batch_size: rows per batch.
+        shuffle: a new order in every epoch.
         batching: `"bucketed"`, `"packed"` or `"fixed"`.
-        steps: batches an epoch, at most those of all pairs; the next epoch goes on
-            where this one ends. `None` is all pairs.
-        widths: `"bucketed"` only: the pairs of widths of another dataset, so that the
-            same programs serve both.
-        name: of the argument that `columns` came by, for messages.
+        steps: batches per epoch, at most those of all pairs; the next epoch continues
+            where this one ends. `None` takes all pairs.
+        widths: `"bucketed"` only: the widths of another dataset, so that the same
+            compiled programs serve both.
+        name: of the argument that `columns` was passed as, for messages.
 
     Attributes:
-        seed: what the orders come from, drawn from NumPy's global generator
+        seed: seed of the orders, drawn from NumPy's global generator
             (`keras.utils.set_random_seed` makes it repeatable). Set it before the
             first batch to repeat an earlier run.
-        widths: the `(encoder, decoder)` widths of the batches, growing.
+        widths: the `(encoder, decoder)` widths of the batches, increasing.
 
     Raises:
-        ValueError: for columns or weights of different lengths, what is no text, an
-            unknown `batching`, or too many `steps`.
+        ValueError: for columns or weights of different lengths, values that are not
+            strings, an unknown `batching`, or too many `steps`.
     """
 
     def __init__(
         self,
-        preprocessor,
-        columns,
-        sample_weight=None,
-        batch_size=32,
-        shuffle=False,
-        batching="bucketed",
-        steps=None,
-        widths=None,
-        name="x",
-    ):
+        preprocessor: Any,
+        columns: Any,
+        sample_weight: ArrayLike | None = None,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        batching: str = "bucketed",
+        steps: int | None = None,
+        widths: list[tuple[int, int]] | None = None,
+        name: str = "x",
+    ) -> None:
         super().__init__()
-        if batching not in BATCHINGS:
-            raise ValueError(
-                f"`batching` must be one of {BATCHINGS}; got {batching!r}."
-            )
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(
-                f"`batch_size` must be a whole number >= 1; got {batch_size!r}."
-            )
+        one_of(batching, "batching", BATCHINGS)
+        batch_size = whole_number(batch_size, "batch_size", 1)
         mesh.check_rows(batch_size, "batch_size")
         self.preprocessor = preprocessor
         self.batch_size = batch_size
@@ -88,38 +88,37 @@ class PairDataset(ResumableDataset):
         self.lengths = self._read(columns, name)
         self.weights = _weights(sample_weight, len(self.lengths[0]))
         self._arrange(widths)
-        self._all = self._steps = -(-len(self.packs) // batch_size)
+        self._all = self._steps = ceil_div(len(self.packs), batch_size)
         if steps is not None:
             self.limit(steps, name)
 
-    def limit(self, steps, name="x"):
-        """Make epochs of so many batches, one going on where the other ends.
+    def limit(self, steps: int, name: str = "x") -> None:
+        """Shorten epochs to `steps` batches; each continues where the last one ended.
 
         Raises:
-            ValueError: for more than there are.
+            ValueError: for more batches than there are.
         """
         if not 1 <= steps <= self._all:
             raise ValueError(
-                f"`{name}` has {self._all} batches of {self.batch_size} rows: "
-                f"{steps} steps an epoch cannot be had. Leave the steps out to go "
-                "through all of it."
+                f"`{name}` has {self._all} batches of {self.batch_size} rows, fewer "
+                f"than the {steps} steps per epoch. Leave the steps out to take all."
             )
         self._steps = steps
 
     def _read(self, columns, name):
-        """Tokenize; the lengths of the sources and of the targets."""
+        """Tokenize, and return the lengths of the sources and of the targets."""
         token_rows = self.preprocessor.token_rows
         columns = tokenize(self.preprocessor, columns, name, token_rows)
         self.sources, self.targets = columns
         return self.sources.lengths, self.targets.lengths
 
     def _limits(self):
-        """The largest widths, encoder and decoder."""
+        """Maximum widths, encoder and decoder."""
         sides = ("encoder", "decoder")
         return tuple(getattr(self.preprocessor, f"{s}_sequence_length") for s in sides)
 
     def _tokens(self, pairs, epoch):
-        """Sources and targets of so many pairs, rows of ids each."""
+        """Sources and targets of the pairs of these numbers, rows of ids each."""
         return [self.sources[i] for i in pairs], [self.targets[i] for i in pairs]
 
     def _arrange(self, widths):
@@ -131,7 +130,7 @@ class PairDataset(ResumableDataset):
         self.packs = Ragged(np.ones(len(pairs), "int64"), pairs)
         self.widths = [limits]
         if self.batching == "packed":
-            # Shuffled always alike: the number of rows must not depend on the seed.
+            # Always the same order: the number of rows must not depend on the seed.
             pairs = np.random.default_rng(0).permutation(pairs)
             rows = packing.first_fit(sources[pairs], targets[pairs], limits)
             in_rows = pairs[np.argsort(rows, kind="stable")]
@@ -139,8 +138,8 @@ class PairDataset(ResumableDataset):
             used = [np.bincount(rows, x[pairs]).max() for x in (sources, targets)]
             self.widths = [_round_up(used, multiple, limits)]
         elif self.batching == "bucketed":
-            count = len(pairs) // (_BATCHES_A_WIDTH * self.batch_size)
-            count = min(max(count, 1), MOST_WIDTHS)
+            count = len(pairs) // (_BATCHES_PER_WIDTH * self.batch_size)
+            count = min(max(count, 1), MAX_WIDTHS)
             self.widths = widths or packing.choose_widths(
                 sources, targets, limits, count, multiple
             )
@@ -149,16 +148,16 @@ class PairDataset(ResumableDataset):
             self.widths = [*self.widths[:-1], widest]
         self.level = packing.levels(sources, targets, self.widths)
 
-    def batches_an_epoch(self):
+    def batches_an_epoch(self) -> int:
         """Batches of a whole epoch."""
         return self._steps
 
     def _pass(self, step):
-        """How often all pairs have been gone through before a batch."""
+        """How many times all pairs were used before a batch."""
         return self._position(step) // self._all
 
     def _batch(self, step):
-        """Row numbers, -1 where there is none, and the widths of a batch."""
+        """Row numbers, -1 for filler rows, and the widths of a batch."""
         key = (self.seed, self._pass(step))
         plan = self._plan  # Another thread may set another one.
         if plan[0] != key:
@@ -176,12 +175,12 @@ class PairDataset(ResumableDataset):
         return rows, self.widths[self.level[rows[rows >= 0]].max()]
 
     def _own_batch(self, step):
-        """The part of `_batch` that the devices of this process take."""
+        """The part of `_batch` for the devices of this process."""
         rows, widths = self._batch(step)
         return rows[process_group.local_rows(len(rows))], widths
 
     def _order(self, seed, epoch):
-        """The rows of all batches of one epoch, int `(batches, batch_size)`."""
+        """Row numbers of all batches of one epoch, int `(batches, batch_size)`."""
         order = np.arange(len(self.packs))
         if not self.shuffle:
             return packing.in_batches(order, self.batch_size)
@@ -208,26 +207,26 @@ class PairDataset(ResumableDataset):
         for row, pack in enumerate(rows):
             encoder = decoder = 0
             pairs = self.packs[pack] if pack >= 0 else ()
-            for number, pair in enumerate(pairs, 1):
+            for segment, pair in enumerate(pairs, 1):
                 source, target = next(tokens)
                 here = row, slice(encoder, encoder + len(source))
                 x["encoder_token_ids"][here] = source
-                x["encoder_padding_mask"][here] = number
+                x["encoder_padding_mask"][here] = segment
                 here = row, slice(decoder, decoder + len(target))
                 x["decoder_token_ids"][here] = np.concatenate([[start], target[:-1]])
-                x["decoder_padding_mask"][here] = number
+                x["decoder_padding_mask"][here] = segment
                 labels[here] = target
                 weights[here] = self.weights[pair]
                 encoder, decoder = encoder + len(source), decoder + len(target)
         return x, labels, weights
 
-    def counts(self, step):
+    def counts(self, step: int) -> tuple[int, int]:
         rows, widths = self._batch(step)
         pairs = self._pairs(rows)
         tokens = sum(lengths[pairs].sum() for lengths in self.lengths)
         return int(tokens), len(rows) * sum(widths)
 
-    def rows(self, step):
+    def rows(self, step: int) -> list[int]:
         return self._pairs(self._batch(step)[0]).tolist()
 
     def _pairs(self, rows):
@@ -235,15 +234,30 @@ class PairDataset(ResumableDataset):
         return np.concatenate([np.zeros(0, "int64"), *packs])
 
 
-def tokenize(preprocessor, columns, name, token_rows):
-    """What `token_rows` makes of columns of text, as a list of `Ragged`."""
+def tokenize(
+    preprocessor: Any, columns: dict, name: str, token_rows: Callable[[dict], list]
+) -> list[Ragged]:
+    """Tokenize columns of text in parts, with a progress bar.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`, which reports truncation.
+        columns: `{name: texts}`.
+        name: of the argument that `columns` was passed as, for messages.
+        token_rows: function from a dict of columns to lists of token ids per text.
+
+    Returns:
+        A `Ragged` for each list that `token_rows` returns.
+
+    Raises:
+        ValueError: for columns that are empty or of different lengths.
+    """
     columns = {key: as_texts(column, key) for key, column in columns.items()}
     lengths = {key: len(column) for key, column in columns.items()}
     count = min(lengths.values())
     if len(set(lengths.values())) != 1 or not count:
         raise ValueError(
-            f"`{name}` must have as many rows in every column, and at least one; "
-            f"got {lengths}."
+            f"`{name}` must have the same number of rows in every column, at least "
+            f"one; got {lengths}."
         )
     parts = []
     with (
@@ -259,13 +273,13 @@ def tokenize(preprocessor, columns, name, token_rows):
 
 
 def _weights(sample_weight, count):
-    """float32 `(count,)`, one weight a pair."""
+    """float32 `(count,)`, one weight per pair."""
     if sample_weight is None:
         return np.ones(count, "float32")
     weights = np.asarray(sample_weight, "float32")
     if weights.size != count:
         raise ValueError(
-            f"`sample_weight` must be one weight for each of the {count} pairs; got "
+            f"`sample_weight` must have one weight for each of the {count} pairs; got "
             f"shape {weights.shape}."
         )
     return weights.reshape(count)

@@ -1,44 +1,47 @@
-"""Texts and pairs of them from files: lines, JSON lines, CSV, TSV, Parquet."""
+"""Read texts and text pairs from files: lines, JSON lines, CSV, TSV, Parquet."""
 
 import contextlib
 import csv
 import functools
 import gzip
 import json
+import os
 from pathlib import Path
 
 _READERS = {}
 
 
-def read_pairs(path, source="source", target="target"):
+def read_pairs(
+    path: str | os.PathLike, source: str = "source", target: str = "target"
+) -> dict[str, list[str]]:
     """Read the text pairs of a file into memory.
 
     Args:
-        path: a UTF-8 file: `.jsonl` or `.json`, one object a line; `.csv` or `.tsv`
-            with a header and quoted as `csv.writer` does; each also with `.gz` behind
-            it; or `.parquet`, which needs pyarrow.
-        source: name of the field or column that the encoder reads.
-        target: name of the field or column that the decoder writes.
+        path: a UTF-8 file: `.jsonl` or `.json` with one object per line; `.csv` or
+            `.tsv` with a header, quoted as by `csv.writer`; each also compressed, with
+            `.gz` appended; or `.parquet`, which needs pyarrow.
+        source: name of the field or column with the encoder's texts.
+        target: name of the field or column with the decoder's texts.
 
     Returns:
-        `{"encoder_text": [...], "decoder_text": [...]}`, as `Seq2SeqLM.fit` takes it.
+        `{"encoder_text": [...], "decoder_text": [...]}`, accepted by `Seq2SeqLM.fit`.
 
     Raises:
-        ValueError: for another kind of file, an empty one, or a row that lacks a field
-            or has something else than a string in it, with its line.
+        ValueError: for another kind of file, an empty one, or a row in which a field
+            is missing or not a string, with its line.
         ImportError: for `.parquet` without pyarrow.
     """
     columns = _read(path, (source, target), _READERS)
     return dict(zip(("encoder_text", "decoder_text"), columns, strict=True))
 
 
-def read_texts(path, field="text"):
-    """Read the texts of a file into memory, one document each.
+def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
+    """Read the documents of a file into memory.
 
     Args:
-        path: a UTF-8 file: `.txt`, one document a line, empty lines left out; or a file
-            of rows as `read_pairs` takes it; text also with `.gz` behind it.
-        field: name of the field or column of the text, in a file of rows.
+        path: a UTF-8 file: `.txt` with one document per line, empty lines skipped, also
+            with `.gz` appended; or a file of rows as in `read_pairs`.
+        field: name of the field or column with the text, in a file of rows.
 
     Returns:
         A list of strings.
@@ -58,8 +61,8 @@ def _read(path, names, readers):
     read = readers.get(kind.suffix.lower())
     if read is None or (read is _parquet and kind is not path):
         raise ValueError(
-            f"`path` must end in one of {sorted(readers)}, text also in .gz after it; "
-            f"got {str(path)!r}."
+            f"`path` must end in one of {sorted(readers)}, text files also with .gz "
+            f"appended; got {str(path)!r}."
         )
     columns = [[] for _ in names]
     with _whole(path):
@@ -71,17 +74,17 @@ def _read(path, names, readers):
     return columns
 
 
-def read_objects(path):
-    """Read a file of JSON lines of any fields into memory.
+def read_objects(path: str | os.PathLike) -> list[tuple[str, dict]]:
+    """Read the objects of a JSON lines file into memory, whatever their fields.
 
     Args:
-        path: a UTF-8 file, one object a line; `.gz` is unpacked.
+        path: a UTF-8 file with one object per line; may be compressed, `.gz`.
 
     Returns:
-        A list of `(place, dict)`, where the place is for messages.
+        A list of `(place, dict)`; the place is for messages.
 
     Raises:
-        ValueError: for an empty file, or what is no JSON object, with its line.
+        ValueError: for an empty file, or a line that is not a JSON object.
     """
     path = Path(path)
     with _whole(path):
@@ -132,10 +135,10 @@ def _json_lines(path, names):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
+                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(
-                    f"{path}, line {number}: must be a JSON object, one a line; got "
+                    f"{path}, line {number}: must be a JSON object; got "
                     f"{type(row).__name__}."
                 )
             yield f"line {number}", row
@@ -143,7 +146,7 @@ def _json_lines(path, names):
 
 def _csv(path, names):
     tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes[-2:])
-    largest = csv.field_size_limit(2**31 - 1)  # A long source is no error.
+    largest = csv.field_size_limit(2**31 - 1)  # Sources may be long.
     try:
         with _open(path) as file:
             reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
@@ -170,7 +173,7 @@ def _parquet(path, names):
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
     with file:
         there = file.schema_arrow.names
         wanted = [name for name in names if name in there]
@@ -178,7 +181,7 @@ def _parquet(path, names):
         for batch in file.iter_batches(columns=wanted):
             for row in batch.to_pylist():
                 number += 1
-                # Those that were not read are named too, for a message.
+                # A message about a missing column names all columns of the file.
                 all_there = len(wanted) == len(names)
                 yield f"row {number}", row if all_there else dict.fromkeys(there)
 

@@ -1,50 +1,52 @@
-"""What Keras and the datasets of this package must agree on: which epoch it is."""
+"""Datasets that know their epoch, and that can resume in the middle of one."""
 
 import contextlib
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_t5gemma import _compat
 from keras_t5gemma.distribution import process_group
 
 MASKS = ("encoder_padding_mask", "decoder_padding_mask")
 
 
 class ResumableDataset(keras.utils.PyDataset):
-    """A dataset that is told its epoch, and that can start in the middle of one.
+    """A dataset that knows its epoch, and that can resume in the middle of one.
 
-    Keras tells a dataset when epochs begin and end, also of ones it only looks at to
-    build a model. So the number comes from a callback, `follow(dataset)`, and batch i
-    of epoch e is the same whenever and by whatever thread it is asked for.
+    Keras calls `on_epoch_begin` also for an epoch that it only uses to build a model.
+    So a callback, `follow(dataset)`, sets the number of the epoch, and batch i of epoch
+    e is the same at every time and in every thread.
 
     Attributes:
         epoch: the current epoch, from 0.
-        skipped: how many batches at the start of the current epoch are left out.
+        skipped: number of batches that the current epoch leaves out at its start.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.epoch = self.skipped = 0
         self._start = (None, 0)
         self._counts = {}
         self._quiet = contextlib.ExitStack()
 
-    def batches_an_epoch(self):
+    def batches_an_epoch(self) -> int:
         """Batches of a whole epoch."""
         raise NotImplementedError
 
     @property
-    def num_batches(self):
+    def num_batches(self) -> int:
         """Batches of the current epoch."""
         return self.batches_an_epoch() - self.skipped
 
-    def start_at(self, epoch, batch):
-        """Leave out the first batches of one epoch, which a run before this one had.
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Resume in the middle of an epoch, after the batches of an earlier run.
 
         Args:
             epoch: the epoch that `fit` starts with, its `initial_epoch`.
-            batch: how many of its batches to leave out.
+            batch: number of batches to leave out at its start.
 
         Raises:
             ValueError: for a batch that the epoch does not have.
@@ -56,14 +58,14 @@ class ResumableDataset(keras.utils.PyDataset):
             )
         self._start = (epoch, batch)
 
-    def set_epoch(self, epoch):
-        """Come to an epoch, before any batch of it is asked for."""
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch, before any batch of it is read."""
         self.epoch = epoch
         self.skipped = self._start[1] if epoch == self._start[0] else 0
 
     def on_epoch_begin(self):
         if self.skipped:
-            # Keras expects all epochs to be equally long.
+            # Keras expects every epoch to have the same length.
             self._quiet.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Your input ran out of data")
 
@@ -71,28 +73,28 @@ class ResumableDataset(keras.utils.PyDataset):
         self._quiet.close()
         self.skipped = 0
 
-    def counts(self, step):
-        """Tokens of a batch of the current epoch.
+    def counts(self, step: int) -> tuple[int, int]:
+        """Number of tokens in a batch of the current epoch.
 
         Args:
-            step: Keras's number of the batch, from 0; those left out have none.
+            step: Keras's number of the batch, from 0, not counting skipped batches.
 
         Returns:
-            `(tokens, positions)` of encoder and decoder together: without padding,
-            and with it. `(0, 0)` for a batch that has no padding masks.
+            `(tokens, positions)` of encoder and decoder together, without and with
+            padding; `(0, 0)` for a batch without padding masks.
         """
         return self._counts.get(step, (0, 0))
 
-    def rows(self, step):
-        """The numbers of the pairs in a batch of the current epoch, if known."""
+    def rows(self, step: int) -> list[int] | None:
+        """Numbers of the pairs in a batch of the current epoch, `None` if unknown."""
         return None
 
     def _position(self, index):
-        """The number of a batch, when epochs go on where the one before ended."""
+        """Number of a batch, counted from the first epoch."""
         return self.epoch * self.batches_an_epoch() + self.skipped + index
 
     def _count(self, step, batch):
-        """Remember the `counts` of a batch that passes."""
+        """Record the `counts` of a batch, and return the batch."""
         x = batch[0] if isinstance(batch, tuple) else batch
         if isinstance(x, dict) and all(name in x for name in MASKS):
             masks = [keras.ops.convert_to_numpy(x[name]) for name in MASKS]
@@ -101,20 +103,20 @@ class ResumableDataset(keras.utils.PyDataset):
         return batch
 
 
-def draw_seed():
+def draw_seed() -> int:
     """A seed that `keras.utils.set_random_seed` makes repeatable.
 
-    Of several processes all call it, and have the first one's.
+    All processes call it and get the seed of the first one.
     """
     return process_group.from_first(int(np.random.randint(2**31)))
 
 
-def follow(dataset, adapter=None):
-    """The callback of `fit` that tells a dataset which epoch comes.
+def follow(dataset: ResumableDataset, adapter: Any = None) -> keras.callbacks.Callback:
+    """The callback of `fit` that sets the epoch of a dataset.
 
     Args:
         dataset: a `ResumableDataset`.
-        adapter: what `any_width` made of it.
+        adapter: what `any_width` returned for it.
     """
     return _Follow(dataset, adapter)
 
@@ -130,8 +132,8 @@ class _Follow(keras.callbacks.Callback):
         self.dataset.set_epoch(epoch)
 
     def on_train_batch_end(self, batch, logs=None):
-        # On TensorFlow Keras asks for the batches that are left out, and what it gets
-        # at the end of the data moves the weights once more.
+        # On TensorFlow Keras asks for the skipped batches too, and what it gets at the
+        # end of the data would update the weights once more.
         is_short = self.dataset.skipped and self.adapter is not None
         if is_short and batch + 1 >= self.dataset.num_batches:
             self.has_stopped = not self.model.stop_training
@@ -143,27 +145,24 @@ class _Follow(keras.callbacks.Callback):
             self.adapter.on_epoch_end()
 
 
-def any_width(dataset):
-    """What to hand to Keras for a dataset whose batches differ in shape.
+def any_width(dataset: Any) -> Any:
+    """Data for `keras.Model.fit` from a dataset whose batches differ in shape.
 
-    On TensorFlow Keras takes the widths of the first two batches for those of all,
-    unless it is told otherwise.
+    On TensorFlow Keras takes the widths of the first batches for those of all, unless
+    the adapter has a signature with unknown dimensions.
     """
     if keras.config.backend() != "tensorflow" or not isinstance(
         dataset, ResumableDataset
     ):
         return dataset
     import tensorflow as tf
-    from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
     batch = dataset[0]
     if not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(batch)):
         return dataset
-    adapter = PyDatasetAdapter(dataset)
 
     def spec(array):
         dtype = keras.backend.standardize_dtype(array.dtype)
         return tf.TensorSpec([None] * len(array.shape), dtype)
 
-    adapter._output_signature = keras.tree.map_structure(spec, batch)
-    return adapter
+    return _compat.dataset_adapter(dataset, keras.tree.map_structure(spec, batch))

@@ -19,6 +19,7 @@ from keras_t5gemma.data.document_dataset import DocumentDataset, cut
 from keras_t5gemma.data.indexed_files import FileRows
 from keras_t5gemma.data.pair_dataset import PairDataset
 from keras_t5gemma.distribution import process_group
+from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.ragged import Ragged
 
 _ROWS_AT_ONCE = 1000
@@ -34,9 +35,8 @@ class _Files:
             raise ImportError(
                 "Text in files is read by Grain: pip install grain"
             ) from error
-        if not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"`threads` must be a whole number >= 1; got {threads!r}.")
-        self._grain, self._threads = grain, threads
+        self._grain = grain
+        self._threads = whole_number(threads, "threads", 1)
         self._next = self._batches = None
         self._lock = threading.Lock()  # TensorFlow looks ahead in a thread.
         # What is cut is counted when the lengths are read, and not again.

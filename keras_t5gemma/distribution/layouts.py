@@ -16,6 +16,8 @@ import keras
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16 by name.
 import numpy as np
 
+from keras_t5gemma.utils.checks import whole_number
+
 MESH_AXES = ("data", "model")
 STRATEGIES = ("data", "fsdp", "tensor")
 
@@ -113,10 +115,7 @@ def check_mesh(mesh):
             f"A mesh may have the axes {list(MESH_AXES)}; got {unknown[0]!r}."
         )
     for name, size in mesh.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"The mesh axis {name!r} must be a whole number >= 1; got {size!r}."
-            )
+        whole_number(size, name, 1)
 
 
 def _kinds(path, rank):

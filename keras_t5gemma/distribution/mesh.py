@@ -9,6 +9,7 @@ import numpy as np
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.distribute import MeshDistribution
 from keras_t5gemma.distribution.shared_arrays import gathered
+from keras_t5gemma.utils import buckets
 
 
 def current():
@@ -146,7 +147,7 @@ def like(x, source):
 
 def round_up(rows):
     """A number of rows, rounded up to what `"data"` divides."""
-    return rows + -rows % size("data")
+    return buckets.round_up(rows, size("data"))
 
 
 def rows_for(count):
@@ -157,7 +158,7 @@ def rows_for(count):
     """
     held = process_group.local_rows(size("data"))
     first, last = held.start or 0, held.stop
-    rows = -(-count // (last - first))  # Of a place on the axis.
+    rows = buckets.ceil_div(count, last - first)  # Of a place on the axis.
     return first * rows, (last - first) * rows
 
 

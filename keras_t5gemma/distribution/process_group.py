@@ -14,6 +14,9 @@ import time
 import keras
 import numpy as np
 
+from keras_t5gemma import _compat
+from keras_t5gemma.utils.checks import whole_number
+
 _LARGEST_MESSAGE = 2**20
 
 
@@ -42,10 +45,8 @@ def connect(address, processes, index, timeout=300, heartbeat=100, same=None):
             "`connect` joins processes on the JAX backend; this is "
             f"{keras.config.backend()}, which has its own ways (see the guide)."
         )
-    if not (isinstance(processes, int) and processes >= 1):
-        raise ValueError(f"`processes` must be a whole number >= 1; got {processes!r}.")
-    if not (isinstance(index, int) and 0 <= index < processes):
-        raise ValueError(f"`index` must be in [0, {processes}); got {index!r}.")
+    whole_number(processes, "processes", 1)
+    whole_number(index, "index", 0, processes - 1)
     host, _, port = str(address).rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"`address` must be 'host:port'; got {address!r}.")
@@ -53,7 +54,7 @@ def connect(address, processes, index, timeout=300, heartbeat=100, same=None):
 
     versions = {"keras": keras.__version__, "jax": jax.__version__}
     mine = {"processes": processes, "versions": versions, **(same or {})}
-    seed = keras.src.utils.rng_utils.get_random_seed()
+    seed = _compat.random_seed()
     if seed is None:
         seed = int(np.random.randint(2**31))
     until = time.monotonic() + timeout

@@ -12,7 +12,8 @@ from keras_t5gemma.generation.decoding import select
 from keras_t5gemma.generation.engine import Engine, results
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
-from keras_t5gemma.generation.requests import batches, bucket, power_of_two
+from keras_t5gemma.generation.requests import batches
+from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.progress import progress_bar
 
 _TOKENS_AT_A_TIME = 8

@@ -1,13 +1,13 @@
 """How the next token is chosen: what a user may ask of `generate`."""
 
 import dataclasses
-import math
 import numbers
 
 import keras_hub
 import numpy as np
 
 from keras_t5gemma.tokenization.token_ids import check_range
+from keras_t5gemma.utils.checks import number, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +76,18 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is None and GenerationOptions.__dict__[name] is None:
                 continue
-            if not isinstance(value, numbers.Integral) or value < low:
-                raise ValueError(
-                    f"`{name}` must be a whole number from {low}; got {value!r}."
-                )
-            store(name, int(value))
+            store(name, whole_number(value, name, low))
         for name, high in (
-            ("temperature", math.inf),
-            ("top_p", 1.0),
-            ("repetition_penalty", math.inf),
-            ("max_time", math.inf),
+            ("temperature", None),
+            ("top_p", 1),
+            ("repetition_penalty", None),
+            ("max_time", None),
         ):
             value = getattr(self, name)
             if value is None and GenerationOptions.__dict__[name] is None:
                 continue
-            if not isinstance(value, numbers.Real) or not 0 < value <= high:
-                end = "" if high == math.inf else f" and at most {high}"
-                raise ValueError(f"`{name}` must be above 0{end}; got {value!r}.")
-        if not isinstance(self.length_penalty, numbers.Real):
-            raise ValueError(
-                f"`length_penalty` must be a number; got {self.length_penalty!r}."
-            )
+            number(value, name, above=0, at_most=high)
+        number(self.length_penalty, "length_penalty")
         if self.is_sampling and self.num_beams > 1:
             raise ValueError(
                 "`temperature`, `top_k`, `top_p` sample, `num_beams` searches: give "

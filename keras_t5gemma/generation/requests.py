@@ -9,6 +9,8 @@ from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation.options import id_tuple
 from keras_t5gemma.tokenization.preprocessor import pad
 from keras_t5gemma.tokenization.token_ids import INPUTS, check_range
+from keras_t5gemma.utils.buckets import bucket, power_of_two
+from keras_t5gemma.utils.checks import whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +56,8 @@ def read_request(inputs, preprocessor, config, max_length, stop_token_ids, batch
     """
     if max_length is None and preprocessor is not None:
         max_length = preprocessor.decoder_sequence_length
-    whole = isinstance(max_length, int | np.integer)
-    if not whole or not 2 <= max_length <= config.max_positions:
-        raise ValueError(
-            f"`max_length` must be a whole number from 2 to {config.max_positions}, "
-            f"the model's positions; got {max_length!r}."
-        )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1; got {batch_size!r}.")
+    max_length = whole_number(max_length, "max_length", 2, config.max_positions)
+    batch_size = whole_number(batch_size, "batch_size", 1)
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
         if preprocessor is None:
             raise ValueError(
@@ -223,22 +219,6 @@ def _row_seeds(options, rows):
     generator = np.random.default_rng(options.seed)
     seeds = generator.integers(0, 2**31, (rows, options.rows_per_source))
     return seeds.astype("int32")
-
-
-def power_of_two(n):
-    """The number, 0 or more, rounded up to a power of two; 0 stays."""
-    return 1 << (int(n) - 1).bit_length() if n else 0
-
-
-def bucket(length):
-    """The length rounded up: 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, ..."""
-    size = 16
-    while size < length:
-        half = size * 3 // 2
-        if size >= 64 and half >= length:
-            return half
-        size *= 2
-    return size
 
 
 def answer_mask(ids, prompt_lengths, ends, stop_ids):

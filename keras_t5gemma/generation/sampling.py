@@ -3,10 +3,10 @@
 Rows R are answers being written, V the vocabulary, L the decoder's length.
 """
 
-import math
-
 import keras
 from keras import ops
+
+from keras_t5gemma.utils.buckets import equal_chunks
 
 _NEVER = -1e30
 _CHUNKS = 512
@@ -134,7 +134,7 @@ def sample(logits, state, options):
     Returns:
         int32 `(R,)`.
     """
-    blocks, ids = math.gcd(logits.shape[1], _CHUNKS), None
+    blocks, ids = equal_chunks(logits.shape[1], _CHUNKS), None
     if options.top_k is not None:
         logits, ids = top_candidates(logits, options.top_k)
         blocks = 1

@@ -16,9 +16,14 @@ import warnings
 import keras
 import torch
 
+from keras_t5gemma import _compat
 from keras_t5gemma.modeling.rotary import rotary_angles
+from keras_t5gemma.utils.buckets import equal_chunks
 
 _LOGIT_CHUNKS = 4
+# Projections of a block.
+_ATTENTION = ("query", "key", "value", "output_projection")
+_MLP = ("gate", "up", "down")
 
 
 def is_supported(backbone):
@@ -29,21 +34,25 @@ def is_supported(backbone):
     if modes == {"int8"}:
         on_cpu = backbone.variables[0].value.device.type == "cpu"
         has_kernels = "fbgemm" in torch.backends.quantized.supported_engines
-        has_kernels &= hasattr(torch, "_make_per_channel_quantized_tensor")
+        has_kernels &= _compat.has_per_channel_int8()
         return not lora and on_cpu and has_kernels
     return not lora and modes == {None}
 
 
 def _projections(decoder):
-    layers = decoder._flatten_layers(include_self=False, recursive=True)
-    kinds = keras.layers.Dense | keras.layers.Embedding
-    return [layer for layer in layers if isinstance(layer, kinds)]
+    """The table and every matrix that a decoding step multiplies with."""
+    layers = [decoder.token_embedding]
+    for block in decoder.blocks:
+        for attention in (block.self_attention, block.cross_attention):
+            layers += [getattr(attention, name) for name in _ATTENTION]
+        layers += [getattr(block.mlp, name) for name in _MLP]
+    return layers
 
 
 def fingerprint(backbone):
     """What changes when a weight of the decoder does."""
     return tuple(
-        (id(variable.value), variable.value._version)
+        (id(variable.value), _compat.tensor_version(variable.value))
         for variable in backbone.decoder.variables
     )
 
@@ -83,7 +92,7 @@ class TorchStep:
 
     def _table(self, layer):
         """How to look up a token, and how to multiply by the logit table."""
-        values = layer._embeddings.value.detach()
+        values = layer.embeddings.value.detach()
         if layer.quantization_mode:
             scale = layer.embeddings_scale.value.detach()
 
@@ -99,7 +108,7 @@ class TorchStep:
         return 1.0 + layer.scale.value.detach().float()
 
     def _product(self, layer):
-        kernel = layer._kernel.value.detach()
+        kernel = layer.kernel.value.detach()
         if layer.quantization_mode:
             return _Int8(kernel.t().contiguous(), layer.kernel_scale.value.detach())
         return self.make_product(kernel.to(self.dtype))
@@ -108,11 +117,10 @@ class TorchStep:
         def products(layer, names):
             return {name: self._product(getattr(layer, name)) for name in names}
 
-        own = ("query", "key", "value", "output_projection")
         return {
-            "self": products(block.self_attention, own),
-            "cross": products(block.cross_attention, (own[0], own[3])),
-            "mlp": products(block.mlp, ("gate", "up", "down")),
+            "self": products(block.self_attention, _ATTENTION),
+            "cross": products(block.cross_attention, ("query", "output_projection")),
+            "mlp": products(block.mlp, _MLP),
             "norms": {
                 f"{place}_{name}": self._norm(getattr(block, f"{place}_{name}_norm"))
                 for name in ("self", "cross", "mlp")
@@ -245,9 +253,9 @@ class CompiledStep:
         """See `TorchStep`."""
         try:
             # Every size of a batch is a program; the limit is meant for accidents.
-            with torch._dynamo.config.patch(recompile_limit=1000):
+            with torch.compiler.config.patch(recompile_limit=1000):
                 hidden = self.hidden(token, cache, index)
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+        except RuntimeError as error:  # Dynamo's errors are.
             if self.hidden == self.step.hidden:
                 raise
             warnings.warn(
@@ -265,7 +273,7 @@ class _Columns:
 
     def __init__(self, weight):
         rows, columns = weight.shape
-        halves = 1 if columns % 2 else 2
+        halves = equal_chunks(columns, 2)
         self.halves = weight.view(rows, halves, columns // halves).permute(1, 0, 2)
 
     def __call__(self, x):
@@ -278,7 +286,7 @@ class _Table:
 
     def __init__(self, table):
         size, width = table.shape
-        chunks = _LOGIT_CHUNKS if size % _LOGIT_CHUNKS == 0 else 1
+        chunks = equal_chunks(size, _LOGIT_CHUNKS)
         self.parts = table.view(chunks, size // chunks, width)
 
     def __call__(self, x):
@@ -308,14 +316,13 @@ class _Int8:
     def __init__(self, rows, scale):
         ops = torch.ops.quantized
         self.function = ops.linear_with_input_q_dq_qweight_dq_output_fp32
-        zeros = torch.zeros(len(rows), dtype=torch.long)
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
         try:
             with warnings.catch_warnings():  # This way of making one is deprecated.
                 warnings.simplefilter("ignore", UserWarning)
-                quantized = torch._make_per_channel_quantized_tensor(
-                    rows.contiguous(), 1.0 / scale.double(), zeros, 0
+                quantized = _compat.per_channel_int8(
+                    rows.contiguous(), 1.0 / scale.double()
                 )
             self.packed = ops.linear_prepack(quantized, None)
         finally:

@@ -1,44 +1,42 @@
-"""Bytes that a training step and a decoding cache take beside the weights.
+"""Memory of a training step and of decoding caches, on top of the weights.
 
-Axis names are those of `modeling/attention.py`. What a block keeps for its backward
-pass, in elements, c bytes each in the compute dtype:
+Axis names are those of `modeling/attention.py`. Elements that a block keeps for its
+backward pass, c bytes each in the compute dtype:
 
     a sub-layer     3 B T D               its input, its normalized input, its output
-    attention       2 B T N H + 2 B S K H queries, what the values gave; keys, values
+    attention       2 B T N H + 2 B S K H queries, attended values; keys, values
                     B N T S               soft-capped logits and softmax, 4 bytes each,
                                           and the weights in a compute dtype below 4
     feed-forward    5 B T F               gate, its tanh, gelu, up, and their product
     embedding       2 B T D               rows, and the rows scaled
     final norm      B T D
 
-Split over the mesh axis "data" is B; over "model" N, F, and K where it divides.
+The mesh axis "data" splits B; "model" splits N and F, and K where it divides.
 
-The backward pass goes from the last block to the first. What a block kept is free when
-it is done, its gradients come; `peak` follows it. Masks, row statistics and what
-dropout keeps are left out.
+The backward pass runs from the last block to the first. It frees what a block kept, and
+adds the block's gradients; `peak` follows it. Masks, row statistics and dropout masks
+are left out.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
-from keras_t5gemma.config import SLIDING
-from keras_t5gemma.training.chunked_cross_entropy import parts_of_vocabulary
-
-# Most logits at a time, see `token_losses`.
-AT_ONCE_ON_ACCELERATOR, AT_ONCE_ON_CPU = 2**24, 2**20
+from keras_t5gemma.config import SLIDING, StackConfig, T5GemmaConfig
+from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR, vocabulary_chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What one device computes with.
+    """Sizes of the computation on one device.
 
     Args:
-        batch: B, of this device.
-        source: length of the encoder.
-        target: length of the decoder.
+        batch: B on this device.
+        source: encoder length.
+        target: decoder length.
         itemsize: c, bytes of the compute dtype.
-        split: over how many devices heads and feed-forward are split.
-        learns: whether the weights get gradients, not just adapters on queries and
+        split: number of devices over which heads and feed-forward are split.
+        learns: whether all weights have gradients, not only adapters on queries and
             values.
     """
 
@@ -50,11 +48,11 @@ class Shape:
     learns: bool = True
 
 
-def _kv_split(stack, split):
+def _kv_split(stack: StackConfig, split: int) -> int:
     return split if stack.num_key_value_heads % split == 0 else 1
 
 
-def _attention(stack, s, queries, keys):
+def _attention(stack: StackConfig, s: Shape, queries: int, keys: int) -> float:
     heads = stack.num_query_heads * stack.head_dim / s.split  # N H
     memory = stack.num_key_value_heads * stack.head_dim / _kv_split(stack, s.split)
     states = queries * heads * (2 if s.learns else 1) + 2 * keys * memory
@@ -63,14 +61,16 @@ def _attention(stack, s, queries, keys):
     return s.batch * (s.itemsize * states + logits)
 
 
-def kept_by_block(stack, s, length, memory_length=None):
+def kept_by_block(
+    stack: StackConfig, s: Shape, length: int, memory_length: int | None = None
+) -> float:
     """Bytes that one block keeps for the backward pass.
 
     Args:
-        stack: its `StackConfig`.
-        s: a `Shape`.
-        length: T, of its own sequence.
-        memory_length: S, of the encoder's in a decoder block; `None` in an encoder's.
+        stack: config of its tower.
+        s: sizes on the device.
+        length: T of its own sequence.
+        memory_length: S of the encoder in a decoder block; `None` in an encoder block.
     """
     sub_layers = 2 if memory_length is None else 3
     # The input of frozen feed-forward layers is not needed again.
@@ -83,8 +83,10 @@ def kept_by_block(stack, s, length, memory_length=None):
     return kept
 
 
-def working_of_block(stack, s, length, memory_length=None):
-    """Bytes of the gradients inside a block, at the attention of its backward pass.
+def working_of_block(
+    stack: StackConfig, s: Shape, length: int, memory_length: int | None = None
+) -> float:
+    """Bytes of the gradients inside a block, in the backward pass of its attention.
 
     Two float32 `B N T S`, of logits and softmax; `B T F` and 5 `B T D`.
     """
@@ -94,30 +96,36 @@ def working_of_block(stack, s, length, memory_length=None):
     return s.batch * (logits + length * rows * s.itemsize)
 
 
-def logits_chunk(config, s, shards=1, pieces=1, at_once=AT_ONCE_ON_ACCELERATOR):
-    """Bytes of the logits that exist at a time: logits, their tanh, their gradient.
+def logits_chunk(
+    config: T5GemmaConfig,
+    s: Shape,
+    shards: int = 1,
+    pieces: int = 1,
+    at_once: int = LOGITS_ON_ACCELERATOR,
+) -> float:
+    """Bytes of one chunk of the logits: logits, their tanh, their gradient.
 
-    float32 `(B T, V / parts)` each; the parts are those of `token_losses`. The rows of
-    the table that they are products with are gathered where its width is split.
+    float32 `(B T, V / chunks)` each, with the chunks of `token_losses`. The rows of the
+    logit table of a chunk are gathered where its width is split.
 
     Args:
-        config: a `T5GemmaConfig`.
-        s: a `Shape`.
-        shards: over how many devices the rows of the table are split.
-        pieces: over how many its width is.
-        at_once: most logits of a part.
+        config: of the model.
+        s: sizes on the device.
+        shards: number of devices over which the rows of the table are split.
+        pieces: number of devices over which its width is split.
+        at_once: maximum number of logits in a chunk.
     """
     size, tokens = config.vocabulary_size // shards, s.batch * s.target
-    rows = size / parts_of_vocabulary(size, tokens, at_once, pieces)
+    rows = size / vocabulary_chunks(size, tokens, at_once, pieces)
     gathered = rows * config.decoder.hidden_dim * s.itemsize if pieces > 1 else 0
     return 3 * 4 * tokens * rows + gathered
 
 
-def cache_bytes(config, s):
-    """Bytes of the decoding cache of `modeling/kv_cache.py`.
+def cache_bytes(config: T5GemmaConfig, s: Shape) -> float:
+    """Bytes of the key/value caches of `modeling/kv_cache.py`.
 
-    A decoder layer has `2 B K T H` of its own, T at most its window, and `2 B K S H`
-    of the encoder.
+    A decoder layer has `2 B K T H` for self-attention, T at most its window, and
+    `2 B K S H` for cross-attention.
     """
     stack = config.decoder
     if stack is None:
@@ -138,7 +146,7 @@ class Part:
     Args:
         name: as in a variable's path: `"encoder/block_0"`, `"decoder"`.
         kept: bytes for the backward pass.
-        entered: of them its input, all that is kept when it is computed anew.
+        entered: bytes of its input, all that is kept with rematerialization.
         working: bytes of its own backward pass.
     """
 
@@ -148,8 +156,8 @@ class Part:
     working: float
 
 
-def parts_of_step(config, s):
-    """The `Part`s of the model, in forward order."""
+def parts_of_step(config: T5GemmaConfig, s: Shape) -> list[Part]:
+    """Parts of the model, in forward order."""
     found = []
     for side in ("encoder", "decoder"):
         stack = getattr(config, side)
@@ -168,24 +176,28 @@ def parts_of_step(config, s):
     return found
 
 
-def peak(parts, gradients, copies, chunk, rematerialize, holds_all):
-    """The most bytes that a step holds at a time beside weights and optimizer.
+def peak(
+    parts: Sequence[Part],
+    gradients: Mapping[str, float],
+    copies: Mapping[str, float],
+    chunk: float,
+    rematerialize: bool,
+    holds_all: bool,
+) -> int:
+    """Peak bytes of a step, on top of weights and optimizer state.
 
     Args:
-        parts: of `parts_of_step`.
+        parts: see `parts_of_step`.
         gradients: `{part's name: bytes}` on this device.
-        copies: `{part's name: bytes}` of weights cast or gathered to be used.
-        chunk: bytes of `logits_chunk`.
-        rematerialize: whether blocks are computed anew from their input.
-        holds_all: whether all gradients are there before the first weight changes:
-            when they are clipped by their global norm, or added up. Otherwise each is
-            used and freed.
-
-    Returns:
-        Bytes.
+        copies: `{part's name: bytes}` of weights cast or gathered for use.
+        chunk: see `logits_chunk`.
+        rematerialize: whether blocks are recomputed from their input.
+        holds_all: whether all gradients exist before the first weight is updated, as
+            clipping by the global norm and accumulation need; otherwise each is used
+            and freed.
     """
     last = parts[-1].name.split("/")[0]  # The tower of the logit table.
-    held = gradients.get(last, 0)  # Of the logit table: the first that is known.
+    held = gradients.get(last, 0)  # The gradient of the logit table is the first.
     alive = sum(p.entered if rematerialize else p.kept for p in parts)
     if rematerialize:
         alive += copies.get(last, 0)

@@ -1,30 +1,32 @@
-"""What one layout costs a device: bytes of memory, bytes of communication.
+"""Memory and communication of one layout, per device.
 
-Weights and optimizer are those of the real model and optimizer, evaluated without
-values (`abstract`), laid out by `layouts.partition`; what a step holds beside them is
-`activations`. Communication, in bytes that a device receives in a step, n devices in a
-ring, c bytes a number in the compute dtype:
+Weights and optimizer state are those of the real model and optimizer, evaluated without
+values (`abstract_variables`) and laid out by `layouts.partition`; `activations` has the
+rest of a step. Communication, in bytes that a device receives per step, n devices in a
+ring, c bytes per number in the compute dtype:
 
     "data"    all-reduce of the gradients         2 (n - 1) / n gradients
     "fsdp"    all-gather of the weights           (n - 1) / n weights at c bytes; again
-                                                  in the backward pass where blocks are
-                                                  computed anew
+                                                  in the backward pass with
+                                                  rematerialization
               reduce-scatter of the gradients     (n - 1) / n gradients
               exchange of embedded tokens         (n - 1) / n c B T D, twice a tower
                                                   (the tables are split by width)
     "model"   all-reduce of the states            2 (n - 1) / n c B T D, after each
                                                   sub-layer and before it in the
-                                                  backward pass; a third time where
-                                                  blocks are computed anew
+                                                  backward pass; a third time with
+                                                  rematerialization
 
-Of the step that XLA compiles, by `tests/eight_devices.py` on 8 devices with a large
-batch: exchange 1.00 times that, gathered weights 0.86 (0.80 when computed anew: small
-ones stay where they are), gradients 1.09, states 1.27. XLA's CPU has no reduce-scatter
-to compare with.
+XLA's compiled step has (`tests/helpers/eight_devices.py`, 8 devices, large batch):
+exchange 1.00 times that, gathered weights 0.86 (0.80 with rematerialization: small
+weights are not split), gradients 1.09, states 1.27. XLA's CPU backend has no
+reduce-scatter to compare with.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -32,37 +34,39 @@ from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution.layouts import check_mesh, partition
 from keras_t5gemma.planning import activations
 from keras_t5gemma.planning.abstract_variables import (
+    Variable,
     model_variables,
     optimizer_variables,
 )
+from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR
 
 COMPUTE_BYTES = {"float32": 4, "mixed_bfloat16": 2, "bfloat16": 2}
-# Mesh axes that share a variable: in memory, and while it is used.
+# Mesh axes over which a variable is split: in memory, and while it is used.
 _STORED, _USED = ("data", "model"), ("model",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes on each device, and the layout they are for.
+    """A layout, and the bytes that it takes on each device.
 
     Attributes:
         strategy: `"data"`, `"fsdp"` or `"tensor"`.
-        mesh: dict of `"data"` and `"model"`, devices along each axis.
-        memory: bytes that a device has.
-        weights: of the model.
-        optimizer: its state.
-        gradients: of all that is trained.
-        activations: what blocks keep for the backward pass.
-        activations_rematerialized: likewise when they keep their input alone.
-        working: of one block's backward pass, with its gradients as they are before
-            they are reduced.
-        copies: weights cast or gathered to be used.
-        logits: the part of them that exists at a time.
-        step: the most that a step holds at a time beside weights and optimizer:
-            what of the rows above is there together.
-        caches: of `generate`, for the same batch and lengths; not with training.
-        communication: bytes received in a step, `{what: bytes}`.
-        advice: what else would fit, or what to change so that it does.
+        mesh: devices along each axis, `"data"` and `"model"`.
+        memory: memory of a device.
+        weights: weights of the model.
+        optimizer: optimizer state.
+        gradients: gradients of all trained weights.
+        activations: activations that blocks keep for the backward pass.
+        activations_rematerialized: the same when blocks keep only their input.
+        working: backward pass of one block, with its gradients before the reduction.
+        copies: weights cast or gathered for use, in all blocks.
+        logits: one chunk of the logits, with its gradient.
+        step: peak of a step on top of weights and optimizer: the largest sum of parts
+            of the rows above that exist at the same time.
+        caches: key/value caches to generate for the same batch and lengths, instead of
+            training.
+        communication: bytes received per step, `{collective: bytes}`.
+        advice: changes that make the training fit.
     """
 
     strategy: str
@@ -82,48 +86,98 @@ class Plan:
     advice: tuple = ()
 
     @property
-    def total(self):
-        """Bytes of training: weights, optimizer, and the most of a step."""
+    def total(self) -> int:
+        """Weights, optimizer state and peak of a step, in bytes."""
         return self.weights + self.optimizer + self.step
 
     @property
-    def fits(self):
-        """Whether a device has that much."""
+    def fits(self) -> bool:
+        """Whether the total is within the memory of a device."""
         return self.total <= self.memory
 
     @property
-    def received(self):
-        """Bytes of communication in all."""
+    def received(self) -> int:
+        """Bytes received per step in total."""
         return sum(self.communication.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be trained, checked: the arguments of `plan`."""
+    """A training to plan: the checked options of `plan`."""
 
     config: T5GemmaConfig
     devices: int
     memory: int
     batch: int
-    length: tuple
-    optimizer: object
+    length: tuple[int, int]
+    optimizer: Any
     dtype: str = "mixed_bfloat16"
     rematerialize: bool = True
     lora_rank: int | None = None
     quantize: str | None = None
-    at_once: int = activations.AT_ONCE_ON_ACCELERATOR
+    at_once: int = LOGITS_ON_ACCELERATOR
 
-    def variables(self):
-        """Of the model; see `abstract.model_variables`."""
+    def variables(self) -> tuple[Variable, ...]:
+        """Variables of the model; see `model_variables`."""
         return model_variables(self.config, self.dtype, self.lora_rank, self.quantize)
 
 
-def evaluate(job, mesh, strategy):
-    """The `Plan` of one layout.
+def evaluate(job: Job, mesh: Mapping[str, int], strategy: str) -> Plan:
+    """Compute the `Plan` of one layout.
 
     Raises:
         ValueError: when the layout does not fit the model or the batch.
     """
+    _check_layout(job, mesh, strategy)
+    data, model = mesh.get("data", 1), mesh.get("model", 1)
+    found = _weights(job, mesh, strategy)
+    s = activations.Shape(
+        job.batch // data,
+        *job.length,
+        COMPUTE_BYTES[job.dtype],
+        model,
+        job.lora_rank is None,
+    )
+    parts = [
+        dataclasses.replace(
+            p, working=p.working + found.unreduced_gradients.get(p.name, 0)
+        )
+        for p in activations.parts_of_step(job.config, s)
+    ]
+    chunk = 0.0
+    if job.config.decoder is not None:
+        shards = 1 if strategy == "data" else model
+        pieces = data if strategy == "fsdp" else 1
+        chunk = activations.logits_chunk(job.config, s, shards, pieces, job.at_once)
+    optimizer = job.optimizer
+    holds_all = bool(optimizer.global_clipnorm or optimizer.gradient_accumulation_steps)
+    step = activations.peak(
+        parts,
+        found.gradients if holds_all else found.largest_gradient,
+        found.copies,
+        chunk,
+        job.rematerialize,
+        holds_all,
+    )
+    return Plan(
+        strategy=strategy,
+        mesh={"data": data, "model": model},
+        memory=job.memory,
+        weights=math.ceil(found.weights),
+        optimizer=math.ceil(found.optimizer),
+        gradients=math.ceil(sum(found.gradients.values())),
+        activations=math.ceil(sum(p.kept for p in parts)),
+        activations_rematerialized=math.ceil(sum(p.entered for p in parts)),
+        working=math.ceil(max(p.working for p in parts)),
+        copies=math.ceil(sum(found.copies.values())),
+        logits=math.ceil(chunk),
+        step=step,
+        caches=math.ceil(activations.cache_bytes(job.config, s)),
+        communication=_communication(job, s, found, data, model, strategy),
+    )
+
+
+def _check_layout(job: Job, mesh: Mapping[str, int], strategy: str) -> None:
     check_mesh(mesh)
     data, model = mesh.get("data", 1), mesh.get("model", 1)
     if data * model != job.devices:
@@ -144,108 +198,95 @@ def evaluate(job, mesh, strategy):
             "devices."
         )
 
-    def share(variable):
-        """Of a variable on one device: all, and without what "data" splits."""
+
+@dataclasses.dataclass
+class _Weights:
+    """Bytes of weights and gradients on one device; dicts are by part of the model."""
+
+    weights: float = 0
+    optimizer: float = 0
+    gathered: float = 0  # Copies in the compute dtype of weights split over "data".
+    reduced: float = 0  # Gradients that are reduced and scattered over "data".
+    repeated: float = 0  # Gradients that are the same on all of "data".
+    gradients: dict[str, float] = dataclasses.field(default_factory=dict)
+    largest_gradient: dict[str, float] = dataclasses.field(default_factory=dict)
+    unreduced_gradients: dict[str, float] = dataclasses.field(default_factory=dict)
+    copies: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def _weights(job: Job, mesh: Mapping[str, int], strategy: str) -> _Weights:
+    def shares(variable: Variable) -> list[float]:
+        """Shares of a variable that one device stores, and that it uses."""
         axes = partition(variable.path, variable.shape, mesh, strategy, job.config)
-        shares = [
+        return [
             1 / math.prod(mesh[a] for a in axes if a in names)
             for names in (_STORED, _USED)
         ]
-        return shares
 
     variables, c = job.variables(), COMPUTE_BYTES[job.dtype]
-    weights = gathered = reduced = repeated = 0
-    gradients, largest, whole_gradients, copies = {}, {}, {}, {}
+    found = _Weights()
     for v in variables:
-        mine, whole = share(v)
-        weights += v.nbytes * mine
-        part, is_split = _part(v.path), mine < whole
+        stored, used = shares(v)
+        found.weights += v.nbytes * stored
+        part, is_split = _part(v.path), stored < used
         is_table = "/token_embedding/" in v.path
         is_looked_up = is_table and part == "encoder"
         if v.trainable:
-            _add(gradients, part, v.nbytes * mine)
-            largest[part] = max(largest.get(part, 0), v.nbytes * mine)
+            gradient = v.nbytes * stored
+            _add(found.gradients, part, gradient)
+            largest = found.largest_gradient.get(part, 0)
+            found.largest_gradient[part] = max(largest, gradient)
             if not is_split:
-                repeated += v.nbytes * whole
+                found.repeated += v.nbytes * used
             elif not is_looked_up:
-                reduced += v.nbytes * whole
+                found.reduced += v.nbytes * used
                 if not is_table:
-                    _add(whole_gradients, part, v.nbytes * whole)
+                    _add(found.unreduced_gradients, part, v.nbytes * used)
         numbers, is_cast = _numbers(v, job)
-        if is_looked_up:  # Rows are found where they lie, then cast.
+        if is_looked_up:  # Rows are looked up where they are stored, then cast.
             continue
         if is_split:
-            gathered += numbers * c * whole
-        # Of the logit table a part at a time: see `activations.logits_chunk`.
+            found.gathered += numbers * c * used
+        # The logit table is used in chunks: see `activations.logits_chunk`.
         if is_cast or (is_split and not is_table):
-            _add(copies, part, numbers * c * (mine if is_table else whole))
-    trained = sum(gradients.values())
-    state = sum(
-        v.nbytes * share(v)[0] for v in optimizer_variables(job.optimizer, variables)
-    )
+            _add(found.copies, part, numbers * c * (stored if is_table else used))
+    state = optimizer_variables(job.optimizer, variables)
+    found.optimizer = sum(v.nbytes * shares(v)[0] for v in state)
+    return found
+
+
+def _communication(
+    job: Job,
+    s: activations.Shape,
+    found: _Weights,
+    data: int,
+    model: int,
+    strategy: str,
+) -> dict[str, int]:
     around = (data - 1) / data
-    s = activations.Shape(
-        job.batch // data, *job.length, c, model, job.lora_rank is None
-    )
-    parts = [
-        dataclasses.replace(p, working=p.working + whole_gradients.get(p.name, 0))
-        for p in activations.parts_of_step(job.config, s)
-    ]
-    chunk = exchanged = 0
-    if strategy == "fsdp":
-        exchanged = 2 * around * _embedded(job.config, s)
-    if job.config.decoder is not None:
-        shards = 1 if strategy == "data" else model
-        pieces = data if strategy == "fsdp" else 1
-        chunk = activations.logits_chunk(job.config, s, shards, pieces, job.at_once)
-    passes = 2 + job.rematerialize
+    exchanged = 2 * _embedded(job.config, s) if strategy == "fsdp" else 0
     states = _reduced_states(job.config, s) * 2 * (model - 1) / model
-    communication = {
-        "all-gather of weights": (1 + job.rematerialize) * around * gathered,
-        "reduce-scatter of gradients": around * reduced,
-        "all-reduce of gradients": 2 * around * repeated,
-        "all-reduce of states": passes * states,
-        "exchange of embedded tokens": exchanged,
+    received = {
+        "all-gather of weights": (1 + job.rematerialize) * around * found.gathered,
+        "reduce-scatter of gradients": around * found.reduced,
+        "all-reduce of gradients": 2 * around * found.repeated,
+        "all-reduce of states": (2 + job.rematerialize) * states,
+        "exchange of embedded tokens": around * exchanged,
     }
-    optimizer = job.optimizer
-    holds_all = bool(optimizer.global_clipnorm or optimizer.gradient_accumulation_steps)
-    step = activations.peak(
-        parts,
-        gradients if holds_all else largest,
-        copies,
-        chunk,
-        job.rematerialize,
-        holds_all,
-    )
-    return Plan(
-        strategy=strategy,
-        mesh={"data": data, "model": model},
-        memory=job.memory,
-        weights=math.ceil(weights),
-        optimizer=math.ceil(state),
-        gradients=math.ceil(trained),
-        activations=math.ceil(sum(p.kept for p in parts)),
-        activations_rematerialized=math.ceil(sum(p.entered for p in parts)),
-        working=math.ceil(max(p.working for p in parts)),
-        copies=math.ceil(sum(copies.values())),
-        logits=math.ceil(chunk),
-        step=step,
-        caches=math.ceil(activations.cache_bytes(job.config, s)),
-        communication={k: math.ceil(v) for k, v in communication.items()},
-    )
+    return {name: math.ceil(count) for name, count in received.items()}
 
 
-def _add(sums, name, count):
+def _add(sums: dict[str, float], name: str, count: float) -> None:
     sums[name] = sums.get(name, 0) + count
 
 
-def _part(path):
+def _part(path: str) -> str:
     folders = path.split("/")
     return "/".join(folders[: 2 if folders[1].startswith("block_") else 1])
 
 
-def _numbers(variable, job):
-    """How many numbers a variable has, and whether they are cast to be used."""
+def _numbers(variable: Variable, job: Job) -> tuple[int, bool]:
+    """Count of a variable's numbers, and whether they are cast for use."""
     count = math.prod(variable.shape)
     if len(variable.shape) < 2:
         return count, False
@@ -254,8 +295,8 @@ def _numbers(variable, job):
     return count, np.dtype(variable.dtype).itemsize > COMPUTE_BYTES[job.dtype]
 
 
-def _embedded(config, s):
-    """Bytes of the rows that both towers look up, c B T D."""
+def _embedded(config: T5GemmaConfig, s: activations.Shape) -> int:
+    """Bytes of the embeddings that both towers look up, c B T D."""
     towers = ((config.encoder, s.source), (config.decoder, s.target))
     return sum(
         s.batch * length * stack.hidden_dim * s.itemsize
@@ -264,8 +305,8 @@ def _embedded(config, s):
     )
 
 
-def _reduced_states(config, s):
-    """Bytes of all states that are summed over "model" in a forward pass."""
+def _reduced_states(config: T5GemmaConfig, s: activations.Shape) -> int:
+    """Bytes of the states that a forward pass sums over "model"."""
     total = 0
     for side, length, sub_layers in (
         ("encoder", s.source, 2),
@@ -273,6 +314,6 @@ def _reduced_states(config, s):
     ):
         stack = getattr(config, side)
         if stack is not None:
-            rows = stack.num_layers * sub_layers + 1  # And the embedding's.
+            rows = stack.num_layers * sub_layers + 1  # And the embedding.
             total += rows * s.batch * length * stack.hidden_dim * s.itemsize
     return total

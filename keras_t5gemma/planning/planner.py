@@ -1,111 +1,84 @@
-"""How much memory a training takes on each of several devices, before there are any."""
+"""Training planner: memory and communication per device, and the layout that fits."""
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.distribution.layouts import STRATEGIES, check_mesh, check_strategy
-from keras_t5gemma.planning.abstract_variables import QUANTIZED
-from keras_t5gemma.planning.costs import COMPUTE_BYTES, Job, evaluate
+from keras_t5gemma.distribution.layouts import STRATEGIES, check_mesh
+from keras_t5gemma.planning.costs import Job, Plan, evaluate
+from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.training.optimizers import OPTIMIZERS
+from keras_t5gemma.utils.checks import one_of, whole_number
+from keras_t5gemma.utils.options import takes_options
 
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{infix}B": base ** (i + 1)
     for infix, base in (("", 1000), ("i", 1024))
     for i, letter in enumerate("KMGT")
 }
-MOST_DEVICES = 4096  # That advice looks at.
+MAX_ADVISED_DEVICES = 4096
 
 
-def plan(
-    preset,
-    devices,
-    memory,
-    batch,
-    length,
-    *,
-    optimizer="adamw",
-    dtype="mixed_bfloat16",
-    rematerialize=True,
-    lora_rank=None,
-    quantize=None,
-    strategy=None,
-    mesh=None,
-):
-    """The layout that trains a model on so many devices, and what it takes of each.
+@takes_options(PlanOptions)
+def plan(o: PlanOptions) -> Plan:
+    """Estimate the memory of a training per device, and choose its layout.
 
     Of the meshes (data x model) and strategies that divide heads, widths and batch,
-    the one that fits in memory with the least communication; when none fits, the one
-    that takes the least memory, with advice. Nothing of the model is allocated.
+    the one that fits in memory with the least communication; if none fits, the one that
+    takes the least memory, with advice. Nothing of the model is allocated.
 
-    Weights and optimizer are exact. What a step holds beside them was compared with
-    XLA's own account on CPUs: within 15 % without rematerialization, too small by half
-    with it on a mesh, or with clipped gradients and long sequences, where XLA's CPU
-    scheduler keeps more than it has to (`benchmarks/RESULTS.md`). Leave room.
-
-    Args:
-        preset: a name of `keras_t5gemma.presets()`, a pair's such as
-            `"t5gemma_9b_9b"`, a folder or handle, or a `T5GemmaConfig`.
-        devices: how many.
-        memory: of each, in bytes or as `"80GB"`, `"80GiB"`.
-        batch: pairs in a step, of all devices together.
-        length: tokens of encoder and decoder: a pair, or one number for both.
-        optimizer: adafactor, adamw, lion or muon, with gradients clipped by their
-            global norm as `finetune` and `pretrain` do; or a Keras optimizer.
-        dtype: `"mixed_bfloat16"`, `"bfloat16"` or `"float32"`.
-        rematerialize: whether blocks keep their input alone, see `compile`.
-        lora_rank: of adapters on queries and values; `None` trains all weights.
-        quantize: `"int8"`, `"int4"` or `None`; needs adapters.
-        strategy: `"data"`, `"fsdp"` or `"tensor"`; `None` looks at all.
-        mesh: dict of `"data"` and `"model"`; `None` looks at all.
+    Weights and optimizer state are exact. The rest of a step was compared with XLA's
+    memory analysis on CPUs: within 15 % without rematerialization; up to half too small
+    with rematerialization on a mesh, or with clipped gradients and long sequences,
+    where XLA's CPU scheduler keeps more than it has to (`benchmarks/RESULTS.md`). Leave
+    headroom.
 
     Returns:
         A `Plan`.
 
     Raises:
-        ValueError: for a value that is not accepted, or when no layout divides.
+        ValueError: for an option that is not accepted, or when no layout divides.
     """
+    o.check()
     job = Job(
-        config=read_config(preset),
-        devices=_whole("devices", devices),
-        memory=read_memory(memory),
-        batch=_whole("batch", batch),
-        length=_read_length(length),
-        optimizer=_read_optimizer(optimizer),
-        dtype=_among("dtype", dtype, COMPUTE_BYTES),
-        rematerialize=bool(rematerialize),
-        lora_rank=lora_rank if lora_rank is None else _whole("lora_rank", lora_rank),
-        quantize=quantize and _among("quantize", quantize, QUANTIZED),
+        config=read_config(o.preset),
+        devices=o.devices,
+        memory=read_memory(o.memory),
+        batch=o.batch,
+        length=read_length(o.length),
+        optimizer=_read_optimizer(o.optimizer),
+        dtype=o.dtype,
+        rematerialize=bool(o.rematerialize),
+        lora_rank=o.lora_rank,
+        quantize=o.quantize,
     )
-    if job.quantize and not job.lora_rank:
-        raise ValueError(
-            f"`quantize` {quantize!r} needs `lora_rank`: quantized weights do not "
-            "learn."
-        )
-    if strategy is not None:
-        check_strategy(strategy)
-    if mesh is not None:
-        check_mesh(mesh)
-    best = _best(job, strategy, mesh)
+    mesh = _read_mesh(o.mesh)
+    best = _best(job, o.strategy, mesh)
     if best.fits:
         return best
-    return dataclasses.replace(best, advice=tuple(_advice(job, strategy)))
+    return dataclasses.replace(best, advice=tuple(_advice(job, o.strategy)))
 
 
-def _best(job, strategy=None, mesh=None):
-    """Among those that fit the one with least communication, else the smallest."""
+def _best(
+    job: Job, strategy: str | None = None, mesh: Mapping[str, int] | None = None
+) -> Plan:
+    """The fitting plan with the least communication, else that with least memory."""
     meshes = [mesh]
     if mesh is None:
         factors = [m for m in range(1, job.devices + 1) if job.devices % m == 0]
         meshes = [{"data": job.devices // m, "model": m} for m in factors]
-    found, errors = [], []
+    found: list[Plan] = []
+    errors: list[ValueError] = []
     for each in meshes:
         for name in STRATEGIES if strategy is None else (strategy,):
             if strategy is None and name == "fsdp" and each.get("data", 1) == 1:
-                continue  # It is "data" or "tensor" then.
+                continue  # The same as "data" or "tensor".
             try:
                 found.append(evaluate(job, each, name))
             except ValueError as error:
@@ -121,9 +94,9 @@ def _best(job, strategy=None, mesh=None):
     return min(found, key=lambda p: p.total)
 
 
-def _advice(job, strategy):
-    """What would fit, one change at a time; each a sentence."""
-    changes = []
+def _advice(job: Job, strategy: str | None) -> list[str]:
+    """Single changes of the job that make it fit, a phrase each."""
+    changes: list[tuple[str, dict[str, Any]]] = []
     if not job.rematerialize:
         changes.append(("rematerialize the blocks", {"rematerialize": True}))
     if job.dtype == "float32":
@@ -141,7 +114,7 @@ def _advice(job, strategy):
     groups = [[change] for change in changes]
     groups.append([(f"a batch of {b}", {"batch": b}) for b in halves])
     more = [job.devices * 2**i for i in range(1, 13)]
-    more = [n for n in more if n <= MOST_DEVICES]
+    more = [n for n in more if n <= MAX_ADVISED_DEVICES]
     groups.append([(f"{n} devices", {"devices": n}) for n in more])
     fits = []
     for group in groups:
@@ -151,13 +124,13 @@ def _advice(job, strategy):
             except ValueError:
                 continue
             if best.fits:
-                fits.append(f"{words}: {best.total / 1e9:.1f} GB a device")
+                fits.append(f"{words}: {best.total / 1e9:.1f} GB per device")
                 break
     return fits or ["no single change: combine LoRA, a smaller batch, more devices"]
 
 
-def read_memory(memory):
-    """Bytes of a number, or of a string such as `"80GB"` or `"79.6 GiB"`.
+def read_memory(memory: int | str) -> int:
+    """Parse a number of bytes, or a size with a unit, e.g. `"80GB"` or `"79.6 GiB"`.
 
     Raises:
         ValueError: for anything else.
@@ -171,13 +144,13 @@ def read_memory(memory):
     except (KeyError, ValueError):
         pass
     raise ValueError(
-        "`memory` must be a number of bytes, or one with a unit such as '80GB' or "
+        "`memory` must be a number of bytes, or a size with a unit, e.g. '80GB' or "
         f"'80GiB'; got {memory!r}."
     )
 
 
-def read_config(preset):
-    """The config of a preset, of a pair such as `"t5gemma_9b_9b"`, or a config.
+def read_config(preset: str | os.PathLike[str] | T5GemmaConfig) -> T5GemmaConfig:
+    """Config of a preset, or of a pair of sizes, e.g. `"t5gemma_9b_9b"`.
 
     Raises:
         ValueError: for an unknown name.
@@ -192,61 +165,35 @@ def read_config(preset):
     return open_checkpoint(preset).config
 
 
-def _whole(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number >= 1; got {value!r}.")
-    return value
-
-
-def _among(name, value, accepted):
-    if value not in accepted:
-        raise ValueError(f"`{name}` must be one of {list(accepted)}; got {value!r}.")
-    return value
-
-
-def _read_length(length):
+def read_length(length: int | tuple[int, int]) -> tuple[int, int]:
+    """Lengths of encoder and decoder, from one number for both or a pair."""
     pair = (length, length) if isinstance(length, int) else tuple(length)
     if len(pair) != 2:
         raise ValueError(
             "`length` must be tokens of encoder and decoder, or one number for both; "
             f"got {length!r}."
         )
-    return tuple(_whole("length", tokens) for tokens in pair)
+    source, target = (whole_number(tokens, "length", 1) for tokens in pair)
+    return source, target
 
 
-def _read_optimizer(optimizer):
+def _read_mesh(
+    mesh: Mapping[str, int] | tuple[int, int] | None,
+) -> Mapping[str, int] | None:
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mapping):
+        if len(mesh) != 2:
+            raise ValueError(
+                f"`mesh` must be the devices along 'data' and 'model'; got {mesh!r}."
+            )
+        mesh = {"data": mesh[0], "model": mesh[1]}
+    check_mesh(mesh)
+    return mesh
+
+
+def _read_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
     if isinstance(optimizer, keras.optimizers.Optimizer):
         return optimizer
-    kind = OPTIMIZERS[_among("optimizer", optimizer, OPTIMIZERS)]
+    kind = OPTIMIZERS[one_of(optimizer, "optimizer", OPTIMIZERS)]
     return kind(1e-4, global_clipnorm=1.0)
-
-
-def rows(result):
-    """A `Plan` as `(name, text)` rows of a table."""
-
-    def gigabytes(name, count):
-        return name, f"{count / 1e9:,.2f} GB"
-
-    mesh = f"data {result.mesh['data']} x model {result.mesh['model']}"
-    found = [
-        ("layout", f"{result.strategy}, {mesh}"),
-        gigabytes("weights", result.weights),
-        gigabytes("optimizer", result.optimizer),
-        gigabytes("gradients", result.gradients),
-        gigabytes("activations", result.activations),
-        gigabytes("  rematerialized", result.activations_rematerialized),
-        gigabytes("working, one block", result.working),
-        gigabytes("weights cast or gathered", result.copies),
-        gigabytes("logits, a part at a time", result.logits),
-        gigabytes("most of them at a time", result.step),
-        gigabytes("training in all", result.total),
-        (
-            "of",
-            f"{result.memory / 1e9:,.2f} GB: {'fits' if result.fits else 'too much'}",
-        ),
-        gigabytes("caches of generate", result.caches),
-    ]
-    moved = [(k, v) for k, v in result.communication.items() if v]
-    found += [gigabytes(f"a step receives, {name}", count) for name, count in moved]
-    found += [("would fit", line) for line in result.advice]
-    return found

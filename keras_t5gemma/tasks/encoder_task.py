@@ -6,16 +6,18 @@ from pathlib import Path
 import keras
 import keras_hub
 
+from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.data.encoder_dataset import EncoderDataset
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
-from keras_t5gemma.modeling.weight_loading import track_parameters
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.tasks.fit import FitMixin
 from keras_t5gemma.tasks.seq2seq_lm import check_vocabulary
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.optimizers import check_optimizer, update_in_place
+from keras_t5gemma.utils.checks import number, one_of
 
 INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
@@ -47,8 +49,7 @@ class EncoderTask(FitMixin, keras_hub.models.Task):
                 "`backbone` must be an encoder alone: load it with "
                 "Backbone.from_preset(..., encoder_only=True)."
             )
-        if pooling not in POOLINGS:
-            raise ValueError(f"`pooling` must be one of {POOLINGS}; got {pooling!r}.")
+        one_of(pooling, "pooling", POOLINGS)
         is_ours = isinstance(backbone, Backbone)
         if preprocessor is not None and is_ours:
             check_vocabulary(preprocessor.tokenizer, backbone.config)
@@ -127,7 +128,7 @@ class EncoderTask(FitMixin, keras_hub.models.Task):
 
     def _not_the_head(self):
         """KerasHub would keep the optimizer beside the head, and not load it."""
-        return [*self.backbone._flatten_layers(), *filter(None, [self.optimizer])]
+        return [*iter_layers(self.backbone), *filter(None, [self.optimizer])]
 
     def save_to_preset(self, preset_dir, max_shard_size=10):
         """Write encoder, head and tokenizer into a folder, all of it or none.
@@ -192,10 +193,7 @@ class EncoderTask(FitMixin, keras_hub.models.Task):
     ):
         if isinstance(x, EncoderDataset):
             return {"x": x, "shuffle": False, "steps_per_epoch": None}
-        if not 0 <= validation_split < 1:
-            raise ValueError(
-                f"`validation_split` must be in [0, 1); got {validation_split!r}."
-            )
+        number(validation_split, "validation_split", at_least=0, below=1)
         columns, labels = self._columns(x, y, name)
         lengths = {key: len(column) for key, column in columns.items()}
         if labels is not None:

@@ -8,6 +8,7 @@ from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling.heads import pool
 from keras_t5gemma.tasks.encoder_task import EncoderTask
+from keras_t5gemma.utils.checks import one_of, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 
 KINDS = ("single_label", "multi_label", "regression")
@@ -53,16 +54,18 @@ class TextClassifier(EncoderTask):
         separator="\n",
         **kwargs,
     ):
-        if kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {KINDS}; got {kind!r}.")
+        one_of(kind, "kind", KINDS)
         class_names = None if class_names is None else list(class_names)
         outputs = 1
         if kind != "regression":
-            outputs = len(class_names) if class_names is not None else num_classes
-            if not isinstance(outputs, int) or outputs < 2:
+            outputs = len(class_names or ())
+            if class_names is None:
+                outputs = whole_number(
+                    num_classes, "num_classes", 2, other="None with `class_names`,"
+                )
+            elif outputs < 2:
                 raise ValueError(
-                    "`class_names`, or `num_classes`, must be two classes at least; "
-                    f"got {class_names if class_names is not None else num_classes!r}."
+                    f"`class_names` must be two classes at least; got {class_names!r}."
                 )
             if num_classes not in (None, outputs):
                 raise ValueError(

@@ -10,6 +10,7 @@ from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling.heads import HybridVector, l2_normalize, pool
 from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
 from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
+from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.progress import progress_bar
 
 PAIR = ("anchor", "positive")
@@ -57,13 +58,13 @@ class TextEmbedder(EncoderTask):
         self._parts = 1
         self.projection_dim = projection_dim
         self.normalize = normalize
+        if lexical_dim is not None:
+            lexical_dim = whole_number(lexical_dim, "lexical_dim", 1)
+            if not normalize:
+                raise ValueError(
+                    f"`normalize` must be True with `lexical_dim`; got {normalize!r}."
+                )
         self.lexical_dim = lexical_dim
-        is_count = isinstance(lexical_dim, int) and lexical_dim >= 1
-        if lexical_dim is not None and not (is_count and normalize):
-            raise ValueError(
-                "`lexical_dim` must be a whole number >= 1, with `normalize=True`; got "
-                f"{lexical_dim!r} and normalize={normalize!r}."
-            )
 
         def head(states, token_ids, padding):
             pooled = pool(states, padding, pooling)
@@ -181,8 +182,8 @@ class TextEmbedder(EncoderTask):
                 `dimensions` than there are.
         """
         size = self.output.shape[-1]
-        if dimensions is not None and not 1 <= dimensions <= size:
-            raise ValueError(f"`dimensions` must be in 1..{size}; got {dimensions!r}.")
+        if dimensions is not None:
+            dimensions = whole_number(dimensions, "dimensions", 1, size)
         result = np.zeros((len(texts), size), "float32")
         for rows, batch in self._by_length(texts, batch_size):
             result[rows] = self._run(self, batch)[: len(rows)]
@@ -213,11 +214,7 @@ class TextEmbedder(EncoderTask):
         """
         encoder = self.backbone.encoder
         count = encoder.stack.num_layers
-        if not -count - 1 <= layer <= count:
-            raise ValueError(
-                f"`layer` must be in {-count - 1}..{count}; got {layer!r}."
-            )
-        layer %= count + 1
+        layer = whole_number(layer, "layer", -count - 1, count) % (count + 1)
         arrays = [self.input[name] for name in INPUTS]
         tower = encoder(*arrays, layer=None if layer == count else layer)
         model = keras.Model(self.input, tower)
@@ -288,8 +285,7 @@ def nearest(queries, vectors, k=10, rows_at_once=1024):
     Raises:
         ValueError: for a `k` that is not in 1..m.
     """
-    if not 1 <= k <= len(vectors):
-        raise ValueError(f"`k` must be in 1..{len(vectors)}; got {k!r}.")
+    k = whole_number(k, "k", 1, len(vectors))
     numbers, found = [], []
     for start in range(0, len(queries), rows_at_once):
         near = cosine_similarity(queries[start : start + rows_at_once], vectors)

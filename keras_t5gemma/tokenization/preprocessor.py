@@ -11,6 +11,8 @@ import numpy as np
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.tokenizer import Tokenizer, as_texts
+from keras_t5gemma.utils import buckets
+from keras_t5gemma.utils.checks import whole_number
 
 INSTRUCTION_TEMPLATE = (
     "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
@@ -68,10 +70,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             ("decoder_sequence_length", decoder_sequence_length, 2),
             ("pad_to_multiple_of", pad_to_multiple_of or 1, 1),
         ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"`{name}` must be a whole number >= {least}; got {value!r}."
-                )
+            whole_number(value, name, least)
         if template is not None:
             text = TEMPLATES.get(template, template)
             if not isinstance(text, str) or text.count("{text}") != 1:
@@ -379,7 +378,7 @@ def round_up(rows, limit, multiple=None):
     if multiple is None:
         return limit
     longest = max(1, max(map(len, rows), default=1))
-    return min(limit, -(-longest // multiple) * multiple)
+    return min(limit, buckets.round_up(longest, multiple))
 
 
 def _check_objective(preprocessor):

@@ -14,6 +14,7 @@ from keras_t5gemma.data.resumable import ResumableDataset
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.training import state_file
 from keras_t5gemma.training.state_file import write as _write
+from keras_t5gemma.utils.checks import whole_number
 
 _PROGRESS = "progress.json"
 
@@ -46,12 +47,8 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def __init__(self, folder, save_freq="epoch"):
         super().__init__()
-        is_count = isinstance(save_freq, int) and save_freq >= 1
-        if save_freq != "epoch" and not is_count:
-            raise ValueError(
-                "`save_freq` must be 'epoch' or a number of batches; got "
-                f"{save_freq!r}."
-            )
+        if save_freq != "epoch":
+            save_freq = whole_number(save_freq, "save_freq", 1, other="'epoch'")
         self.folder = Path(folder)
         self.save_freq = save_freq
         self.history = {}

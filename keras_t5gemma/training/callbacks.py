@@ -14,6 +14,7 @@ from keras_t5gemma.data.text_columns import as_columns
 from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
 from keras_t5gemma.training.text_metrics import text_metrics
 from keras_t5gemma.training.warmup import CrossAttentionWarmUp as CrossAttentionWarmUp
+from keras_t5gemma.utils.checks import whole_number
 
 _BEST_FILE = "best.json"
 
@@ -68,10 +69,7 @@ class GenerationMetrics(keras.callbacks.Callback):
             ("max_rows", max_rows, 1),
             ("examples", examples, 0),
         ):
-            if not isinstance(value, int) or value < low:
-                raise ValueError(
-                    f"`{name}` must be a whole number from {low}; got {value!r}."
-                )
+            whole_number(value, name, low)
         one_answer = {"num_return_sequences", "return_scores"} & set(generate_options)
         if one_answer:
             raise ValueError(

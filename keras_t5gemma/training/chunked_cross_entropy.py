@@ -6,13 +6,18 @@ forward pass and again, computed anew, in the backward pass; a teacher's likewis
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.utils.buckets import (
+    LOGITS_ON_ACCELERATOR,
+    LOGITS_ON_CPU,
+    ceil_div,
+    vocabulary_chunks,
+)
 
 
 @dataclasses.dataclass
@@ -293,7 +298,7 @@ def top_choices(states, table, cap, count):
     """
     size, _ = table.shape
     # Every part is sorted: few large ones, and none that is smaller than the choice.
-    parts = _parts(size, states.shape[0], 2**24)
+    parts = _parts(size, states.shape[0], LOGITS_ON_ACCELERATOR)
     while size // parts < count:
         parts //= 2
     step = size // parts
@@ -329,28 +334,13 @@ def _logits_at_once(states):
         import tensorflow as tf
 
         on_cpu = not tf.config.list_logical_devices("GPU")
-    return 2**20 if on_cpu else 2**24
+    return LOGITS_ON_CPU if on_cpu else LOGITS_ON_ACCELERATOR
 
 
 def _parts(size, tokens, at_once):
     tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
-    tokens = -(-tokens // mesh.size("data"))
-    return parts_of_vocabulary(size, tokens, at_once, mesh.pieces_of_width())
-
-
-def parts_of_vocabulary(size, tokens, at_once, pieces=1):
-    """Into how many equal parts to cut a vocabulary: a power of two, if it can be.
-
-    Args:
-        size: rows of the table, on one device.
-        tokens: on one device.
-        at_once: most logits of a part.
-        pieces: in how many the width of the table is cut. A part of such a table is
-            gathered: never all of it.
-    """
-    wanted = 1 << max(0, (tokens * size - 1) // at_once).bit_length()
-    wanted = max(wanted, 1 << (pieces - 1).bit_length())
-    return math.gcd(size, wanted)
+    tokens = ceil_div(tokens, mesh.size("data"))
+    return vocabulary_chunks(size, tokens, at_once, mesh.pieces_of_width())
 
 
 def _compiled(function):

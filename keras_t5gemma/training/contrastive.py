@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.modeling.heads import l2_normalize
+from keras_t5gemma.utils.checks import number, whole_number
 
 FAR = -1e30
 
@@ -31,8 +32,7 @@ class InfoNCE(keras.losses.Loss):
         self, temperature=0.05, symmetric=True, dimensions=None, name="info_nce"
     ):
         super().__init__(name, reduction="mean_with_sample_weight", dtype="float32")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0; got {temperature!r}.")
+        number(temperature, "temperature", above=0)
         self.temperature = temperature
         self.symmetric = symmetric
         self.dimensions = dimensions
@@ -41,10 +41,8 @@ class InfoNCE(keras.losses.Loss):
         """Losses `(B,)`."""
         size = y_pred.shape[-1]
         lengths = self.dimensions or [size]
-        if max(lengths) > size or min(lengths) < 1:
-            raise ValueError(
-                f"`dimensions` must be in 1..{size}, the embedding; got {lengths}."
-            )
+        for length in lengths:
+            whole_number(length, "dimensions", 1, size)
         return sum(self._losses(y_pred[..., :n]) for n in lengths) / len(lengths)
 
     def _losses(self, pairs):

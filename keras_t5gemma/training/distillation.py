@@ -7,6 +7,7 @@ from keras_t5gemma.training.chunked_cross_entropy import TeacherTargets, top_cho
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, no_gradients
 from keras_t5gemma.training.teacher_scores import TeacherScores
+from keras_t5gemma.utils.checks import number, whole_number
 
 INPUTS = "teacher_"  # What the names of a teacher's arrays in a batch start with.
 
@@ -61,16 +62,11 @@ class Distillation(TokenCrossEntropy):
                 "`teacher` must be a keras_hub.models.CausalLM or TeacherScores; got "
                 f"{type(teacher).__name__}."
             )
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0; got {temperature!r}.")
-        if not 0 <= label_weight <= 1:
-            raise ValueError(f"`label_weight` must be in [0, 1]; got {label_weight!r}.")
-        most = None if teacher is None else teacher.most_choices
-        if top_k is not None and not 1 <= top_k <= (most or top_k):
-            raise ValueError(
-                f"`top_k` must be None or in [1, {most}], what the teacher has; got "
-                f"{top_k!r}."
-            )
+        number(temperature, "temperature", above=0)
+        number(label_weight, "label_weight", at_least=0, at_most=1)
+        if top_k is not None:
+            most = None if teacher is None else teacher.most_choices
+            top_k = whole_number(top_k, "top_k", 1, most)
         self.teacher = teacher
         self.temperature = temperature
         self.top_k = top_k

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.utils.checks import number
+
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TokenCrossEntropy(keras.losses.Loss):
@@ -30,13 +32,8 @@ class TokenCrossEntropy(keras.losses.Loss):
         name="token_cross_entropy",
         dtype=None,
     ):
-        numbers = int | float
-        if not isinstance(label_smoothing, numbers) or not 0 <= label_smoothing < 1:
-            raise ValueError(
-                f"`label_smoothing` must be in [0, 1); got {label_smoothing!r}."
-            )
-        if not isinstance(z_loss, numbers) or not z_loss >= 0:
-            raise ValueError(f"`z_loss` must be at least 0; got {z_loss!r}.")
+        number(label_smoothing, "label_smoothing", at_least=0, below=1)
+        number(z_loss, "z_loss", at_least=0)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss

@@ -8,9 +8,10 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import hub, presets
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
+from keras_t5gemma.utils.buckets import round_up
 
 
 class TeacherInMemory:
@@ -52,8 +53,10 @@ class TeacherInMemory:
         """Of a name, folder or handle that KerasHub knows; without TensorFlow."""
         model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None)
         try:
-            path = presets.get_file(
-                preset, f"assets/tokenizer/{presets.VOCABULARY_FILE}"
+            known = keras_hub.models.CausalLM.presets.get(preset, {})
+            location = known.get("kaggle_handle", preset)
+            path = hub.get_file(
+                location, f"assets/tokenizer/{presets.VOCABULARY_FILE}"
             )
         except Exception:  # KerasHub raises what the hub's library does.
             return cls(model)
@@ -112,7 +115,7 @@ class TeacherInMemory:
         """
         pieces = batches.pieces.take(pairs)
         before, texts = mesh.rows_for(batches.most_pieces(len(mask)))
-        shape = (texts, -(-(width + 1) // 8) * 8)
+        shape = (texts, round_up(width + 1, 8))
         ids, read = np.zeros(shape, "int32"), np.zeros(shape, "int32")
         ids[: len(pieces), 0] = batches.preprocessor.tokenizer.start_token_id
         row = pieces.row_numbers()

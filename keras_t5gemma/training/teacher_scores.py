@@ -12,6 +12,8 @@ from keras_t5gemma.data.document_dataset import read_pieces
 from keras_t5gemma.data.text_columns import as_documents
 from keras_t5gemma.training.chunked_cross_entropy import top_choices
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, spread
+from keras_t5gemma.utils.buckets import round_up
+from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.progress import progress_bar
 
 IDS, LOG_PROBS, ABOUT = "ids.npy", "log_probs.npy", "teacher.json"
@@ -114,8 +116,7 @@ def write_teacher_scores(
     if not isinstance(teacher, TeacherInMemory):
         teacher = TeacherInMemory(teacher)
     size = teacher.embedding.input_dim
-    if not isinstance(top_k, int) or not 1 <= top_k <= size:
-        raise ValueError(f"`top_k` must be in [1, {size}]; got {top_k!r}.")
+    top_k = whole_number(top_k, "top_k", 1, size)
     columns = as_documents(texts)
     if columns is None:
         raise ValueError(
@@ -165,7 +166,7 @@ class _Chooser(keras.Model):
 def _write(pieces, numbers, batch_size, start, choose, ids, log_probs):
     """Scores of some pieces, which are filled up to the size of a batch."""
     lengths = pieces.lengths[numbers]
-    width = -(-(lengths.max() + 1) // 64) * 64  # Few different ones: few programs.
+    width = round_up(lengths.max() + 1, 64)
     token_ids = np.zeros((batch_size, width), "int32")
     mask = np.zeros((batch_size, width), "int32")
     for row, number in enumerate(numbers):

@@ -4,6 +4,9 @@ import functools
 
 import keras
 
+from keras_t5gemma import _compat
+from keras_t5gemma.utils.checks import whole_number
+
 
 class CrossAttentionWarmUp(keras.callbacks.Callback):
     """Train only the cross-attention for the first steps of `fit`, then everything.
@@ -27,9 +30,7 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
 
     def __init__(self, steps=1000, norms=True):
         super().__init__()
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"`steps` must be a whole number >= 0; got {steps!r}.")
-        self.steps = steps
+        self.steps = whole_number(steps, "steps", 0)
         self.norms = norms
         self.is_on = False
 
@@ -65,13 +66,14 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         # Mixed float16 wraps the one that moves the weights.
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         ids = {id(variable) for variable in alone}
-        optimizer.apply = functools.partial(_apply_to, optimizer, ids)
+        apply = functools.partial(_apply_to, optimizer, every, ids)
+        _compat.replace_apply(optimizer, apply)
         self._optimizer = optimizer
         self._frozen = [v for v in every if id(v) not in ids]
         self._switch(True)
 
     def _end(self):
-        del self._optimizer.apply  # Its class has one.
+        _compat.replace_apply(self._optimizer, None)
         self._switch(False)
 
     def _switch(self, is_on):
@@ -82,11 +84,9 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         self.model.make_train_function(force=True)
 
 
-def _apply_to(optimizer, ids, grads, trainable_variables=None):
+def _apply_to(optimizer, every, ids, grads, trainable_variables=None):
     """`optimizer.apply`, of the variables with these identities alone."""
-    variables = trainable_variables
-    if variables is None:
-        variables = optimizer._trainable_variables
+    variables = every if trainable_variables is None else trainable_variables
     pairs = zip(grads, variables, strict=True)
     chosen = [(g, v) for g, v in pairs if id(v) in ids]
     type(optimizer).apply(optimizer, *map(list, zip(*chosen, strict=True)))

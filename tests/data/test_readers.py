@@ -60,7 +60,7 @@ def test_parquet(tmp_path):
     with pytest.raises(ValueError, match="row 1: 'id' must be a string; got int 0"):
         read_pairs(path, target="id")
     write(path, "text")
-    with pytest.raises(ValueError, match="a.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match="a.parquet is not a Parquet file"):
         read_pairs(path)
 
 
@@ -82,7 +82,7 @@ GOOD = '{"source": "a", "target": "b"}\n'
         ("a.csv", "source,target\n", "a.csv has no rows"),
         ("a.jsonl", GOOD + '{"text": "a"}', r"line 2: no field 'source'.*\['text'\]"),
         ("a.jsonl", GOOD + "\n[1]", "line 3: must be a JSON object.*got list"),
-        ("a.jsonl", GOOD + "{", "line 2: no JSON: Expecting"),
+        ("a.jsonl", GOOD + "{", "line 2: not JSON: Expecting"),
         ("a.jsonl", '{"source": "a", "target": null}', "line 1: 'target'.*NoneType"),
         ("a.csv", "source;target\na;b\n", r"line 2: no field.*\['source;target'\]"),
         ("a.csv", "source,target\na,b,c\n", "line 2: more cells than the header"),

@@ -212,8 +212,8 @@ def test_what_distribute_refuses():
     for arguments, words in [
         ({"strategy": "pipeline"}, "`strategy` must be one of.*'pipeline'"),
         ({"data": 2, "model": 3}, "2 x model=3 has 6 places; there are 1 devices"),
-        ({"data": 0}, "'data' must be a whole number >= 1; got 0"),
-        ({"model": "all"}, "'model' must be a whole number >= 1; got 'all'"),
+        ({"data": 0}, "`data` must be a whole number from 1; got 0"),
+        ({"model": "all"}, "`model` must be a whole number from 1; got 'all'"),
         ({"strategy": "data", "model": 2, "devices": ["cpu:0"] * 2}, "must be 1"),
         (
             {"strategy": "tensor", "model": 1, "devices": ["cpu:0"] * 2},

@@ -160,8 +160,8 @@ def test_all_processes_get_what_one_gets(folder):
 
 def test_refuses():
     for arguments, message in (
-        (("127.0.0.1:9", 2, 2), r"`index` must be in \[0, 2\); got 2"),
-        (("127.0.0.1:9", 0, 0), "`processes` must be a whole number >= 1; got 0"),
+        (("127.0.0.1:9", 2, 2), "`index` must be a whole number from 0 to 1; got 2"),
+        (("127.0.0.1:9", 0, 0), "`processes` must be a whole number from 1; got 0"),
         (("nowhere", 2, 0), "`address` must be 'host:port'; got 'nowhere'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -463,8 +463,8 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "`temperature` must be above 0; got 0"),
-        ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1.0; got 1.5"),
+        ({"temperature": 0}, "`temperature` must be a number above 0; got 0"),
+        ({"top_p": 1.5}, "`top_p` must be a number above 0 and at most 1; got 1.5"),
         ({"top_k": 0}, "`top_k` must be a whole number from 1; got 0"),
         ({"top_k": 481}, "`top_k` of 481 is more than the 480 tokens"),
         ({"num_beams": 481}, "`num_beams` of 481 is more than the 480 tokens"),
@@ -480,8 +480,8 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
         ),
         ({"min_new_tokens": 8}, "`min_new_tokens` of 8"),
         ({"stop_token_ids": (500,)}, r"`stop_token_ids`.*\[0, 480\).*500"),
-        ({"repetition_penalty": 0}, "`repetition_penalty` must be above 0"),
-        ({"max_time": -1}, "`max_time` must be above 0; got -1"),
+        ({"repetition_penalty": 0}, "`repetition_penalty` must be a number above 0"),
+        ({"max_time": -1}, "`max_time` must be a number above 0; got -1"),
         ({"seed": -1}, "`seed` must be a whole number from 0; got -1"),
         ({"stop_token_ids": 1}, "`stop_token_ids` must be a list of token ids; got 1"),
         ({"banned_token_ids": "fox"}, "`banned_token_ids` must be a list.*got 'fox'"),

@@ -22,7 +22,7 @@ from keras_t5gemma.planning.abstract_variables import (
 )
 from keras_t5gemma.planning.planner import plan, read_memory
 
-PARAMETERS = 20_333_401_088  # FACTS: 9B-9B.
+PARAMETERS = 20_333_401_088  # docs/facts.md, section 2: 9B-9B.
 # Norm scales of 9B-9B, which no layout splits: 4 an encoder block, 6 a decoder block,
 # and two final ones, each as wide as the model.
 SCALES = (42 * 4 + 42 * 6 + 2) * 3584

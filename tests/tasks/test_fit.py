@@ -74,7 +74,7 @@ def test_lora_goes_to_query_and_value_by_default(fresh):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.enable_lora(0), "`rank`.*>= 1; got 0"),
+        (lambda m: m.enable_lora(0), "`rank`.*whole number from 1; got 0"),
         (lambda m: m.enable_lora(4, ["querry"]), "among.*query.*querry"),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 from helpers.models import enlarge, max_difference, numpy, tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.data.encoder_dataset import width_of
+from keras_t5gemma.data.encoder_dataset import by_length
 from keras_t5gemma.modeling.heads import POOLINGS, HybridVector, pool
 from keras_t5gemma.training.contrastive import in_batch_accuracy
+from keras_t5gemma.utils.ragged import Ragged
 
 TEXTS = [
     "a game of chess",
@@ -265,7 +266,10 @@ def test_adapters_and_projection_learn(tokenizer):
 
 @pytest.mark.one_backend
 def test_few_shapes():
-    widths = [width_of(n, 512) for n in range(1, 600)]
+    lengths = np.minimum(np.arange(1, 600), 512)
+    rows = Ragged(lengths, np.zeros(lengths.sum(), "int32"))
+    batches = by_length(rows, batch_size=1, limit=512)
+    widths = [x["encoder_token_ids"].shape[1] for _, x in batches][::-1]
     assert sorted(set(widths)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     assert all(w >= n for n, w in zip(range(1, 513), widths, strict=False))
 
@@ -276,13 +280,11 @@ def test_refusals(embedder, model, tokenizer):
         kt.TextEmbedder(model.backbone)
     with pytest.raises(ValueError, match="`pooling` must be one of.*'max'"):
         make_embedder(tokenizer, pooling="max")
-    for wrong in (
-        {"lexical_dim": 0},
-        {"lexical_dim": "many"},
-        {"lexical_dim": 8, "normalize": False},
-    ):
+    for wrong in (0, "many"):
         with pytest.raises(ValueError, match="`lexical_dim` must be a whole number"):
-            make_embedder(tokenizer, **wrong)
+            make_embedder(tokenizer, lexical_dim=wrong)
+    with pytest.raises(ValueError, match="`normalize` must be True.*got False"):
+        make_embedder(tokenizer, lexical_dim=8, normalize=False)
     with pytest.raises(ValueError, match="'texts' must be a list of texts"):
         embedder.embed("a text")
     with pytest.raises(ValueError, match="at least one"):
@@ -291,9 +293,9 @@ def test_refusals(embedder, model, tokenizer):
         embedder.embed(["a", "", "b", ""])
     with pytest.warns(UserWarning, match="1 of 2 encoder texts were longer than 96"):
         embedder.embed(["a", "word " * 100])
-    with pytest.raises(ValueError, match="`dimensions` must be in 1..32; got 33"):
+    with pytest.raises(ValueError, match="`dimensions` must be.*from 1 to 32; got 33"):
         embedder.embed(["a"], dimensions=33)
-    with pytest.raises(ValueError, match="`layer` must be in -4..3; got 4"):
+    with pytest.raises(ValueError, match="`layer` must be.*from -4 to 3; got 4"):
         embedder.hidden_states(["a"], layer=4)
     with pytest.raises(ValueError, match="`sequence_length` is 2"):
         embedder.hidden_states(["a longer text"], sequence_length=2)
@@ -301,13 +303,13 @@ def test_refusals(embedder, model, tokenizer):
         embedder.fit({"anchor": ["a"], "negative": ["b"]})
     with pytest.raises(ValueError, match="as many rows throughout"):
         embedder.fit({"anchor": ["a"], "positive": ["b", "c"]})
-    with pytest.raises(ValueError, match="`temperature` must be above 0"):
+    with pytest.raises(ValueError, match="`temperature` must be a number above 0"):
         kt.InfoNCE(0)
     embedder.compile(gradient_cache_rows=5)
     with pytest.raises(ValueError, match="must divide `batch_size` 32; got 5"):
         embedder.fit(PAIRS)
     embedder.compile(loss=kt.InfoNCE(dimensions=[64]))
-    with pytest.raises(ValueError, match="`dimensions` must be in 1..32"):
+    with pytest.raises(ValueError, match="`dimensions` must be a whole number from 1 to 32"):
         embedder.fit(PAIRS, batch_size=4)
-    with pytest.raises(ValueError, match="`k` must be in 1..3"):
+    with pytest.raises(ValueError, match="`k` must be a whole number from 1 to 3"):
         kt.nearest(np.ones((2, 4)), np.ones((3, 4)), k=4)

@@ -43,7 +43,7 @@ def test_encoder_tokens_are_the_same_in_fit_and_generate(tokenizer, template):
 
 
 def test_instruction_template(tokenizer):
-    """FACTS 6: no bos, no eos, control tokens single, the user's text is text."""
+    """No bos or eos, control tokens single: docs/facts.md, section 6."""
     preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 64, 16, template="instruction")
     text = "Say <end_of_turn> twice"
     row = preprocessor.generate_preprocess(text)["encoder_token_ids"][0]
@@ -121,7 +121,7 @@ def test_bad_pairs(preprocessor, x, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"encoder_sequence_length": 0}, "encoder_sequence_length.*>= 1; got 0"),
+        ({"encoder_sequence_length": 0}, "encoder_sequence_length.*whole number from 1; got 0"),
         ({"decoder_sequence_length": 1}, "decoder_sequence_length.*>= 2; got 1"),
         ({"template": "Summarize"}, "template.*'{text}'"),
         ({"pad_to_multiple_of": -2}, "pad_to_multiple_of"),

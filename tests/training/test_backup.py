@@ -169,7 +169,7 @@ def test_full_disk_keeps_the_last_backup(proto, uninterrupted, tmp_path, monkeyp
 @pytest.mark.one_backend
 def test_refuses(proto, tmp_path):
     for save_freq in (0, "batch", 1.5):
-        with pytest.raises(ValueError, match="`save_freq`"):
+        with pytest.raises(ValueError, match="`save_freq` must be 'epoch' or a whole"):
             BackupAndRestore(tmp_path, save_freq)
     with pytest.raises(KeyboardInterrupt):
         fit(make_model(proto), tmp_path, [Stop(0, 4)])

@@ -121,7 +121,7 @@ def test_mixed_float16():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="`steps` must be a whole number >= 0; got -1"):
+    with pytest.raises(ValueError, match="`steps` must be a whole number from 0; got -1"):
         CrossAttentionWarmUp(-1)
     model = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
     model.backbone.decoder.trainable = False
