@@ -1,1 +1,275 @@
-"""Functions that touch private names of libraries."""
+"""Functions that touch private names of libraries, one each, and nothing else.
+
+Every function was checked with Keras 3.15.0 and 3.15.1, KerasHub 0.32, JAX 0.6 to
+0.10, PyTorch 2.13 and TensorFlow 2.20 to 2.21. `tests/test_compat.py` has one test a
+function: where a release renames what it needs, that test fails and says what to do.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras.src.backend.common import global_state
+
+_PENDING = "uninitialized_variables"
+
+
+# Variables
+
+
+@contextlib.contextmanager
+def pending_variables() -> Iterator[list[keras.Variable]]:
+    """Collect the variables that a `keras.StatelessScope` leaves without a value.
+
+    Keras keeps them in a global list, and fills them with the next model that is
+    built. Inside the context that list is this one; afterwards it is as it was.
+    """
+    before = global_state.get_global_attribute(_PENDING) or []
+    pending = []
+    global_state.set_global_attribute(_PENDING, pending)
+    try:
+        yield pending
+    finally:
+        global_state.set_global_attribute(_PENDING, before)
+
+
+def initialize_variable(
+    variable: keras.Variable, initializer: Callable | None = None
+) -> None:
+    """Fill one of `pending_variables`, by default with its own initializer.
+
+    `variable.assign` is no public way: on PyTorch and TensorFlow it writes into the
+    value that is not there yet.
+    """
+    if initializer is not None:
+        variable._initializer = initializer
+    variable._deferred_initialize()
+
+
+def set_variable_value(variable: keras.Variable, value: Any) -> None:
+    """Fill one of `pending_variables` with a JAX array, without a copy or resharding.
+
+    `variable.assign` would ask for the whole array on each process.
+    """
+    variable._value = value
+    variable._initializer = None
+
+
+def assigned_layout(variable: Any) -> Any:
+    """The layout that a variable was made with, or `None`: what Keras asks for first.
+
+    A public `Variable.layout` does not exist in Keras 3.15.
+    """
+    return getattr(variable, "_layout", None)
+
+
+def variable_layout(variable: keras.Variable) -> Any:
+    """The layout of a variable, on JAX, from `keras.distribution` if it has none yet.
+
+    It is what `get_variable_layout` of the distribution gave: a `TensorLayout` or a
+    `jax.sharding.Sharding`.
+    """
+    variable._initialize_layout()
+    return variable._layout
+
+
+def track_parameters(model: keras.Model) -> None:
+    """Let PyTorch see the parameters of a KerasHub model.
+
+    KerasHub assigns attributes before the torch module exists, which hides the
+    parameters from `parameters()`, DDP and exporters until they are tracked again.
+    Variables that wait for their values are tracked when they have them. On other
+    backends nothing happens.
+    """
+    if keras.config.backend() != "torch":
+        return
+    if all(variable._value is not None for variable in model.variables):
+        model._track_variables()
+
+
+# Layers, seeds, data
+
+
+def set_dtype_policy(layer: keras.layers.Layer, policy: keras.DTypePolicy) -> None:
+    """Replace a `DTypePolicyMap` that a layer holds by the layer's own policy.
+
+    Keras cannot save a quantized layer that holds the map. The public setter of
+    `dtype_policy` writes into the map instead, or quantizes.
+    """
+    layer._dtype_policy = policy
+
+
+def mark_as_seeded(generator: keras.random.SeedGenerator) -> None:
+    """Mark a generator that does not call `SeedGenerator.__init__` as seeded.
+
+    On PyTorch `keras.random.dropout` ignores a generator without an initial seed.
+    """
+    generator._initial_seed = 0
+
+
+def random_seed() -> int | None:
+    """The seed given to `keras.utils.set_random_seed`, or `None`; no public getter."""
+    from keras.src.utils import rng_utils
+
+    return rng_utils.get_random_seed()
+
+
+def dataset_adapter(dataset: keras.utils.PyDataset, signature: Any) -> Any:
+    """Keras's adapter of a `PyDataset` on TensorFlow, with a given signature.
+
+    Args:
+        dataset: passed on to the adapter.
+        signature: of `tf.TensorSpec`, in the structure of a batch. Keras would derive
+            it from the first two batches; no argument of `fit` sets it.
+    """
+    from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+
+    adapter = PyDatasetAdapter(dataset)
+    adapter._output_signature = signature
+    return adapter
+
+
+# Optimizers
+
+
+def is_plain_adam(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether an optimizer is Keras's Adam or AdamW itself, not a subclass of them.
+
+    On PyTorch Keras makes an instance of a private subclass of either.
+    """
+    kind = type(optimizer)
+    if kind.__module__.endswith((".torch_adam", ".torch_adamw")):
+        return True
+    return kind in (keras.optimizers.Adam, keras.optimizers.AdamW)
+
+
+def replace_update(optimizer: keras.optimizers.Optimizer, update: Callable) -> None:
+    """Give an optimizer another arithmetic, on PyTorch and TensorFlow.
+
+    Args:
+        optimizer: patched in place.
+        update: on PyTorch `(gradients, variables, learning_rate)`, all of them at
+            once, where Keras has no public hook; on TensorFlow `(gradient, variable,
+            learning_rate)`, in place of the public `update_step`.
+    """
+    if keras.config.backend() == "torch":
+        optimizer._backend_update_step = update
+    else:
+        optimizer.update_step = update
+
+
+def adam_moments(
+    optimizer: keras.optimizers.Adam, variables: Iterable[keras.Variable]
+) -> tuple[list[keras.Variable], list[keras.Variable]]:
+    """First and second moments that an Adam keeps for variables, in their order.
+
+    `optimizer.variables` holds them too, but tells them apart by name only.
+    """
+    places = [optimizer._get_variable_index(variable) for variable in variables]
+    first = [optimizer._momentums[place] for place in places]
+    return first, [optimizer._velocities[place] for place in places]
+
+
+def moving_averages(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The moving averages of an optimizer with `use_ema=True`; else none."""
+    averages = getattr(optimizer, "_model_variables_moving_average", ())
+    return [variable for variable in averages if variable is not None]
+
+
+def replace_apply(
+    optimizer: keras.optimizers.Optimizer, apply: Callable | None
+) -> None:
+    """Put a function in the place of `optimizer.apply`, or the class's back.
+
+    Args:
+        optimizer: patched in place.
+        apply: `(gradients, trainable_variables=None)`; `None` ends the replacement.
+    """
+    if apply is None:
+        del optimizer.apply
+    else:
+        optimizer.apply = apply
+
+
+def build_with(
+    optimizer: keras.optimizers.Optimizer,
+    variables: Sequence[Any],
+    add_variable: Callable,
+    add_variable_from_reference: Callable,
+) -> None:
+    """`optimizer.build` with functions that note a variable in place of making it.
+
+    Args:
+        optimizer: patched in place, and of no further use.
+        variables: objects with `shape`, `dtype` and `path`.
+        add_variable: called in place of the method of that name.
+        add_variable_from_reference: likewise.
+    """
+    optimizer.add_variable = add_variable
+    optimizer.add_variable_from_reference = add_variable_from_reference
+    optimizer._var_key = id  # TensorFlow's asks for the value.
+    optimizer.build(variables)
+
+
+# PyTorch
+
+
+def tensor_version(tensor: Any) -> int:
+    """How often a PyTorch tensor was written in place; there is no public counter."""
+    return tensor._version
+
+
+def fused_adam(
+    variables: list,
+    gradients: list,
+    first: list,
+    second: list,
+    step: int,
+    **options: float,
+) -> None:
+    """PyTorch's fused Adam step, in place, on lists of tensors.
+
+    `torch.optim.Adam(fused=True)` is the public way, but keeps moments itself.
+
+    Args:
+        variables: tensors to update.
+        gradients: one each.
+        first: first moments.
+        second: second moments.
+        step: number of this step, from 1.
+        **options: `lr`, `beta1`, `beta2`, `eps`.
+    """
+    import torch
+
+    steps = torch.tensor(float(step), device=variables[0].device)
+    torch._fused_adam_(
+        variables,
+        gradients,
+        first,
+        second,
+        [],
+        [steps] * len(variables),
+        weight_decay=0.0,
+        amsgrad=False,
+        maximize=False,
+        **options,
+    )
+
+
+def has_per_channel_int8() -> bool:
+    """Whether this PyTorch has what `per_channel_int8` needs."""
+    import torch
+
+    return hasattr(torch, "_make_per_channel_quantized_tensor")
+
+
+def per_channel_int8(rows: Any, scales: Any) -> Any:
+    """A quantized PyTorch tensor of int8 rows and a float64 scale a row.
+
+    The public `torch.quantize_per_channel` starts from a float copy of the rows.
+    """
+    import torch
+
+    zeros = torch.zeros(len(rows), dtype=torch.long)
+    return torch._make_per_channel_quantized_tensor(rows, scales, zeros, 0)

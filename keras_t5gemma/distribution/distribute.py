@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_t5gemma import _compat
 from keras_t5gemma.distribution.layouts import (
     MESH_AXES,
     check_mesh,
@@ -102,8 +103,9 @@ class MeshDistribution(keras.distribution.ModelParallel):
         self.before = None
 
     def get_variable_layout(self, variable):
-        if getattr(variable, "_layout", None) is not None:
-            return variable._layout
+        layout = _compat.assigned_layout(variable)
+        if layout is not None:
+            return layout
         axes = partition(
             variable.path, variable.shape, self.mesh, self.strategy, self.config
         )

@@ -69,8 +69,10 @@ class JaxFunction:
         import jax
 
         variables = self.variables = model.variables
+        self._traces = 0
 
         def run(values, *args):
+            self._traces += 1  # Runs while it is traced only.
             mapping = list(zip(variables, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping):
                 return function(*args)
@@ -81,5 +83,5 @@ class JaxFunction:
         return self._compiled([v.value for v in self.variables], *args)
 
     def count(self):
-        """How many programs have been compiled so far."""
-        return self._compiled._cache_size()
+        """How many programs have been traced so far."""
+        return self._traces

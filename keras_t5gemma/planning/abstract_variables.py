@@ -1,22 +1,26 @@
-"""The variables of a model and of its optimizer, without the memory they take.
+"""Variables of a model and its optimizer, evaluated without allocating memory.
 
-Keras only notes shapes in a `StatelessScope`, so that these are the variables of the
-real model, whatever its size.
+In a `StatelessScope` Keras only records shapes, so these are the variables of the real
+model, whatever its size.
 """
 
 import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import keras
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16 by name.
 import numpy as np
 
+from keras_t5gemma import _compat
+from keras_t5gemma.config import StackConfig, T5GemmaConfig
 from keras_t5gemma.modeling.backbone import Backbone, is_projection_or_embedding
 from keras_t5gemma.modeling.deferred_init import build_abstract
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 
-# What `Backbone.quantize` makes of its default settings.
+# Quantization modes of Keras for the default settings of `Backbone.quantize`.
 QUANTIZED = {"int8": "int8", "int4": "int4/128"}
 
 
@@ -25,51 +29,53 @@ class Variable:
     """A variable's name and size.
 
     Args:
-        path: as Keras's, e.g. `"encoder/block_0/mlp/up/kernel"`; an optimizer's state
-            has the path of the weight that it is laid out like, or a name.
-        shape: tuple.
-        dtype: its name.
-        trainable: whether it gets a gradient.
+        path: as in Keras, e.g. `"encoder/block_0/mlp/up/kernel"`; optimizer state has
+            the path of the weight with the same layout, or a name.
+        shape: sizes of its axes.
+        dtype: name of its data type.
+        trainable: whether it has a gradient.
     """
 
     path: str
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: str
     trainable: bool = False
 
     @property
-    def name(self):
+    def name(self) -> str:
         """Last part of the path."""
         return self.path.split("/")[-1]
 
     @property
-    def nbytes(self):
-        """Of the whole variable."""
+    def nbytes(self) -> int:
+        """Bytes of the whole variable."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @functools.lru_cache
-def model_variables(config, dtype, lora_rank=None, quantize=None):
+def model_variables(
+    config: T5GemmaConfig,
+    dtype: str,
+    lora_rank: int | None = None,
+    quantize: str | None = None,
+) -> tuple[Variable, ...]:
     """All variables of a `Backbone`.
 
-    A model of one block a tower is built, and its blocks are counted as often as the
-    config has them: they are all the same.
+    A model with one block per tower is built, and its block is repeated: all blocks of
+    a tower have the same variables.
 
     Args:
-        config: a `T5GemmaConfig`.
-        dtype: a policy's name; that of its variables matters alone.
-        lora_rank: of adapters on `enable_lora`'s default layers, or `None`.
-        quantize: `"int8"`, `"int4"` or `None`; then nothing but adapters learns.
-
-    Returns:
-        A tuple of `Variable`.
+        config: of the model.
+        dtype: name of a policy, of which only the variable dtype matters.
+        lora_rank: rank of adapters on `enable_lora`'s default layers, or `None`.
+        quantize: `"int8"`, `"int4"` or `None`; then only adapters are trained.
     """
     dtype = keras.dtype_policies.get(dtype).variable_dtype
     small = dataclasses.replace(
         config, encoder=_one_block(config.encoder), decoder=_one_block(config.decoder)
     )
 
-    def build():
+    def build() -> Backbone:
         backbone = Backbone(small, dtype=dtype)
         if quantize:
             backbone = Backbone(small, dtype=_quantized(backbone, dtype, quantize))
@@ -90,39 +96,43 @@ def model_variables(config, dtype, lora_rank=None, quantize=None):
     return tuple(found)
 
 
-def _one_block(stack):
+def _one_block(stack: StackConfig | None) -> StackConfig | None:
     if stack is None:
         return None
     return dataclasses.replace(stack, num_layers=1, layer_types=stack.layer_types[:1])
 
 
-def _quantized(backbone, dtype, mode):
-    """The policies that `backbone.quantize(mode)` would give to its layers."""
+def _quantized(
+    backbone: Backbone, dtype: str, mode: str
+) -> keras.dtype_policies.DTypePolicyMap:
+    """Policies that `backbone.quantize(mode)` gives to its layers."""
     policies = keras.dtype_policies.DTypePolicyMap(
         default_policy=keras.dtype_policies.get(dtype)
     )
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in iter_layers(backbone):
         if is_projection_or_embedding(layer):
             name = f"{QUANTIZED[mode]}_from_{dtype}"
             policies[layer.path] = keras.dtype_policies.get(name)
     return policies
 
 
-def optimizer_variables(optimizer, variables):
-    """What an optimizer keeps for variables, by its own account.
+def optimizer_variables(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[Variable]
+) -> list[Variable]:
+    """State variables of an optimizer.
 
-    Its `build` runs, and asks for variables that are noted and not made.
+    Its `build` runs with functions that record variables instead of making them.
 
     Args:
-        optimizer: a `keras.optimizers.Optimizer`, not built.
-        variables: `Variable`s.
+        optimizer: not built.
+        variables: of the model.
 
     Returns:
-        A list of `Variable`. Those of a weight's shape have its path; rows and
-        columns, as of Adafactor, have a name. Scalars are left out.
+        Variables with the shape of a weight have its path; rows and columns, as in
+        Adafactor, have a name. Scalars are left out.
     """
     optimizer = type(optimizer).from_config(copy.deepcopy(optimizer.get_config()))
-    found = []
+    found: list[Variable] = []
 
     def note(shape, initializer="zeros", dtype=None, name=None, path=None, **kwargs):
         dtype = keras.backend.standardize_dtype(dtype or keras.config.floatx())
@@ -133,8 +143,6 @@ def optimizer_variables(optimizer, variables):
         like = reference_variable
         return note(like.shape, dtype=like.dtype, path=like.path)
 
-    optimizer.add_variable = note
-    optimizer.add_variable_from_reference = note_like
-    optimizer._var_key = id  # TensorFlow's asks for the value.
-    optimizer.build([v for v in variables if v.trainable])
+    trainable = [v for v in variables if v.trainable]
+    _compat.build_with(optimizer, trainable, note, note_like)
     return [v for v in found if v.shape]

@@ -79,7 +79,7 @@ class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
         if self.train_function is None:
             for variable in self.trainable_variables:
                 # A loaded array is NumPy's memory: JAX would keep it beside the next.
-                variable._value = variable._value.copy()
+                variable.assign(variable.value.copy())
         # A model's method is always the same function to JAX, which would take the
         # program it has although `CrossAttentionWarmUp` wants another.
         step = functools.partial(type(self).train_step, self)

@@ -5,6 +5,8 @@ import functools
 import keras
 from keras import ops
 
+from keras_t5gemma import _compat
+
 OPTIMIZERS = {
     "adafactor": keras.optimizers.Adafactor,
     "adamw": keras.optimizers.AdamW,
@@ -39,42 +41,32 @@ def update_in_place(optimizer):
     Keras's own step makes several copies of the weights: on PyTorch of all of them, on
     TensorFlow of one after the other. XLA fuses them by itself on JAX.
     """
-    kind = type(optimizer)
     # Not a subclass's: its step may be another.
-    is_adam = kind in (keras.optimizers.Adam, keras.optimizers.AdamW)
-    is_adam |= kind.__module__.endswith((".torch_adam", ".torch_adamw"))
-    if not is_adam or optimizer.amsgrad:
+    if not _compat.is_plain_adam(optimizer) or optimizer.amsgrad:
         return
-    if keras.config.backend() == "torch":
-        step = functools.partial(_fused_adam_on_torch, optimizer)
-        optimizer._backend_update_step = step
-    elif keras.config.backend() == "tensorflow":
-        step = functools.partial(_fused_adam_on_tensorflow, optimizer)
-        optimizer.update_step = step
+    updates = {"torch": _fused_adam_on_torch, "tensorflow": _fused_adam_on_tensorflow}
+    update = updates.get(keras.config.backend())
+    if update is not None:
+        _compat.replace_update(optimizer, functools.partial(update, optimizer))
 
 
 def _fused_adam_on_torch(optimizer, gradients, variables, learning_rate):
     import torch
 
     count = int(optimizer.iterations) + 1
-    places = [optimizer._get_variable_index(v) for v in variables]
+    first, second = _compat.adam_moments(optimizer, variables)
     with torch.no_grad():
-        torch._fused_adam_(
+        _compat.fused_adam(
             [v.value for v in variables],
             list(gradients),
-            [optimizer._momentums[i].value for i in places],
-            [optimizer._velocities[i].value for i in places],
-            [],
-            [torch.tensor(float(count), device=variables[0].value.device)]
-            * len(places),
+            [v.value for v in first],
+            [v.value for v in second],
+            count,
             lr=float(learning_rate),
             beta1=optimizer.beta_1,
             beta2=optimizer.beta_2,
-            weight_decay=0.0,  # Keras has already applied it.
             # PyTorch adds it after the bias correction, Keras before.
             eps=optimizer.epsilon / (1 - optimizer.beta_2**count) ** 0.5,
-            amsgrad=False,
-            maximize=False,
         )
 
 
@@ -92,11 +84,11 @@ def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
         "beta2": optimizer.beta_2,
         "epsilon": optimizer.epsilon,
     }
-    place = optimizer._get_variable_index(variable)
+    (first,), (second,) = _compat.adam_moments(optimizer, [variable])
     tf.raw_ops.ResourceApplyAdam(
         var=variable.handle,
-        m=optimizer._momentums[place].value.handle,
-        v=optimizer._velocities[place].value.handle,
+        m=first.value.handle,
+        v=second.value.handle,
         grad=tf.cast(gradient, variable.dtype),
         **{name: tf.cast(value, variable.dtype) for name, value in numbers.items()},
     )
@@ -108,6 +100,5 @@ def separate_averages(optimizer):
     Keras ends with one array for a weight and its average. On JAX the next `fit`
     would give both away to be overwritten, which fails.
     """
-    for variable in getattr(optimizer, "_model_variables_moving_average", ()):
-        if variable is not None:
-            variable.assign(ops.copy(variable.value))
+    for variable in _compat.moving_averages(optimizer):
+        variable.assign(ops.copy(variable.value))

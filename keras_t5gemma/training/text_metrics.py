@@ -1,6 +1,7 @@
 """Numbers for what was written: ROUGE, BLEU, chrF, exact match, a user's own."""
 
 import importlib
+import json
 import math
 
 import numpy as np
@@ -137,8 +138,12 @@ def _of_corpus(name, kind):
 
     def score(predictions, references):
         result = metric.corpus_score(predictions, [references], n_bootstrap=_RESAMPLES)
-        # Half the width of the 95 % interval is 1.96 standard errors.
-        error = float(result._ci) / 1.96 if len(predictions) > 1 else None
+        error = None
+        if len(predictions) > 1:
+            # Its confidence interval is public in JSON only, and not for a mean of 0.
+            text = result.format(width=12, signature="a:b", is_json=True)
+            # Half the width of the 95 % interval is 1.96 standard errors.
+            error = json.loads(text).get("confidence_var", 0.0) / 1.96
         return {name: {"mean": float(result.score), "standard_error": error}}
 
     return score
