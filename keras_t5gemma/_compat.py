@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
-from keras.src.backend.common import global_state
 
 _PENDING = "uninitialized_variables"
 
@@ -25,6 +24,8 @@ def pending_variables() -> Iterator[list[keras.Variable]]:
     Keras keeps them in a global list, and fills them with the next model that is
     built. Inside the context that list is this one; afterwards it is as it was.
     """
+    from keras.src.backend.common import global_state
+
     before = global_state.get_global_attribute(_PENDING) or []
     pending = []
     global_state.set_global_attribute(_PENDING, pending)
