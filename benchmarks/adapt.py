@@ -1,15 +1,14 @@
-"""Time, memory and disk traffic of `adapt`, at two sizes a factor 8 apart.
+"""Time, memory and disk traffic of `adapt`, for models a factor 8 apart in size.
 
     python benchmarks/adapt.py [--folder F] [--repeats 3]
     python benchmarks/adapt.py --pair 9b 2b
 
-Makes Gemma 2 checkpoints in transformers' format, bfloat16, random values, with the
-same largest tensor (the embedding table) and 4 and 32 layers, so that the blocks are
-a factor 8 apart; adapts each of them file to file in a fresh process, with and
-without the check of the result, and prints medians. With `--pair` it does so once, at
-the released sizes (9b 2b needs 50 GB of disk). Bytes are what the process asked the
-kernel to read and write (/proc/self/io), imports excluded; `base` is its resident
-size when it starts, imports done, `peak` the highest from then on.
+Makes Gemma 2 checkpoints in transformers' format with random bfloat16 values, the same
+largest tensor (the embedding table) and 4 and 32 layers. Adapts each of them from file
+to file in a fresh process, with and without checking the result, and prints medians.
+With `--pair` it does so once, at released sizes (9b 2b needs 50 GB of disk). Bytes are
+those that the process asked the kernel to read and write (/proc/self/io) after its
+imports; `base` is its resident size after the imports, `peak` the highest from then on.
 """
 
 import argparse
@@ -26,12 +25,12 @@ SMALL_VOCABULARY, LAYERS = 32_768, (4, 32)
 
 
 def make_folder(folder, stack, vocabulary_size):
-    """A Gemma 2 of random bfloat16 weights, one tensor at a time."""
+    """Write a Gemma 2 with random bfloat16 weights, tensor by tensor."""
     import ml_dtypes
     import numpy as np
 
     from keras_t5gemma.checkpoints import safetensors_file, weight_maps
-    from keras_t5gemma.checkpoints.lazy_tensors import FreshTensor, ExportedTensor
+    from keras_t5gemma.checkpoints.lazy_tensors import ExportedTensor, FreshTensor
 
     shapes = weight_maps.tower_shapes(stack, vocabulary_size)
     rows = weight_maps.expand(weight_maps.GEMMA2_HUGGING_FACE, stack.num_layers)
@@ -65,7 +64,7 @@ def traffic():
 
 
 def resident(field):
-    """VmRSS (now) or VmHWM (highest) of this process, bytes."""
+    """VmRSS (current) or VmHWM (highest) of this process, bytes."""
     for line in open("/proc/self/status"):
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -73,10 +72,10 @@ def resident(field):
 
 
 def adapt(sources, target, check):
-    """Adapt in this process; print what it took as JSON."""
+    """Adapt in this process; print time, traffic and memory as JSON."""
     from keras_t5gemma.conversion.adapt import adapt_to_folder
 
-    Path("/proc/self/clear_refs").write_text("5")  # Forget the imports' peak.
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak of the imports.
     base = resident("VmRSS")
     before, start = traffic(), time.perf_counter()
     adapt_to_folder(*sources, folder=target, check=check)
@@ -88,7 +87,7 @@ def adapt(sources, target, check):
 
 
 def measure(name, sources, target, check, repeats):
-    """Adapt in fresh processes; print one row of medians."""
+    """Adapt in fresh processes; print a row of medians."""
     runs = []
     for _ in range(repeats):
         command = [sys.executable, __file__, "--sources", *map(str, sources)]

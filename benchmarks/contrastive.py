@@ -1,10 +1,9 @@
-"""Time and peak memory of a step of InfoNCE, with and without gradient caching.
+"""Time and peak memory of an InfoNCE step, with and without gradient caching.
 
     KERAS_BACKEND=torch python benchmarks/contrastive.py [--batch 256] [--cache 32]
 
-The encoder of the pair inside the package, pairs of two random texts of `--length`
-tokens, AdamW, one process for each case. `above` is what the peak is above that of the
-model before its first step.
+The encoder of the embedded preset, pairs of random texts of `--length` tokens, AdamW,
+one process per case. `above` is the peak minus the peak before the first step.
 """
 
 import argparse

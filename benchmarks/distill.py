@@ -1,12 +1,12 @@
-"""Time and peak memory of a distilled training step, against the plain one.
+"""Time and peak memory of a distillation step, against a plain training step.
 
     python benchmarks/distill.py [--folder F] [--backends torch jax tensorflow]
 
-The model and the measures of benchmarks/train.py (S-S, 256,000 tokens of vocabulary,
-float32, AdamW). `live` learns from the whole distribution of a random Gemma 2 of two
-layers, width 512, that runs in the step; `scores` from 64 choices a token, as
-`TeacherScores` gives them. A teacher's weights count as `base`, not as `above`; what
-its making took for a moment counts with the step, if it was more.
+Model and measures of benchmarks/train.py (S-S, vocabulary 256,000, float32, AdamW).
+`live` distills the full distribution of a random Gemma 2 of two layers and width 512
+that runs in the step; `scores` distills 64 precomputed log-probabilities per token, as
+`TeacherScores` reads them. The teacher's weights count as `base`, not as `above`; the
+peak includes the teacher's construction.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def make_teacher():
 
 
 def teacher_arrays(kind, x):
-    """What `DocumentDataset` would add to the arrays of pairs."""
+    """The arrays that `DocumentDataset` adds for a teacher."""
     shape = x["decoder_token_ids"].shape
     rng = np.random.default_rng(0)
     if kind == "scores":
@@ -76,7 +76,7 @@ def measure(kind, args):
     if kind != "plain":
         x |= teacher_arrays(kind, x)
     if kind == "scores":
-        # The files themselves are tested elsewhere: the step sees arrays.
+        # The step sees arrays only; tests cover the files.
         loss = keras_t5gemma.Distillation(None)
         loss.teacher = types.SimpleNamespace(most_choices=CHOICES)
     if kind == "live":
@@ -105,7 +105,7 @@ def main():
         if args.folder is None:
             args.folder = Path(scratch)
             load.make_folder(args.folder)
-        print("| backend | step | s a step | base GB | above GB | x plain, peak |")
+        print("| backend | step | s per step | base GB | above GB | x plain, peak |")
         print("|---" * 6 + "|")
         for backend in args.backends:
             plain = None
@@ -120,7 +120,7 @@ def main():
                 if done.returncode:
                     raise SystemExit(done.stderr)
                 r = json.loads(done.stdout.strip().splitlines()[-1])
-                above = r["peak"] - r["base"]  # With weights, gradients, two moments.
+                above = r["peak"] - r["base"]  # With weights, gradients, moments.
                 plain = plain or above
                 print(
                     f"| {backend} | {kind} | {r['step']:.1f} | {r['base'] / 1e9:.1f} "

@@ -2,10 +2,9 @@
 
     KERAS_BACKEND=jax python benchmarks/embed.py [--texts 10000] [--length 256]
 
-Texts of mixed length: the docstrings' sentences of the standard library, a paragraph
-each, cut or joined to lengths that are spread as those of package descriptions are
-(mean about 60 words). The loop pads every text to `--length` tokens and calls the
-model's `predict` on the whole array.
+Texts of mixed length, made of words from the standard library's sources, with the
+length distribution of package descriptions (mean about 60 words). The loop pads every
+text to `--length` tokens and calls `predict` on the whole array.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from keras_t5gemma.data.encoder_dataset import arrays
 
 
 def make_texts(count):
-    """Texts of 5 to 200 words, of the words of Python's own documentation."""
+    """Texts of 5 to 200 words from the sources of three standard modules."""
     import argparse as a
     import inspect
     import statistics as s

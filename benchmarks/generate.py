@@ -1,33 +1,32 @@
-"""Greedy generation of exactly N new tokens, against the peers and the memory bus.
+"""Latency and memory of greedy generation, against peers and memory bandwidth.
 
     python benchmarks/generate.py [--folder F] [--plot FILE] [--json FILE]
     python benchmarks/generate.py --requests 200 [--peers P ...]
     python benchmarks/generate.py --device gpu
 
-Makes an S-S folder of random float32 weights (1.25 GB) where there is none. For every
-batch and encoder length each peer loads it in a process of its own and is asked, in
-turn with the others, for 1 and for N + 1 tokens after random sources without padding;
-no stop id. Peers that do not fit into `--memory` together form groups, in their order.
+Makes an S-S folder of random float32 weights (1.25 GB) on first use. For every batch
+size and encoder length, each peer loads it in a separate process and generates 1 and
+N + 1 tokens for random sources without padding, in turn with the others, without stop
+ids. Peers that do not fit into `--memory` together are measured in groups.
 
-ms a token   median of (time of N + 1 tokens - time of 1) / N. Wall time; with
-             `--threads 1`, which pins a core, CPU time: steadier beside other work.
-x floor      over what reading the decoder weights and the logit table (in the peer's
-             precision) and the cached keys and values takes, at the best bandwidth
-             measured between the runs.
-first token  median time of 1 token, no buffer longer than that needs.
-first call   wall time of N + 1 tokens right after loading, compilation included.
-peak         highest resident size of the process, and over the parameters in the peer's
-             precision; `imports`: before loading (KerasHub imports TensorFlow where it
-             is installed); `generating`: the highest after loading.
+ms per token  median of (time of N + 1 tokens - time of 1) / N. Wall time; with
+              `--threads 1`, which pins a core, CPU time, steadier on a busy machine.
+x floor       relative to the time to read the decoder weights, the logit table (in the
+              peer's precision) and the cached keys and values, at the best bandwidth
+              measured between the runs.
+first token   median time of 1 token, with a buffer of that length.
+first call    wall time of N + 1 tokens right after loading, compilation included.
+peak          highest resident size of the process, absolute and relative to the
+              parameters in the peer's precision; `imports`: before loading (KerasHub
+              imports TensorFlow if it is installed); `generating`: the highest after
+              loading.
 
-With `--requests`, sources of 4 to 400 tokens are one piece of work in a fresh process:
-ours gets all of them at once, the others batch by batch as they come. With `--device
-gpu` the model is 2B-2B, random bfloat16 weights made in place, and the bandwidth that
-of copies.
+With `--requests`, a fresh process generates for sources of 4 to 400 tokens:
+keras_t5gemma gets all of them in one call, the others batch by batch. With `--device
+gpu` the model is 2B-2B with random bfloat16 weights, and the bandwidth that of copies.
 """
 
 import argparse
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -39,11 +38,12 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from adapt import resident
+from bandwidth import clock, copy_bandwidth, read_bandwidth
 from load import make_folder
 from peers import (
     BYTES,
@@ -57,12 +57,12 @@ from peers import (
     parse,
 )
 
-LOADING = {"keras_hub": 4.0}  # Memory that loading takes / weights; others 2.5.
+LOADING = {"keras_hub": 4.0}  # Peak memory of loading / weights; others 2.5.
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def serve(connection, log, peer, batch, length, args):
-    """A worker's life: load, then a measurement for every message."""
+    """Run a worker: load the peer, then measure once per message."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -71,7 +71,7 @@ def serve(connection, log, peer, batch, length, args):
         KERAS_BACKEND=mode.split()[0] if library.startswith("keras") else "torch",
         OMP_NUM_THREADS=str(args.threads),
         HF_HUB_OFFLINE="1",
-        TORCHINDUCTOR_CACHE_DIR=tempfile.mkdtemp(dir=args.scratch),  # An empty one.
+        TORCHINDUCTOR_CACHE_DIR=tempfile.mkdtemp(dir=args.scratch),  # Empty.
         XLA_PYTHON_CLIENT_PREALLOCATE="false",
         TF_FORCE_GPU_ALLOW_GROWTH="true",
     )
@@ -82,12 +82,12 @@ def serve(connection, log, peer, batch, length, args):
     result = {"imports": resident("VmHWM")}
     model, generate = LOADERS[library](mode, precision, batch, args)
     result["loading"] = resident("VmHWM")
-    Path("/proc/self/clear_refs").write_text("5")  # Forget that peak.
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak.
 
     def measure(ids, mask, new_tokens):
-        start = clock(args)
+        start = clock(args.threads)
         tokens = np.asarray(generate(ids, mask, new_tokens))
-        seconds = clock(args) - start
+        seconds = clock(args.threads) - start
         assert tokens.shape == (len(ids), new_tokens), tokens.shape
         return seconds
 
@@ -111,12 +111,8 @@ def serve(connection, log, peer, batch, length, args):
         connection.send({**run, "generating": resident("VmHWM")})
 
 
-def clock(args):
-    return time.process_time() if args.threads == 1 else time.perf_counter()
-
-
 def answer_requests(at_once, measure, batch, args):
-    """Generate for sources of random lengths."""
+    """Generate for sources of random length."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 401, args.requests)
     mask = (np.arange(lengths.max()) < lengths[:, None]).astype("int32")
@@ -129,20 +125,20 @@ def answer_requests(at_once, measure, batch, args):
 
 
 class Worker:
-    """A process that has loaded one peer and waits to be asked."""
+    """A process that has loaded one peer and measures on request."""
 
     def __init__(self, peer, batch, length, args):
         print(f"{peer}: batch {batch}, encoder {length or '4-400'}", file=sys.stderr)
         self.peer, self.log = peer, Path(args.scratch, f"{peer} {batch} {length}.log")
-        self.connection, theirs = SPAWN.Pipe()
+        self.connection, remote = SPAWN.Pipe()
         self.process = SPAWN.Process(
-            target=serve, args=(theirs, self.log, peer, batch, length, args)
+            target=serve, args=(remote, self.log, peer, batch, length, args)
         )
         self.process.start()
-        theirs.close()
+        remote.close()
 
     def receive(self):
-        """What it sends next; `None`, and why on stderr, when it ended instead."""
+        """The next message, or `None` if it ended, with the cause on stderr."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionError):
@@ -160,13 +156,13 @@ class Worker:
         self.process.join()
 
     def resident(self):
-        """Bytes that it holds now, files mapped by several shared among them."""
+        """Its resident bytes now; files mapped by several processes are split."""
         rollup = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
         return int(rollup.split("Pss:")[1].split()[0]) * 1024
 
 
 def run_setting(peers, batch, length, parameters, args):
-    """Every peer's results, and the highest bandwidth seen, bytes a second."""
+    """Every peer's results, and the highest bandwidth measured, bytes per second."""
     results, waiting, bandwidths = {}, list(peers), []
     while waiting:
         workers = {}
@@ -181,7 +177,7 @@ def run_setting(peers, batch, length, parameters, args):
                 workers[worker.peer] = worker
         for _ in range(args.repeats):
             if args.device == "cpu":
-                bandwidths.append(read_bandwidth(args))
+                bandwidths.append(read_bandwidth(args.threads))
             for peer, worker in list(workers.items()):
                 if run := worker.ask():
                     results[peer]["runs"].append(run)
@@ -195,45 +191,14 @@ def run_setting(peers, batch, length, parameters, args):
     return {**common, "peers": results}
 
 
-@functools.cache
-def large_array():
-    return np.ones(2**27, "int32")  # 512 MB
-
-
-def read_bandwidth(args):
-    """Bytes a second that maxima of 512 MB read, the best of several."""
-    parts, best = np.array_split(large_array(), args.threads), math.inf
-    with ThreadPoolExecutor(args.threads) as pool:
-        for _ in range(5):
-            start = clock(args)
-            list(pool.map(np.max, parts))
-            best = min(best, clock(args) - start)
-    return large_array().nbytes / best
-
-
-def copy_bandwidth():
-    """Bytes a second that copies of 4 GB on the GPU read and write together."""
-    import torch
-
-    source, best = torch.ones(2**30, device="cuda"), math.inf
-    target = torch.empty_like(source)
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
-
-
 def alone(function, *args):
-    """A function's result, from a process of its own."""
+    """A function's result, computed in a separate process."""
     with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         return pool.submit(function, *args).result()
 
 
 def count_numbers(folder):
-    """Parameters, those of them that a token reads, numbers that it caches."""
+    """Parameters, parameters read per token, values cached per token."""
     import keras_t5gemma as kt
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 
@@ -247,7 +212,7 @@ def count_numbers(folder):
 
 
 def report(setting, numbers, args):
-    """Add medians and ratios to the results of a setting, and print them."""
+    """Add medians and ratios to the results of a setting and print them."""
     parameters, read, cached = numbers
     base = "bfloat16" if args.device == "gpu" else "float32"
     positions = setting["batch"] * (setting["length"] + args.new_tokens / 2)
@@ -269,7 +234,7 @@ def report(setting, numbers, args):
     print(
         f"\nBatch {setting['batch']}, encoder {setting['length']}, {args.new_tokens} "
         f"new tokens, {args.repeats} runs, {setting['bandwidth'] / 1e9:.1f} GB/s\n\n"
-        f"| peer | ms a token | x floor | x fastest {base} peer | first token ms "
+        f"| peer | ms per token | x floor | x fastest {base} peer | first token ms "
         "| first call s | peak GB | peak / weights | imports GB | generating GB |\n"
         + "|---" * 10
         + "|"
@@ -286,7 +251,7 @@ def report(setting, numbers, args):
 
 
 def plot(settings, file):
-    """Bars of ms a token by peer, a color a setting, with a line at the floor."""
+    """Bar chart of ms per token by peer and setting, with lines at the floor."""
     from matplotlib.figure import Figure
 
     peers = list(dict.fromkeys(peer for s in settings for peer in s["peers"]))
@@ -303,13 +268,13 @@ def plot(settings, file):
         axes.vlines([r["floor"] for r in results], *ends, color="black", label=floor)
     axes.set_yticks(range(len(peers)), peers)
     axes.invert_yaxis()
-    axes.set_xlabel("ms a token")
+    axes.set_xlabel("ms per token")
     axes.legend()
     axes.figure.savefig(file, bbox_inches="tight", dpi=100)
 
 
 def run_requests(peers, args):
-    """Print the seconds that each peer takes for the same requests."""
+    """Print the seconds that each peer needs for the same requests."""
     results = {peer: [] for peer in peers}
     for _ in range(args.repeats):
         for peer in peers:
@@ -332,7 +297,7 @@ def run_requests(peers, args):
 
 
 def installed(peers):
-    """The peers whose packages are there; a line on stderr about each other one."""
+    """The peers whose packages are installed; the others are named on stderr."""
     for peer in peers:
         library, mode, _ = parse(peer)
         backend = {"eager": "torch", "compiled": "torch"}.get(mode, mode.split(" ")[0])
@@ -345,7 +310,7 @@ def installed(peers):
 
 
 def prepare(peers, folder):
-    """Make what the peers load where it is not there yet."""
+    """Make the folders that the peers load, on first use."""
     if not (folder / "config.json").exists():
         alone(make_folder, folder)
     for library, _, precision in map(parse, peers):
@@ -371,13 +336,15 @@ def main():
     parser.add_argument("--repeats", type=int, help="5, or 1 with --requests")
     parser.add_argument("--peers", nargs="+", help=", ".join(PEERS))
     parser.add_argument("--threads", type=int, default=len(cores))
-    parser.add_argument("--memory", type=float, default=18, help="GB, all peers'")
+    parser.add_argument(
+        "--memory", type=float, default=18, help="GB for all peers of a group"
+    )
     parser.add_argument("--requests", type=int, default=0, help="number of sources")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--plot", type=Path, help="PNG or SVG file")
     parser.add_argument("--json", type=Path, help="file for all results")
     args = parser.parse_args()
-    os.sched_setaffinity(0, cores[: args.threads])  # The workers inherit it.
+    os.sched_setaffinity(0, cores[: args.threads])  # Inherited by the workers.
     gpu, requests = args.device == "gpu", args.requests
     args.batches = args.batches or ([8] if requests else [1, 8, 64] if gpu else [1, 8])
     args.lengths = args.lengths or ([512] if gpu else [128, 512])

@@ -1,13 +1,12 @@
-"""Time and peak memory of loading an S-S checkpoint, against the peers.
+"""Time and peak memory of loading an S-S checkpoint, against peers.
 
     python benchmarks/load.py [--folder F] [--repeats 3]
 
-Makes a transformers folder of 312,517,632 random float32 weights (1.25 GB) where
-there is none, then loads it in a fresh process a peer, interleaved, and prints
-medians. Peak memory is the process's highest resident size, imports included;
-`base` is the same process's before it loads. The file is in the page cache.
-`keras_t5gemma encoder` loads the encoder alone, with `encoder_only=True`; its weights
-are 46 % of the whole.
+Makes a transformers folder of 312,517,632 random float32 weights (1.25 GB) on first
+use, loads it in a fresh process per run, peers interleaved, and prints medians. Peak
+memory is the highest resident size of the process, imports included; `base` is that
+before loading. The file is in the page cache. `keras_t5gemma encoder` loads the encoder
+only, with `encoder_only=True`: 46 % of the weights.
 """
 
 import argparse
@@ -35,7 +34,7 @@ PEERS = (
 
 
 def make_folder(folder):
-    """An S-S model with random weights, as transformers saves it."""
+    """Save an S-S model with random weights in transformers' format."""
     import torch
     import transformers
 
@@ -88,7 +87,7 @@ def load(peer, folder):
 
 
 def measure(peer, folder):
-    """One load in a fresh process, or `None` when the peer is not installed."""
+    """Load once in a fresh process; `None` if the peer fails, e.g. is not installed."""
     command = [sys.executable, __file__, "--peer", peer, "--folder", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -101,7 +100,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="", help="peers with this in their names")
+    parser.add_argument("--only", default="", help="part of the peers' names")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
@@ -117,7 +116,7 @@ def main():
             for peer in runs:
                 runs[peer].append(measure(peer, folder))
     print(f"weights {weights / 1e9:.2f} GB, {args.repeats} runs each, medians\n")
-    print("| peer | seconds | peak GB | peak / weights | of it before loading, GB |")
+    print("| peer | seconds | peak GB | peak / weights | before loading, GB |")
     print("|---|---|---|---|---|")
     for peer, results in runs.items():
         results = [r for r in results if r is not None]

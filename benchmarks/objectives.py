@@ -1,8 +1,8 @@
-"""Tokens a second of the objectives, on one core.
+"""Throughput of the pretraining objectives on one core, in tokens per second.
 
     python benchmarks/objectives.py [--tokens 4194304]
 
-Every line is one call, on texts of one length; the best of three.
+Each row is one call on texts of one length, the best of three.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main():
     }
     rng = np.random.default_rng(0)
     ids = rng.integers(10, 200_000, args.tokens, "int32")
-    print("| objective | tokens a text | million tokens a second |\n|---|---|---|")
+    print("| objective | tokens per text | million tokens per second |\n|---|---|---|")
     for name, objective in objectives.items():
         for length in (64, 512, 8192):
             rows = args.tokens // length

@@ -1,7 +1,7 @@
-"""The peers of `generate.py`: each loads a folder and generates greedily.
+"""Peers of `generate.py`: loading and greedy generation with each library.
 
-A loader takes `(mode, precision, batch, args)` and returns the model and a function of
-`(ids, mask, new_tokens)`, int arrays `(batch, length)`, that returns the ids it wrote.
+A loader takes `(mode, precision, batch, args)`. It returns the model and a function of
+`(ids, mask, new_tokens)`, int arrays `(batch, length)`, that returns the generated ids.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 OURS = "keras_t5gemma"
-PEERS = (  # What is to be compared comes first, to be in one group.
+PEERS = (  # Those to be compared come first, to be in one group.
     "keras_hub jax",
     "keras_hub torch",
     "keras_t5gemma tensorflow",
@@ -38,13 +38,13 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def parse(peer):
-    """Library, backend or mode, and precision of a peer's name."""
+    """Split a peer's name into library, backend or mode, and precision."""
     library, *rest = peer.split()
     precision = rest.pop() if rest[-1] in BYTES else "float32"
     return library, " ".join(rest), precision
 
 
-def load_ours(backend, precision, batch, args):
+def load_keras_t5gemma(backend, precision, batch, args):
     import keras_t5gemma as kt
 
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
@@ -102,12 +102,12 @@ def load_transformers(mode, precision, batch, args):
         torch.set_default_dtype(dtype)
         with torch.device(device):
             model = kind(transformers.T5GemmaConfig()).eval()  # 2B-2B by default.
-    model.generation_config.eos_token_id = None  # Never stops, with no work for it.
+    model.generation_config.eos_token_id = None  # No stop id.
     options = {"do_sample": False, "decoder_start_token_id": 2, "pad_token_id": 0}
     if mode == "compiled":
         options["cache_implementation"] = "static"
         options["compile_config"] = transformers.CompileConfig()
-        options["compile_config"]._compile_all_devices = True  # Or it skips CPUs.
+        options["compile_config"]._compile_all_devices = True  # Else it skips CPUs.
 
     def generate(ids, mask, new_tokens):
         ids, mask = (torch.from_numpy(array).to(device) for array in (ids, mask))
@@ -143,7 +143,7 @@ def load_ctranslate2(mode, precision, batch, args):
 
 
 LOADERS = {
-    OURS: load_ours,
+    OURS: load_keras_t5gemma,
     "keras_hub": load_keras_hub,
     "transformers": load_transformers,
     "ctranslate2": load_ctranslate2,
@@ -155,7 +155,7 @@ def converted_folder(folder, precision):
 
 
 def convert(folder, precision):
-    """Make the folder that CTranslate2 loads; its vocabulary is the ids, as `<17>`."""
+    """Convert a folder for CTranslate2, with ids as vocabulary, e.g. `<17>`."""
     from ctranslate2.converters import TransformersConverter
 
     class Converter(TransformersConverter):

@@ -1,16 +1,15 @@
-"""The planner's bytes against the compiler's memory analysis, on small models.
+"""Memory planned by `plan` against XLA's memory analysis, on small models.
 
     python benchmarks/planner.py [--cases equal "fsdp 8 x 1"] [--json]
 
-The real Keras training step is compiled by JAX for CPUs, one or 8 simulated ones, and
-not run.
+The Keras training step is compiled by JAX for one CPU or 8 simulated ones, and not run.
 
-state MB      the step's arguments: weights and optimizer; planned, compiled.
-step MB       the most beside them: planned, compiled (`temp_size_in_bytes`).
+state MB      arguments of the step: weights and optimizer; planned and compiled.
+step MB       peak of temporary memory; planned and compiled (`temp_size_in_bytes`).
 
-XLA for CPUs has two schedulers: the usual one starts whatever can run, and forgets
-memory (and rematerialization); `xla_cpu_enable_concurrency_optimized_scheduler=false`
-chooses the one that looks for the least memory, as on a GPU or TPU.
+XLA for CPUs has two schedulers. The default one optimizes concurrency and ignores
+memory and rematerialization; `xla_cpu_enable_concurrency_optimized_scheduler=false`
+selects the one that minimizes memory, as on a GPU or TPU.
 """
 
 import argparse
@@ -30,14 +29,14 @@ import numpy as np
 
 import keras_t5gemma as kt
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.utils.buckets import LOGITS_ON_CPU
 from keras_t5gemma.planning.costs import Job, evaluate
+from keras_t5gemma.utils.buckets import LOGITS_ON_CPU
 
 SAME = StackConfig(2, 128, 512, 4, 2, 32)
 NARROW = StackConfig(3, 192, 384, 4, 4, 48)
 WIDE = StackConfig(2, 256, 1024, 4, 2, 64)
 EIGHT = StackConfig(2, 256, 512, 8, 8, 32)
-# Name: encoder, decoder, vocabulary, batch, lengths, further arguments of `Job`.
+# name: encoder, decoder, vocabulary, batch, lengths, other arguments of `Job`
 ONE = {
     "equal": (SAME, SAME, 2048, 4, (256, 256), {}),
     "long source": (NARROW, SAME, 2048, 4, (384, 128), {}),
@@ -49,7 +48,7 @@ ONE = {
     "long source, clipped": (NARROW, SAME, 2048, 4, (384, 128), {"clip": 1.0}),
     "mixed_bfloat16": (SAME, SAME, 2048, 4, (256, 256), {"dtype": "mixed_bfloat16"}),
 }
-# Strategy, data, model.
+# strategy, data axis, model axis
 MESHES = (
     ("data", 8, 1),
     ("fsdp", 8, 1),
@@ -78,7 +77,7 @@ def make_job(case, rematerialize, devices=1):
 
 
 def compiled_step(job):
-    """The training step of a job, compiled on the mesh that is in force."""
+    """Compile the training step of a job on the current mesh."""
     backbone = kt.Backbone(job.config, dtype=job.dtype)
     if job.lora_rank:
         backbone.enable_lora(job.lora_rank)
@@ -123,8 +122,8 @@ def compiled_step(job):
 
 
 def compare(name, job, mesh=None, strategy="fsdp"):
-    """A row: planned and compiled bytes of a device."""
-    keras.utils.clear_session(free_memory=False)  # It forgets the mesh too.
+    """One row: planned and compiled bytes per device."""
+    keras.utils.clear_session(free_memory=False)  # Resets the mesh too.
     planned = evaluate(job, mesh or {"data": 1, "model": 1}, strategy)
     if mesh:
         with kt.distribute(strategy, **mesh):
@@ -142,7 +141,7 @@ def compare(name, job, mesh=None, strategy="fsdp"):
 
 
 def rows_of(cases):
-    """Rows of the cases with a name in `cases`; an empty list is all."""
+    """Rows of the cases named in `cases`; of all if it is empty."""
     for rematerialize in (False, True):
         for name, case in ONE.items():
             if not cases or name in cases:
@@ -156,7 +155,7 @@ def rows_of(cases):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", default=[])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

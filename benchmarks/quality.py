@@ -1,11 +1,10 @@
-"""What smaller weights cost: the embedded preset on the synopsis test.
+"""Quality and speed of quantized weights: the embedded preset on the synopsis test.
 
     python benchmarks/quality.py --data DATA/synopsis/test.jsonl.gz [--rows 1780]
 
-ROUGE F1 x 100 with stemmer, mean over rows (rouge-score), and BLEU (sacrebleu), of the
-preset in float32, bfloat16, int8 and int4, greedy and with beams, and how long they
-take. Rows are dicts with `text` and `summary`; without the data there is nothing to
-measure.
+ROUGE F1 x 100 with stemmer, mean over rows (rouge-score), BLEU (sacrebleu) and seconds
+for float32, bfloat16, int8 and int4, greedy and with beams. Rows are JSON objects with
+`text` and `summary`.
 """
 
 import argparse
@@ -23,7 +22,7 @@ PRESET = "t5gemma_mini_synopsis"
 
 
 def make_model(precision):
-    """The preset in a precision."""
+    """Load the preset in a precision."""
     if precision == "bfloat16":
         return kt.Seq2SeqLM.from_preset(PRESET, dtype=precision)
     model = kt.Seq2SeqLM.from_preset(PRESET)
@@ -33,7 +32,7 @@ def make_model(precision):
 
 
 def score(answers, rows):
-    """ROUGE-1, ROUGE-L and BLEU, and how many answers there are."""
+    """ROUGE-1, ROUGE-L and BLEU of answers."""
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     pairs = zip(rows, answers, strict=True)
     scores = [scorer.score(row["summary"], answer) for row, answer in pairs]
@@ -48,7 +47,7 @@ def score(answers, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="a .jsonl.gz file")
-    parser.add_argument("--rows", type=int, help="the first so many; default: all")
+    parser.add_argument("--rows", type=int, help="number of rows; default: all")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
     parser.add_argument(
         "--precisions", nargs="+", default=["float32", "bfloat16", "int8", "int4"]

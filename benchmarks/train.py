@@ -1,20 +1,20 @@
-"""Time and peak memory of a training step at S-S size, against the peers.
+"""Time and peak memory of a training step at S-S size, against peers.
 
     python benchmarks/train.py [--folder F] [--batch 4] [--source 256] [--target 128]
     python benchmarks/train.py --grow train.png --peers "keras_t5gemma torch" ...
 
-Loads a transformers folder of 312,517,632 random float32 weights (made where there is
-none) in a fresh process a peer, and trains with AdamW on random ids without padding:
-a step to compile and warm up, then `--steps` of them, in one `fit`.
+Loads a transformers folder of 312,517,632 random float32 weights (made on first use) in
+a fresh process per peer, and trains with AdamW on random ids without padding: one step
+to compile, then `--steps` more in the same `fit`.
 
-s a step      mean over the steps, the first left out.
-first step s  of the first: with compilation, from the call of `fit` on.
+s per step    mean over the steps after the first.
+first step s  from the call of `fit` to the end of the first step, with compilation.
 peak GB       highest resident size of the process.
-above GB      of it above weights, gradients and two moments (5.0 GB) and above what
-              the process held before it loaded the model (`base`: the imports).
+above GB      peak minus weights, gradients and two moments (5.0 GB), and minus the
+              process's size before it loaded the model (`base`: the imports).
 
-"remat" is `compile(rematerialize=True)`. `--grow` measures batches of 1, 2 and 4 and
-targets of 64, 128 and 256 tokens, and draws the memory above.
+"remat" is `compile(rematerialize=True)`. `--grow` measures batches of 1, 2 and 4 pairs
+and targets of 64, 128 and 256 tokens, and plots `above`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STATE = 4 * 4 * PARAMETERS  # Weights, gradients, two moments, in float32.
 
 
 def make_batches(steps, args):
-    """`(x, y)` for that many steps, ids `(steps * batch, length)`."""
+    """`(x, y)` for `steps` steps, ids `(steps * batch, length)`."""
     rng = np.random.default_rng(0)
     rows = steps * args.batch
     source = rng.integers(4, 256_000, (rows, args.source), "int32")
@@ -52,7 +52,7 @@ def make_batches(steps, args):
 
 
 def keras_trainer(library, args, rematerialize=False):
-    """A function of the number of steps that trains as long: when each had ended."""
+    """A function that trains for a number of steps and returns their end times."""
     import keras
 
     optimizer = keras.optimizers.AdamW(1e-4)
@@ -77,7 +77,7 @@ def keras_trainer(library, args, rematerialize=False):
 
 
 def keras_fit(model, x, y, batch):
-    """Train on arrays, in their order; when each step had ended."""
+    """Train on arrays in order; return the end time of each step."""
     import keras
 
     class Clock(keras.callbacks.Callback):
@@ -148,7 +148,7 @@ def measure(peer, args):
 
 
 def run(peer, args, **changes):
-    """The results of one peer in a process of its own, or what it failed with."""
+    """Results of one peer in a separate process, or its error message."""
     command = [sys.executable, __file__, "--worker", peer]
     for name in ("folder", "batch", "source", "target", "steps"):
         command += [f"--{name}", str(changes.get(name, getattr(args, name)))]
@@ -161,8 +161,8 @@ def run(peer, args, **changes):
 
 
 def compare(args):
-    """A table, a row a peer."""
-    print("| peer | s a step | first step s | peak GB | base GB | above GB |")
+    """Print a table with one row per peer."""
+    print("| peer | s per step | first step s | peak GB | base GB | above GB |")
     print("|---" * 6 + "|")
     for peer in args.peers:
         r = run(peer, args)
@@ -177,7 +177,7 @@ def compare(args):
 
 
 def grow(args):
-    """A table and a picture of the memory, by batch and by length of the target."""
+    """Print and plot memory by batch size and by target length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -194,7 +194,7 @@ def grow(args):
             cells += [f"{gb:.1f}" for gb in above]
             panels[name].plot(sizes, above, marker="o", label=peer)
         print(f"| {peer} | " + " | ".join(cells) + " |", flush=True)
-    labels = {"batch": "pairs a batch", "target": "decoder tokens"}
+    labels = {"batch": "pairs per batch", "target": "decoder tokens"}
     for name, panel in panels.items():
         panel.set(xlabel=labels[name], xticks=GROWTH[name], ylim=(0, None))
     panels["batch"].set_ylabel("GB above weights, gradients, moments")
@@ -203,7 +203,7 @@ def grow(args):
 
 
 def add_sizes(parser):
-    """What the steps are of."""
+    """Add the arguments that set the size of a step."""
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--source", type=int, default=256, help="tokens")
@@ -215,7 +215,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_sizes(parser)
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
-    parser.add_argument("--grow", metavar="PICTURE", help="measure growth and draw it")
+    parser.add_argument(
+        "--grow", metavar="FILE", help="measure memory growth and plot it"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

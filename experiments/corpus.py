@@ -1,4 +1,4 @@
-"""The texts of the experiments, as documents and as token ids."""
+"""Texts of the experiments as documents and as token ids."""
 
 import gzip
 import json
@@ -12,14 +12,14 @@ import keras_t5gemma as kt
 from keras_t5gemma.utils.ragged import Ragged
 
 WORDS_A_DOCUMENT = 100
-HELD_OUT = 100  # One document in so many.
+HELD_OUT = 100  # One document in a hundred is held out.
 
 
 def read_documents(data):
-    """Training and held-out documents, `({"docs", "descriptions"}, the same)`.
+    """Training and held-out documents, each `{"docs": [...], "descriptions": [...]}`.
 
-    The files hold a paragraph a line and no ends of documents; what follows each other
-    mostly belongs together. Which documents are held out is decided by their text.
+    The files have one paragraph per line and no document boundaries; neighboring lines
+    mostly belong together. A hash of the text decides which documents are held out.
     """
     train, held_out = {}, {}
     for name in ("docs", "descriptions"):
@@ -46,9 +46,9 @@ def _together(lines):
 
 
 def for_sources(data, seed=0):
-    """Documents that the decoder-only models are trained on, in the order they are.
+    """Documents to train decoder-only models on, in training order.
 
-    All descriptions, and of the documentation as many characters.
+    All descriptions, and documentation of the same number of characters.
     """
     train, _ = read_documents(data)
     rng = np.random.default_rng(seed)
@@ -60,12 +60,16 @@ def for_sources(data, seed=0):
 
 
 def mixture(data, once, twice, longest=250):
-    """Texts to pretrain pairs on: documents, and short paragraphs that say it twice.
+    """Pretraining texts: documents, and short paragraphs that are repeated once.
 
-    `once` and `twice` are their numbers, `longest` the characters of a paragraph.
+    In a repeated paragraph the encoder's half equals the target. Small models learn to
+    copy from the encoder last, and hardly without such texts.
 
-    Where a text says everything twice, the half that is read is the half that is to be
-    written: a small model learns last to copy from what its encoder has read.
+    Args:
+        data: folder of the texts.
+        once: number of documents.
+        twice: number of repeated paragraphs.
+        longest: maximum characters of a paragraph.
     """
     rng = random.Random(0)
     train, _ = read_documents(data)
@@ -76,13 +80,13 @@ def mixture(data, once, twice, longest=250):
 
 
 def held_out(data, documents=400):
-    """So many held-out documents, half of each kind."""
+    """Held-out documents, half of each kind."""
     _, held = read_documents(data)
     return [d for part in held.values() for d in part[: documents // 2]]
 
 
 def doubled(documents, longest=250):
-    """Paragraphs of 40 to `longest` characters of documents, each of them twice."""
+    """Paragraphs of 40 to `longest` characters, each repeated once."""
     lines = [line for text in documents for line in text.split("\n")]
     return [f"{line}\n{line}" for line in lines if 40 <= len(line) <= longest]
 
@@ -99,12 +103,12 @@ def read_synopsis(data, split):
 
 
 def tokenizer():
-    """That of the embedded preset, 8,192 pieces."""
+    """The embedded preset's tokenizer, 8,192 pieces."""
     return kt.Tokenizer.from_preset("t5gemma_mini_synopsis")
 
 
 def chunks(documents, length):
-    """Decoder-only rows, int32 `(rows, length + 1)`: bos, text, eos, bos, ..."""
+    """Packed decoder-only rows, int32 `(rows, length + 1)`: bos, text, eos, bos, ..."""
     pieces = tokenizer()
     rows = Ragged.from_rows(pieces.tokenize(documents))
     ids = np.insert(rows.values, rows.ends, pieces.end_token_id)

@@ -1,21 +1,21 @@
-"""The runs of the experiment, in the order in which they are made.
+"""The grid of runs, in the order in which `run.py` makes them.
 
-Every run is a name and what `run.py` does for it. Names say what is compared:
-`pretrain/PAIR/VARIANT/SEED`, `synopsis/PAIR/VARIANT/SEED`, `decoder-only/SIZE/SEED`.
+Names: `pretrain/PAIR/VARIANT/SEED`, `synopsis/PAIR/VARIANT/SEED`,
+`decoder-only/SIZE/SEED`.
 """
 
 import dataclasses
 
 SIZES = ("small", "medium", "large")
-# Pairs: who reads, who writes.
+# name: (encoder size, decoder size)
 PAIRS = {
     "small-small": ("small", "small"),
     "medium-medium": ("medium", "medium"),
     "large-large": ("large", "large"),
     "large-small": ("large", "small"),
 }
-STEPS = 500  # Of a continued pretraining; a step is 8 rows of 128 + 128 tokens.
-ROWS = 6_000  # Of the synopsis training, in one epoch.
+STEPS = 500  # Of continued pretraining, each 8 rows of 128 + 128 tokens.
+ROWS = 6_000  # Fine-tuning pairs, one epoch.
 SEEDS = (0, 1, 2)
 
 
@@ -24,14 +24,14 @@ class Run:
     """One training.
 
     Attributes:
-        name: see above; also the file of its results.
+        name: see above; it also names the file of results.
         kind: `"pretrain"`, `"synopsis"` or `"decoder-only"`.
         pair: of `PAIRS`, or a size.
-        start: what the weights are: `"adapted"`, `"scratch"`, `"random-cross"`, or the
-            name of a run.
+        start: initial weights: `"adapted"`, `"scratch"`, `"random-cross"`, or the name
+            of a run to continue.
         seed: of the training.
         options: of `pretrain`.
-        causal_encoder: the encoder sees to the left only.
+        causal_encoder: use causal attention in the encoder.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Run:
 
 
 def sources_of(run):
-    """The sizes of the decoder-only models that a run begins with or learns from."""
+    """Sizes of the decoder-only models that a run starts from or distills."""
     sizes = set(PAIRS.get(run.pair, (run.pair,)))
     return sorted(sizes | {run.options[n] for n in ("teacher",) if n in run.options})
 
@@ -62,21 +62,20 @@ def _synopsis(before):
     )
 
 
-def make_plan():
-    """All runs, the cheap and telling ones first."""
-    plan = []
+def make_grid():
+    """All runs, the cheap and informative ones first."""
+    runs = []
 
-    def add(*runs, tuned=True):
-        for run in runs:
-            plan.append(run)
-            if tuned:
-                plan.append(_synopsis(run))
+    def add(run, tuned=True):
+        runs.append(run)
+        if tuned:
+            runs.append(_synopsis(run))
 
     def small_pairs(seed):
         # a: adapted or from scratch; f: objectives and distillation.
         add(_pretrain("small-small", "prefixlm", seed))
         add(_pretrain("small-small", "scratch", seed, "scratch"))
-        # e: how the pair begins.
+        # e: initialization and attention of the pair.
         add(_pretrain("small-small", "random-cross", seed, "random-cross"))
         add(_pretrain("small-small", "causal", seed, causal=True))
         add(_pretrain("small-small", "ul2", seed, objective="t5gemma2"))
@@ -85,7 +84,7 @@ def make_plan():
         )
         add(ul2_scratch, tuned=False)
         add(_pretrain("small-small", "distilled", seed, teacher="large", top_k=64))
-        plan.append(
+        runs.append(
             Run(f"decoder-only/small/{seed}", "decoder-only", "small", seed=seed)
         )
 
@@ -93,10 +92,10 @@ def make_plan():
     # b, c: sizes and unequal pairs, against their decoder-only sources.
     add(_pretrain("large-small", "prefixlm", 0))
     add(_pretrain("large-large", "prefixlm", 0))
-    plan.append(Run("decoder-only/large/0", "decoder-only", "large"))
+    runs.append(Run("decoder-only/large/0", "decoder-only", "large"))
     small_pairs(1)
     small_pairs(2)
-    # d: the cross-attention alone first. By itself `pretrain` takes 51 steps.
+    # d: steps that train cross-attention alone; `pretrain` takes 51 by default.
     for seed in SEEDS:
         for steps in (0, 50, 200):
             options = {"cross_attention_steps": steps}
@@ -104,5 +103,5 @@ def make_plan():
             run = _pretrain("large-small", name, seed, **options)
             add(run, tuned=False)
     add(_pretrain("medium-medium", "prefixlm", 0))
-    plan.append(Run("decoder-only/medium/0", "decoder-only", "medium"))
-    return plan
+    runs.append(Run("decoder-only/medium/0", "decoder-only", "medium"))
+    return runs

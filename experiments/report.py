@@ -1,9 +1,9 @@
-"""Tables and pictures of the experiment, from what the runs measured.
+"""Tables and figures of the experiment, from the results of its runs.
 
     python experiments/report.py
 
 Reads `experiments/results/*.json`, writes `experiments/*.png`, and puts the tables
-between their marks in `experiments/README.md`. Runs that were not made are left out.
+between their markers in `experiments/README.md`. Missing runs are left out.
 """
 
 import json
@@ -20,13 +20,13 @@ NAMES = {
     "ul2": "adapted, UL2",
     "ul2-scratch": "from scratch, UL2",
     "distilled": "adapted, PrefixLM, distilled",
-    "random-cross": "adapted, cross-attention at random",
+    "random-cross": "adapted, random cross-attention",
     "causal": "adapted, causal encoder",
 }
 
 
 def read_results():
-    """`{name of a run: what it measured}`."""
+    """`{name of a run: results}`."""
     results = {}
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def by_variant(results, kind, pair=None):
 
 
 def spread(values, digits=2):
-    """Mean ± standard deviation of seeds, as text."""
+    """Mean ± standard deviation over seeds, as text."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.{digits}f} (one seed)"
@@ -53,18 +53,18 @@ def spread(values, digits=2):
 
 
 def rouge(result):
-    """ROUGE-L of a run's answers."""
+    """ROUGE-L of a run."""
     return result["scores"]["rougeL"]["mean"]
 
 
 def table(header, rows):
-    """Markdown."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def pretraining(results):
-    """Loss on held-out text at the start, after a tenth, and in the end; copying."""
+    """Held-out loss before, after a tenth and at the end; copy accuracy."""
     groups = by_variant(results, "pretrain", "small-small")
     rows = []
     for variant in NAMES:
@@ -75,12 +75,12 @@ def pretraining(results):
         tenth = spread([run["log"][0]["val_loss"] for run in runs])
         end = spread([run["log"][-1]["val_loss"] for run in runs])
         rows.append([NAMES[variant], f"{start:.2f}", tenth, end, copied(runs)])
-    header = ["", "before", "after a tenth", "in the end", "copied, %"]
+    header = ["", "before", "after a tenth", "end", "copy accuracy, %"]
     return table(header, rows)
 
 
 def copied(runs):
-    """Share of tokens right where the text says everything twice, in percent."""
+    """Token accuracy on repeated paragraphs, in percent."""
     return spread([100 * run["copied"]["accuracy"] for run in runs], 0)
 
 
@@ -102,7 +102,7 @@ def tuning(results):
 
 
 def sizes(results):
-    """Equal and unequal pairs, and their sources: cost and quality."""
+    """Cost and quality of balanced and unbalanced pairs and of their sources."""
     rows = []
     for label, runs in _of_sizes(results):
         rows.append(
@@ -114,7 +114,7 @@ def sizes(results):
                 spread([rouge(run) for run in runs], 1),
             ]
         )
-    header = ["", "MFLOPs an answer", "ms an answer", "validation loss", "ROUGE-L"]
+    header = ["", "MFLOPs per answer", "ms per answer", "validation loss", "ROUGE-L"]
     return table(header, rows)
 
 
@@ -130,18 +130,18 @@ def _of_sizes(results):
 
 
 def warm_up(results):
-    """Steps of the cross-attention alone, for large reads, small writes."""
+    """Loss by steps that train cross-attention alone, large encoder, small decoder."""
     groups = by_variant(results, "pretrain", "large-small")
     rows = []
     for steps in (0, 50, 200):
         if runs := groups.get(("large-small", f"warm-up-{steps}")):
             losses = spread([run["log"][-1]["val_loss"] for run in runs], 3)
             rows.append([steps, losses, copied(runs)])
-    return table(["steps alone, of 500", "loss in the end", "copied, %"], rows)
+    return table(["steps of 500", "final loss", "copy accuracy, %"], rows)
 
 
 def draw_losses(results):
-    """Loss against tokens seen, adapted and from scratch."""
+    """Loss by tokens seen, adapted and from scratch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -166,14 +166,14 @@ def draw_losses(results):
 
 
 def draw_frontier(results):
-    """Quality against cost."""
+    """Quality by cost."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, cost, unit in (
-        (panels[0], "flops", "million operations an answer"),
-        (panels[1], "milliseconds", "milliseconds an answer"),
+        (panels[0], "flops", "MFLOPs per answer"),
+        (panels[1], "milliseconds", "milliseconds per answer"),
     ):
         for kind, marker in (("decoder-only", "s"), ("encoder-decoder", "o")):
             found = [row for row in _of_sizes(results) if row[0].startswith(kind)]
@@ -185,7 +185,7 @@ def draw_frontier(results):
             ]
             panel.errorbar(x, y, error, fmt=marker, label=kind, capsize=3)
             for (label, _), *place in zip(found, x, y, strict=True):
-                below = kind == "decoder-only"  # Points of both kinds may touch.
+                below = kind == "decoder-only"  # Points of both kinds may overlap.
                 panel.annotate(
                     label.split(", ")[1],
                     place,
@@ -215,7 +215,7 @@ TABLES = {
 
 
 def main():
-    """Make all of it."""
+    """Write all tables and figures."""
     results = read_results()
     text = README.read_text(encoding="utf-8")
     for name, make in TABLES.items():

@@ -1,12 +1,11 @@
-"""Make the runs of the experiment, one process each; those that are done are kept.
+"""Run the experiment grid, one process per run; finished runs are skipped.
 
     KERAS_BACKEND=jax python experiments/run.py --data DATA --runs RUNS [--minutes N]
         [--only TEXT]
 
-The runs are those of grid.py; the decoder-only sources of a run (sources.py) are
-trained when it needs them. A run that was stopped goes on where its last backup was.
-What a run measured is written to `experiments/results/`, from which report.py makes
-tables and pictures.
+grid.py lists the runs. Decoder-only sources (sources.py) are trained when a run needs
+them. An interrupted run resumes from its last backup. Results go to
+`experiments/results/`, from which report.py makes tables and figures.
 """
 
 import argparse
@@ -25,18 +24,18 @@ import grid
 RESULTS = Path(__file__).parent / "results"
 ENCODER, DECODER, ROWS_A_STEP = 128, 128, 8
 SOURCE, TARGET = 256, 40  # Lengths of the synopsis pairs.
-ONCE, TWICE = 3_000, 13_000  # Texts of the pretraining that say it once and twice.
-TEST_ROWS = 500  # Of the synopsis test that answers are scored on.
+ONCE, TWICE = 3_000, 13_000  # Pretraining texts as they are, and repeated ones.
+TEST_ROWS = 500  # Synopsis test rows that generation is scored on.
 TIMED_ROWS = 50
 
 
 def write_texts(data, runs):
-    """The corpus as files of JSON lines."""
+    """Write the pretraining and held-out texts as JSON lines."""
     import corpus
 
     folder = Path(runs) / "texts"
     for name, make in (
-        # What all runs share: what they see, not in which order.
+        # All runs see the same texts, in different orders.
         ("mixture", lambda: corpus.mixture(data, ONCE, TWICE)),
         ("valid", lambda: corpus.held_out(data, 200)),
         ("doubled-valid", lambda: corpus.doubled(corpus.held_out(data, 200))),
@@ -52,7 +51,7 @@ def write_texts(data, runs):
 
 
 def start_preset(run, runs):
-    """The folder of the preset that a run starts from, made if it is not there."""
+    """Folder of the preset that a run starts from, made on first use."""
     runs = Path(runs)
     if "/" in run.start:
         return runs / run.start / "preset"
@@ -81,7 +80,7 @@ def start_preset(run, runs):
 
 @contextlib.contextmanager
 def encoder_mask(causal):
-    """Make causal attention the default of encoders, if asked for."""
+    """Make causal attention the default of encoders if `causal`."""
     from keras_t5gemma.modeling.towers import Encoder
 
     call = Encoder.call
@@ -94,7 +93,7 @@ def encoder_mask(causal):
 
 
 def pretrain(run, args):
-    """Continue pretraining; the loss on held-out texts, against tokens seen."""
+    """Continue pretraining; return held-out losses by tokens seen."""
     import keras_t5gemma as kt
 
     texts = write_texts(args.data, args.runs)
@@ -136,9 +135,9 @@ def pretrain(run, args):
 
 
 def copied(preset, texts):
-    """Share of the tokens right where a held-out paragraph says itself twice, PrefixLM.
+    """PrefixLM token accuracy on held-out paragraphs that are repeated once.
 
-    What is read is what is to be written, so that it need only be copied.
+    The encoder's half equals the target, so the model only has to copy.
     """
     import keras_t5gemma as kt
 
@@ -154,7 +153,7 @@ def copied(preset, texts):
 
 
 def synopsis(run, args):
-    """Fine-tune on synopses; loss of validation and test, ROUGE, latency."""
+    """Fine-tune on synopses; return losses, ROUGE and latency."""
     import corpus
     import keras
 
@@ -188,7 +187,7 @@ def synopsis(run, args):
 
 
 def latency(answer, texts):
-    """Median milliseconds of an answer to one text, after one of each length."""
+    """Median milliseconds per answer, batch 1, after a pass that compiles."""
     seconds = []
     for text in [*texts[:TIMED_ROWS], *texts[:TIMED_ROWS]]:
         start = time.perf_counter()
@@ -198,7 +197,7 @@ def latency(answer, texts):
 
 
 def pair_flops(backbone, source=90, target=10):
-    """Million operations of an answer: twice the weights that each token meets."""
+    """MFLOPs per answer: two per weight and token that passes it."""
     encoder, decoder = (
         sum(w.size for w in tower.get_weights()) - tower.token_embedding.count_params()
         for tower in (backbone.encoder, backbone.decoder)
@@ -208,115 +207,17 @@ def pair_flops(backbone, source=90, target=10):
 
 
 def decoder_only(run, args):
-    """The same of the source model itself: text, a separator, synopsis.
+    """Fine-tune and measure a decoder-only source in the same way."""
+    import decoder_only as experiment
 
-    First it goes on with as many rows, of as many positions, of the pairs' texts.
-    """
-    import corpus
-    import keras
-    import keras_hub
-    import numpy as np
-    import sources
-
-    import keras_t5gemma as kt
-
-    keras.utils.set_random_seed(run.seed)
-    pieces = corpus.tokenizer()
-    preset = Path(args.runs) / f"sources/{run.pair}/preset"
-    backbone = keras_hub.models.GemmaBackbone.from_preset(str(preset))
-    source = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
-    rows = corpus.chunks(corpus.mixture(args.data, ONCE, TWICE), ENCODER + DECODER)
-    rows = np.random.default_rng(run.seed).permutation(rows)
-    x, y = sources.inputs(rows[: grid.STEPS * ROWS_A_STEP])
-    model = sources.trainer(source, 3e-3, grid.STEPS)
-    model.fit(x, y, batch_size=ROWS_A_STEP, shuffle=False, verbose=0)
-    turn = pieces.token_to_id("<start_of_turn>")
-
-    def prompts(pairs):
-        texts = pieces.tokenize(pairs["encoder_text"])
-        return [[2, *ids[: SOURCE - 2], turn] for ids in texts]
-
-    def arrays(pairs):
-        targets = [
-            t[: TARGET - 1] + [1] for t in pieces.tokenize(pairs["decoder_text"])
-        ]
-        rows = [p + t for p, t in zip(prompts(pairs), targets, strict=True)]
-        ids = np.zeros((len(rows), SOURCE + TARGET + 1), "int32")
-        weights = np.zeros(ids.shape, "float32")
-        for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
-            ids[i, : len(row)] = row
-            weights[i, len(row) - len(target) : len(row)] = 1
-        x = {
-            "token_ids": ids[:, :-1],
-            "padding_mask": (ids[:, :-1] > 0).astype("int32"),
-        }
-        return x, ids[:, 1:], weights[:, 1:]
-
-    train = corpus.read_synopsis(args.data, "train")
-    train = {key: column[: grid.ROWS] for key, column in train.items()}
-    # Rows of similar length together, cut to the longest: as the pairs are.
-    x, y, weights = arrays(train)
-    lengths = x["padding_mask"].sum(1)
-    order = np.argsort(lengths, kind="stable")
-    widths = [int(np.quantile(lengths, q)) + 1 for q in (0.25, 0.5, 0.75, 1.0)]
-    batches = []
-    for rows in np.array_split(order, len(order) // 32):
-        longest = int(lengths[rows].max())
-        width = next(min(w, y.shape[1]) for w in widths if w >= longest)
-        batch = {key: value[rows, :width] for key, value in x.items()}
-        batches.append((batch, y[rows, :width], weights[rows, :width]))
-    np.random.default_rng(run.seed).shuffle(batches)
-    model = sources.trainer(source, 2e-3, len(batches))
-    for batch in batches:
-        loss = model.train_on_batch(*batch)  # The mean of all so far.
-    valid = corpus.read_synopsis(args.data, "valid")
-    x, y, weights = arrays(valid)
-    val_losses, tokens = [], []
-    for start in range(0, len(y), 32):  # Over batches `evaluate` weighs rows alike.
-        rows = slice(start, start + 32)
-        batch = {key: value[rows] for key, value in x.items()}
-        val_losses += [model.evaluate(batch, y[rows], None, 0, weights[rows])]
-        tokens += [weights[rows].sum()]
-    test = corpus.read_synopsis(args.data, "test")
-    test = {key: column[:TEST_ROWS] for key, column in test.items()}
-    source.compile(sampler="greedy")
-
-    def answer(rows):
-        ids = np.zeros((len(rows), SOURCE + TARGET), "int32")
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        made = source.generate(
-            {"token_ids": ids, "padding_mask": (ids > 0).astype("int32")},
-            stop_token_ids=[1],
-        )
-        texts = []
-        for row, prompt in zip(np.asarray(made["token_ids"]), rows, strict=True):
-            written = row[len(prompt) :].tolist()
-            written = written[: written.index(1)] if 1 in written else written
-            texts.append(pieces.detokenize([i for i in written[:TARGET] if i > 0]))
-        return texts
-
-    rows = prompts(test)
-    answers = []
-    for start in range(0, len(rows), 50):
-        answers += answer(rows[start : start + 50])
-    scores = kt.score_texts(answers, test["decoder_text"], "rouge")
-    table = backbone.token_embedding.count_params()
-    layers = backbone.count_params() - table
-    return {
-        "loss": float(loss),
-        "val_loss": float(np.average(val_losses, weights=tokens)),
-        "scores": scores,
-        "milliseconds": latency(lambda row: answer([row]), rows),
-        "flops": 2 * (100 * layers + 10 * table) / 1e6,
-    }
+    return experiment.run(run, args)
 
 
 KINDS = {"pretrain": pretrain, "synopsis": synopsis, "decoder-only": decoder_only}
 
 
 def make(run, args):
-    """One run, in this process; its results go to a file."""
+    """Make one run in this process and write its results."""
     import keras_t5gemma as kt
 
     if os.environ.get("KERAS_BACKEND") == "jax":
@@ -335,13 +236,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after")
-    parser.add_argument("--only", default="", help="runs with this in their names")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="start no run after that time"
+    )
+    parser.add_argument("--only", default="", help="only runs whose name contains this")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    runs = [run for run in grid.make_plan() if args.only in run.name]
+    runs = [run for run in grid.make_grid() if args.only in run.name]
     if args.task:
-        make(next(run for run in grid.make_plan() if run.name == args.task), args)
+        make(next(run for run in grid.make_grid() if run.name == args.task), args)
         return
     start = time.perf_counter()
     here = Path(__file__).parent
@@ -357,11 +260,11 @@ def main():
             subprocess.run(command, check=True)
         names = [run.name]
         if "/" in run.start and not (args.runs / run.start / "preset").exists():
-            names.insert(0, run.start)  # Its results are here, its weights are not.
+            names.insert(0, run.start)  # Has results, but its weights are gone.
         for name in names:
             command = [sys.executable, __file__, *common, "--task", name]
             if subprocess.run(command).returncode:
-                print(f"{name} failed; the next time it is made again", flush=True)
+                print(f"{name} failed; call again to retry", flush=True)
                 break
 
 

@@ -1,4 +1,4 @@
-"""Turn decoder-only Gemma 2 into a T5Gemma, file to file: `keras-t5gemma adapt`.
+"""Adapt decoder-only Gemma 2 to T5Gemma from file to file: `keras-t5gemma adapt`.
 
 python tools/adapt_gemma2.py gemma2_9b_en gemma2_2b_en --output FOLDER
 """

@@ -1,9 +1,9 @@
-"""Data parallelism on PyTorch: DistributedDataParallel around a Keras model.
+"""Data-parallel training on PyTorch with DistributedDataParallel.
 
-torchrun --nproc-per-node 2 tools/train_ddp.py --pairs pairs.jsonl --output FOLDER
+    torchrun --nproc-per-node 2 tools/train_ddp.py --pairs pairs.jsonl --output FOLDER
 
-Each process takes its share of the rows of each batch. The loss is the mean over the
-target tokens of the whole batch, as in `fit` on one device.
+Each process trains on its share of the rows of each batch. The loss is the mean over
+the target tokens of the whole batch, as in `fit` on one device.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def train(model, optimizer, batches, epochs):
     Args:
         model: a `Seq2SeqLM`, the same in all processes.
         optimizer: a Keras optimizer.
-        batches: a `PairDataset` of whole batches, the same in all processes.
+        batches: a `PairDataset` of global batches, the same in all processes.
         epochs: passes over the data.
     """
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -45,7 +45,7 @@ def train(model, optimizer, batches, epochs):
             total = weights.sum()
             torch.distributed.all_reduce(total)
             losses = parallel({**x, "labels": labels}, training=True)["losses"]
-            # The mean of the processes' gradients is taken: hence the factor.
+            # DDP averages the gradients over processes: hence the factor.
             loss = count * (losses * weights).sum() / total
             parallel.zero_grad()
             loss.backward()
@@ -53,7 +53,7 @@ def train(model, optimizer, batches, epochs):
 
 
 def check_copies(model):
-    """Raise `RuntimeError` where a process has other weights than the first."""
+    """Raise `RuntimeError` if weights differ between processes."""
     for variable in model.weights:
         first = variable.value.detach().clone()
         torch.distributed.broadcast(first, src=0)
@@ -62,12 +62,14 @@ def check_copies(model):
 
 
 def main():
-    """Read the arguments, train, and write the preset in the first process."""
+    """The command: train, and write the preset in the first process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="t5gemma_mini")
     parser.add_argument("--pairs", required=True, help="see `read_pairs`")
     parser.add_argument("--output", required=True, help="folder of the new preset")
-    parser.add_argument("--batch-size", type=int, default=32, help="of all processes")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="rows of all processes"
+    )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     args = parser.parse_args()
@@ -75,7 +77,7 @@ def main():
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-    keras.utils.set_random_seed(0)  # The same order everywhere.
+    keras.utils.set_random_seed(0)  # The same data order in all processes.
     model = keras_t5gemma.Seq2SeqLM.from_preset(args.preset)
     columns = as_columns(keras_t5gemma.read_pairs(args.pairs), None)
     batches = PairDataset(

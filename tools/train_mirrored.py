@@ -1,8 +1,8 @@
-"""Data parallelism on TensorFlow: MirroredStrategy around a Keras model.
+"""Data-parallel training on TensorFlow with MirroredStrategy.
 
-python tools/train_mirrored.py --pairs pairs.jsonl --output FOLDER
+    python tools/train_mirrored.py --pairs pairs.jsonl --output FOLDER
 
-Each device takes its share of the rows of each batch. The loss is the mean over the
+Each device trains on its share of the rows of each batch. The loss is the mean over the
 target tokens of the whole batch, as in `fit` on one device.
 """
 
@@ -20,13 +20,14 @@ from keras_t5gemma.data.text_columns import as_columns
 
 
 def train(strategy, model, optimizer, batches, epochs):
-    """Train the copies of a model.
+    """Train the replicas of a model.
 
     Args:
-        strategy: a `tf.distribute.MirroredStrategy`, under which the others were made.
+        strategy: the `tf.distribute.MirroredStrategy` that model and optimizer were
+            made under.
         model: a `Seq2SeqLM`.
         optimizer: a Keras optimizer.
-        batches: a `PairDataset` of whole batches.
+        batches: a `PairDataset` of global batches.
         epochs: passes over the data.
     """
     count, variables = strategy.num_replicas_in_sync, model.trainable_variables
@@ -36,7 +37,7 @@ def train(strategy, model, optimizer, batches, epochs):
             losses = model({**x, "labels": labels}, training=True)["losses"]
             loss = tf.reduce_sum(losses * weights) / total
         gradients = tape.gradient(loss, [v.value for v in variables])
-        optimizer.apply(gradients, variables)  # Of their sum over the devices.
+        optimizer.apply(gradients, variables)  # Sums them over the devices.
 
     @tf.function(reduce_retracing=True)
     def step(x, labels, weights, total):
@@ -57,7 +58,7 @@ def train(strategy, model, optimizer, batches, epochs):
 
 
 def check_copies(model):
-    """Raise `RuntimeError` where a device has other weights than the first."""
+    """Raise `RuntimeError` if weights differ between devices."""
     for variable in model.weights:
         first, *others = (copy.numpy() for copy in variable.value.values)
         if any((other != first).any() for other in others):
@@ -65,16 +66,18 @@ def check_copies(model):
 
 
 def main():
-    """Read the arguments, train, and write the preset."""
+    """The command: train and write the preset."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="t5gemma_mini")
     parser.add_argument("--pairs", required=True, help="see `read_pairs`")
     parser.add_argument("--output", required=True, help="folder of the new preset")
-    parser.add_argument("--batch-size", type=int, default=32, help="of all devices")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="rows of all devices"
+    )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument(
-        "--cpus", type=int, help="cut the CPU into so many devices, to try it"
+        "--cpus", type=int, help="number of devices to split the CPU into"
     )
     args = parser.parse_args()
     devices = None

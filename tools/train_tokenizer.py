@@ -1,4 +1,4 @@
-"""Train the vocabulary of the embedded presets: BPE, 8,192 pieces, Gemma's ids.
+"""Train the embedded presets' tokenizer: BPE, 8,192 pieces, Gemma's special ids.
 
     python tools/train_tokenizer.py --data DATA --output vocabulary.spm
 

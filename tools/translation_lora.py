@@ -1,12 +1,12 @@
-"""Teach the embedded preset to translate synopses, English to Italian, with LoRA.
+"""Fine-tune the embedded preset with LoRA to translate English to Italian synopses.
 
     python tools/translation_lora.py DATA/translation --run runs/translation
 
 The experiment behind guides/finetune_translation_lora.py, on real data. The folder
-holds en-it.{train,valid,test}.jsonl.gz with the fields kind, en and it. The preset
-has seen English only, so that Italian words are several of its pieces each. Scores are
-BLEU and chrF (sacrebleu) with bootstrap standard errors, next to those of copying the
-source, on the same rows. Started again after an interruption, it resumes.
+holds en-it.{train,valid,test}.jsonl.gz with the fields kind, en and it. The preset was
+trained on English only, so Italian words take several pieces each. Scores are BLEU and
+chrF (sacrebleu) with bootstrap standard errors, next to the baseline of copying the
+source. Started again after an interruption, it resumes.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def read_rows(path, kind):
 
 
 def make_model(method, rank):
-    """The preset with what is to learn made trainable."""
+    """Load the preset and make the weights of a method trainable."""
     model = kt.Seq2SeqLM.from_preset(PRESET)
     model.preprocessor.decoder_sequence_length = DECODER_LENGTH
     if method == "lora":
@@ -56,9 +56,11 @@ def main():
     parser.add_argument("--kind", choices=("short", "para"), default="short")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--epochs", type=int, default=3, help="parts of the steps")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="parts that the steps are split into"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--test-rows", type=int, default=1000)
     args = parser.parse_args()
     if not (args.data / "en-it.train.jsonl.gz").exists():
@@ -73,7 +75,9 @@ def main():
     test = [column[: args.test_rows] for column in test]
     model = make_model(args.method, args.rank)
     weights = sum(math.prod(v.shape) for v in model.trainable_variables)
-    print(f"{args.method}: {weights:,} of {model.count_params():,} weights learn")
+    print(
+        f"{args.method}: {weights:,} of {model.count_params():,} weights are trainable"
+    )
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, args.steps, warmup_target=args.rate, warmup_steps=args.steps // 12
     )
@@ -104,7 +108,7 @@ def main():
 
 
 def evaluate(model, test, args, start):
-    """Scores of copying and of the model, printed and written as they come."""
+    """Score the baseline and the model; print and write results as they come."""
     sources, references = test
     writers = {
         "copying the source": lambda: sources,
