@@ -1,10 +1,12 @@
-"""Names, folders and handles: where a checkpoint's files are, and their format."""
+"""Presets by name, folder or handle: location of the files, and their format."""
 
 import dataclasses
 import difflib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias, Union
 
 from keras_t5gemma.checkpoints import atomic, hub, keras_hub_format
 from keras_t5gemma.checkpoints.hub import get_file
@@ -13,6 +15,7 @@ from keras_t5gemma.config import T5GemmaConfig
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "_presets"
 KERAS, KERAS_HUB, HUGGING_FACE = "keras_t5gemma", "keras_hub", "transformers"
 VOCABULARY_FILE, HUGGING_FACE_TOKENIZER = "vocabulary.spm", "tokenizer.model"
+PresetLike: TypeAlias = Union[str, "os.PathLike[str]", "Source"]
 _PACKAGE = "keras_t5gemma>"
 _EMBEDDED = {  # Objective, tuned.
     "t5gemma_mini": ("PrefixLM", False),
@@ -41,7 +44,7 @@ class Preset:
             preset that was fine-tuned here.
         tuned: whether it was fine-tuned (instruction-tuned, the published ones).
         parameters: exact count.
-        sources: handles or folders that hold the same weights, the default first.
+        sources: folder or handles of the same weights, the default first.
     """
 
     name: str
@@ -52,15 +55,14 @@ class Preset:
     sources: tuple
 
 
-def presets():
+def presets() -> list[Preset]:
     """All named presets: the embedded ones first, then the published ones.
 
-    Returns:
-        A list of `Preset`. The 32 published names follow arXiv 2504.06225:
-        eight pairs, two objectives, pretrained or instruction-tuned (`_it`); each
-        lies on Hugging Face and, in KerasHub's format, on Kaggle.
+    The 32 published names follow arXiv 2504.06225: eight pairs of sizes, two
+    objectives, pretrained or instruction-tuned (`_it`). Each is on Hugging Face and,
+    in KerasHub's format, on Kaggle.
     """
-    rows = []
+    rows, sources = [], _sources()
     for name, (objective, tuned) in _EMBEDDED.items():
         folder = EMBEDDED_FOLDER / name
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -72,7 +74,7 @@ def presets():
                 objective,
                 tuned,
                 T5GemmaConfig.from_dict(config["config"]["config"]).count_params(),
-                (str(folder),),
+                sources[name],
             )
         )
     for name, (encoder, decoder, objective, tuned) in _published().items():
@@ -85,13 +87,23 @@ def presets():
                 objective,
                 tuned,
                 T5GemmaConfig.pair(encoder, decoder).count_params(),
-                (
-                    "hf://google/" + name.replace("_", "-"),
-                    f"kaggle://keras/t5-gemma/keras/{name}/1",
-                ),
+                sources[name],
             )
         )
     return rows
+
+
+def _sources() -> dict[str, tuple[str, ...]]:
+    """Folder or handles of every named preset, the default first."""
+    embedded = {name: (str(EMBEDDED_FOLDER / name),) for name in _EMBEDDED}
+    published = {
+        name: (
+            "hf://google/" + name.replace("_", "-"),
+            f"kaggle://keras/t5-gemma/keras/{name}/1",
+        )
+        for name in _published()
+    }
+    return embedded | published
 
 
 def _first_paragraph(card):
@@ -101,7 +113,8 @@ def _first_paragraph(card):
     return next(t for t in texts if t and not t.startswith("#")).replace("\n", " ")
 
 
-def _published():
+def _published() -> dict[str, tuple[str, str, str, bool]]:
+    """Encoder size, decoder size, objective and tuning of the published names."""
     return {
         f"t5gemma_{encoder}_{decoder}_{objective.lower()}{'_it' * tuned}": (
             encoder,
@@ -115,69 +128,103 @@ def _published():
     }
 
 
-def published_config(preset):
+def published_config(preset: Any) -> T5GemmaConfig | None:
     """The `T5GemmaConfig` of a published name, without network; else `None`."""
     row = _published().get(preset) if isinstance(preset, str) else None
-    return row and T5GemmaConfig.pair(*row[:2])
+    return T5GemmaConfig.pair(*row[:2]) if row else None
 
 
-def pair_config(name):
-    """The `T5GemmaConfig` of a published pair without an objective, `"t5gemma_9b_2b"`.
-
-    `None` for what is no such name.
-    """
+def pair_config(name: str) -> T5GemmaConfig | None:
+    """The `T5GemmaConfig` of a pair of sizes, e.g. `"t5gemma_9b_2b"`, else `None`."""
     pairs = {"_".join(("t5gemma", *pair)): pair for pair in _PAIRS}
     return T5GemmaConfig.pair(*pairs[name]) if name in pairs else None
 
 
-def resolve(preset):
-    """The folder or handle of a T5Gemma preset, and its format.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A preset whose files were located; its config.json was read once.
+
+    `resolve` makes it. `from_preset` passes it on in place of the name.
+
+    Args:
+        preset: name, folder or handle, as it was given.
+        location: folder or handle of the files.
+        format: `KERAS`, `KERAS_HUB` or `HUGGING_FACE`.
+        config: the parsed config.json.
+    """
+
+    preset: str
+    location: str
+    format: str
+    config: dict[str, Any]
+
+    def read_json(self, name: str, default: Any = None) -> Any:
+        """Another JSON file of the preset; see `read_json`."""
+        return read_json(self.location, name, default)
+
+    def tokenizer_file(self) -> str:
+        """Path of the SentencePiece model; see `tokenizer_file`."""
+        return tokenizer_file(self.location, self.format)
+
+    def download(self) -> Path:
+        """Local folder with all files of the preset; see `download`."""
+        return download(self.location)
+
+    @property
+    def is_instruction_tuned(self) -> bool:
+        """Whether the name says so; see `is_instruction_tuned`."""
+        return is_instruction_tuned(self.preset)
+
+
+def resolve(preset: PresetLike) -> Source:
+    """Locate a T5Gemma preset, read its config.json and detect its format.
 
     Args:
         preset: a name of `presets()`, a local folder, `hf://owner/name` or
-            `kaggle://owner/model/keras/variation`.
-
-    Returns:
-        `(location, KERAS, KERAS_HUB or HUGGING_FACE)`.
+            `kaggle://owner/model/keras/variation`; or a `Source`, which is returned.
 
     Raises:
         ValueError: for an unknown name (with the nearest ones), a folder without
-            config.json, or a model that is no T5Gemma.
-        OSError: when a download fails, with what to do.
+            config.json, or a model that is not T5Gemma.
+        OSError: when a download fails, with instructions.
     """
-    names = {row.name: row.sources[0] for row in presets()}
+    if isinstance(preset, Source):
+        return preset
+    names = {name: sources[0] for name, sources in _sources().items()}
     location = locate(preset, names, "one of `keras_t5gemma.presets()`")
     config = read_json(location)
     registered = config.get("registered_name") or ""
     if registered.startswith(_PACKAGE):
-        return location, KERAS
-    if registered == keras_hub_format.T5GEMMA:
-        return location, KERAS_HUB
-    if config.get("model_type") == "t5gemma":
-        return location, HUGGING_FACE
-    found = registered or config.get("model_type") or "no model at all"
-    adapt = (
-        " A Gemma 2 is turned into a T5Gemma by `keras_t5gemma.adapt_gemma2`."
-        if found in (keras_hub_format.GEMMA, "gemma2")
-        else ""
-    )
-    raise ValueError(
-        f"{location} is not a checkpoint of T5Gemma that can be read here: its "
-        f"config.json holds {found!r}. Read are presets of keras_t5gemma and of "
-        f"KerasHub's T5Gemma, and transformers folders of model_type 't5gemma'.{adapt}"
-    )
+        kind = KERAS
+    elif registered == keras_hub_format.T5GEMMA:
+        kind = KERAS_HUB
+    elif config.get("model_type") == "t5gemma":
+        kind = HUGGING_FACE
+    else:
+        found = registered or config.get("model_type") or "no model"
+        adapt = (
+            " `keras_t5gemma.adapt_gemma2` turns a Gemma 2 into a T5Gemma."
+            if found in (keras_hub_format.GEMMA, "gemma2")
+            else ""
+        )
+        raise ValueError(
+            f"{location} is not a checkpoint of T5Gemma: its config.json holds "
+            f"{found!r}. Accepted are presets of keras_t5gemma and of KerasHub's "
+            f"T5Gemma, and transformers folders of model_type 't5gemma'.{adapt}"
+        )
+    return Source(os.fspath(preset), location, kind, config)
 
 
-def locate(preset, names, accepted):
-    """A folder or handle from what a user gave.
+def locate(preset: Any, names: Mapping[str, str], accepted: str) -> str:
+    """Folder or handle of a name, folder or handle.
 
     Args:
         preset: a key of `names`, a local folder, or a handle.
         names: `{name: folder or handle}`.
-        accepted: what the names are, for the message.
+        accepted: description of the names, for the message.
 
     Raises:
-        ValueError: for what is neither, with the nearest names.
+        ValueError: for anything else, with the nearest names.
     """
     if not isinstance(preset, str | os.PathLike):
         raise ValueError(f"`preset` must be a string; got {preset!r}.")
@@ -186,7 +233,7 @@ def locate(preset, names, accepted):
         hub.split(location)
         return location
     if os.path.isdir(location):
-        atomic.finish(location)
+        atomic.finish_interrupted_save(location)
         return location
     if location in names:
         return names[location]
@@ -198,12 +245,12 @@ def locate(preset, names, accepted):
     )
 
 
-def read_json(location, name="config.json", default=None):
-    """A JSON file of a folder or handle; `default` when it is not there.
+def read_json(location: str, name: str = "config.json", default: Any = None) -> Any:
+    """Read a JSON object of a folder or handle; `default` if the file is missing.
 
     Raises:
-        ValueError: when it is missing without a default, or no JSON.
-        OSError: when a download fails, with what to do.
+        ValueError: if it is missing without a default, or not a JSON object.
+        OSError: when a download fails, with instructions.
     """
     try:
         path = get_file(location, name)
@@ -225,19 +272,19 @@ def read_json(location, name="config.json", default=None):
 
 
 def _no_checkpoint(location, name):
-    if atomic.is_unfinished(location):
+    if atomic.has_incomplete_save(location):
         return (
-            f"{location} holds no checkpoint: the save that would have made it was "
-            "interrupted. Run it again."
+            f"{location} holds no checkpoint: the save into it was interrupted. Run it "
+            "again."
         )
-    return f"{location} has no {name}: it is no preset."
+    return f"{location} has no {name}: it is not a preset."
 
 
-def download(location):
-    """The local folder of a location, with all its files.
+def download(location: str) -> Path:
+    """Local folder of a folder or handle, with all its files.
 
     Raises:
-        OSError: when the download fails, with what to do.
+        OSError: when the download fails, with instructions.
     """
     hub.split(location)
     try:
@@ -246,12 +293,16 @@ def download(location):
         raise _download_error(location, error) from error
 
 
-def tokenizer_file(location, kind):
-    """The SentencePiece model of a folder or handle, downloaded if need be.
+def tokenizer_file(location: str, kind: str) -> str:
+    """Path of the SentencePiece model of a folder or handle, downloaded if needed.
+
+    Args:
+        location: folder or handle.
+        kind: its format.
 
     Raises:
-        ValueError: when a folder has none.
-        OSError: when a download fails, with what to do.
+        ValueError: if a folder has none.
+        OSError: when a download fails, with instructions.
     """
     name = HUGGING_FACE_TOKENIZER
     if kind != HUGGING_FACE:
@@ -270,29 +321,29 @@ def tokenizer_file(location, kind):
 def _download_error(location, error):
     others = [
         source
-        for row in presets()
-        if location in row.sources
-        for source in row.sources
+        for sources in _sources().values()
+        if location in sources
+        for source in sources
         if source != location
     ]
-    elsewhere = f" The same weights lie at {', '.join(others)}." if others else ""
+    elsewhere = f" The same weights are at {', '.join(others)}." if others else ""
     return OSError(
         f"{location} could not be downloaded ({type(error).__name__}: {error}). Check "
-        "the name and the network; the Gemma checkpoints also need their licence "
+        "the name and the network; the Gemma checkpoints also need their license "
         "accepted on the model's page and a login: `hf auth login` for hf://, "
         f"KAGGLE_USERNAME and KAGGLE_KEY for kaggle://.{elsewhere} A folder "
         "downloaded by other means can be passed as a path."
     )
 
 
-def is_instruction_tuned(preset):
-    """Whether a name, folder or handle says so: `-it`, `_it`, `instruct`."""
+def is_instruction_tuned(preset: str | os.PathLike[str]) -> bool:
+    """Whether a name, folder or handle ends in `-it` or `_it`, or has `instruct`."""
     parts = [p for p in os.fspath(preset).rstrip("/").split("/") if not p.isdigit()]
     name = parts[-1] if parts else ""
     return name.endswith(("-it", "_it")) or "instruct" in name
 
 
-def check_keywords(kwargs, known, where):
+def check_keywords(kwargs: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise `ValueError` for a keyword that `from_preset` would ignore."""
     unknown = sorted(set(kwargs) - set(known))
     if unknown:

@@ -1,8 +1,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import keras
@@ -10,7 +13,8 @@ import pytest
 from helpers.models import max_difference, numpy, tiny_model
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import hub, presets
+from keras_t5gemma.conversion.convert import convert
 
 
 def test_the_32_published_names_and_their_counts():
@@ -84,6 +88,71 @@ def test_folders_that_are_no_preset(tmp_path):
         kt.Seq2SeqLM.from_preset(tmp_path)
 
 
+OPENED: list | None = None  # Paths that were opened, while a test asks for them.
+
+
+def note_open(event, args):
+    if event == "open" and OPENED is not None:
+        OPENED.append(str(args[0]))
+
+
+sys.addaudithook(note_open)
+
+
+@pytest.fixture
+def count_reads(monkeypatch):
+    """Call a function; how often a config.json was opened and a preset located."""
+    located = []
+    locate = presets.locate
+
+    def counted(preset, *args):
+        located.append(preset)
+        return locate(preset, *args)
+
+    monkeypatch.setattr(presets, "locate", counted)
+
+    def count(function):
+        located.clear()
+        monkeypatch.setitem(globals(), "OPENED", [])
+        function()
+        opened = [path for path in OPENED if Path(path).name == "config.json"]
+        opened = [path for path in opened if "/converted/" not in path]  # Written.
+        monkeypatch.setitem(globals(), "OPENED", None)
+        return len(opened), len(located)
+
+    return count
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers", "quantized", "embedded"])
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_a_preset_is_resolved_once_and_its_config_read_once(
+    kind, tokenizer, tmp_path, count_reads
+):
+    preset = tmp_path
+    if kind == "embedded":
+        preset = "t5gemma_mini"
+    elif kind == "transformers":
+        tiny_model(tokenizer).save_to_huggingface(tmp_path)
+    else:
+        model = tiny_model(tokenizer)
+        if kind == "quantized":
+            model.quantize("int8")
+        model.save_to_preset(tmp_path)
+    calls = {
+        "Backbone": lambda: kt.Backbone.from_preset(preset),
+        "encoder": lambda: kt.Backbone.from_preset(preset, encoder_only=True),
+        "Seq2SeqLM": lambda: kt.Seq2SeqLM.from_preset(preset),
+        "Seq2SeqLM, random": lambda: kt.Seq2SeqLM.from_preset(preset, False),
+        "preprocessor": lambda: kt.Seq2SeqLMPreprocessor.from_preset(preset),
+        "Tokenizer": lambda: kt.Tokenizer.from_preset(preset),
+        "TextEmbedder": lambda: kt.TextEmbedder.from_preset(preset),
+    }
+    if kind != "quantized":
+        calls["convert"] = lambda: convert(preset, tmp_path / "converted")
+    counts = {name: count_reads(call) for name, call in calls.items()}
+    assert counts == dict.fromkeys(calls, (1, 1))
+
+
 @pytest.mark.parametrize(
     "cls", [kt.Seq2SeqLM, kt.Backbone, kt.Tokenizer, kt.Seq2SeqLMPreprocessor]
 )
@@ -142,11 +211,11 @@ def test_handles_go_through_the_hubs_own_clients(model, tmp_path, monkeypatch):
     def folder_of(handle):
         return tmp_path / ("theirs" if handle.startswith("google/") else "ours")
 
-    def download_file(repo_id, filename):
+    def download_file(repo_id, filename, local_files_only):
         asked.append(filename)
         return str(folder_of(repo_id) / filename)
 
-    def snapshot(handle, allow_patterns):
+    def snapshot(handle, allow_patterns, local_files_only):
         asked.append("everything")
         return str(folder_of(handle))
 
@@ -177,16 +246,82 @@ def test_handles_go_through_the_hubs_own_clients(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError])
 def test_failed_download_says_what_to_do(monkeypatch, error):
-    """KerasHub reports a hub that was not reached as a file that is not there."""
-
     def offline(*args, **kwargs):
         raise error("no route")
 
     monkeypatch.setattr(presets, "get_file", offline)
-    with pytest.raises(OSError, match="licence.*hf auth login.*passed as a path") as e:
+    with pytest.raises(OSError, match="license.*hf auth login.*passed as a path") as e:
         kt.Seq2SeqLM.from_preset("t5gemma_b_b_prefixlm_it")
     elsewhere = "kaggle://keras/t5-gemma/keras/t5gemma_b_b_prefixlm_it/1"
-    assert f"The same weights lie at {elsewhere}." in str(e.value)
+    assert f"The same weights are at {elsewhere}." in str(e.value)
+
+
+def test_a_hub_that_is_not_reached_is_no_missing_file(monkeypatch, tmp_path):
+    """The library raises a FileNotFoundError for both."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def raises(error):
+        def download(handle, name, local_files_only):
+            raise error("of the library")
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+    def read():
+        return presets.read_json("hf://me/mine", "task.json", default={"none": True})
+
+    def remember(value):
+        monkeypatch.setattr(
+            huggingface_hub, "try_to_load_from_cache", lambda handle, name: value
+        )
+
+    remember(None)
+    raises(errors.EntryNotFoundError)
+    assert read() == {"none": True}
+    raises(errors.LocalEntryNotFoundError)
+    with pytest.raises(OSError, match="ConnectionError: task.json is not in the local"):
+        read()
+    remember(object())  # An earlier download found that there is none.
+    assert read() == {"none": True}
+
+
+def test_without_network_a_handle_fails_at_once(monkeypatch):
+    """The library alone tries again for 23 seconds."""
+
+    def no_address(*args):
+        raise socket.gaierror("no address")
+
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    start = time.monotonic()
+    for name in ("hf://me/no-such-model", "t5gemma_b_b_prefixlm_it"):
+        with pytest.raises(OSError, match="the hub was not reached.*hf auth login"):
+            kt.Seq2SeqLM.from_preset(name)
+    with pytest.raises(OSError, match="could not be downloaded"):
+        presets.download("hf://me/no-such-model")
+    assert time.monotonic() - start < 8
+
+
+def test_files_missing_on_kaggle(monkeypatch):
+    import kagglehub
+    from kagglehub.exceptions import KaggleApiHTTPError
+
+    def answers(error):
+        def download(handle, path):
+            raise error
+
+        monkeypatch.setattr(kagglehub, "model_download", download)
+
+    handle = "kaggle://me/model/keras/mine"
+    response = types.SimpleNamespace(status_code=404, headers={}, text="")
+    answers(KaggleApiHTTPError("404", response=response))
+    assert presets.read_json(handle, "task.json", default={}) == {}
+    answers(ValueError("x is not present in the model files. You can access"))
+    assert presets.read_json(handle, "task.json", default={}) == {}
+    response = types.SimpleNamespace(status_code=403, headers={}, text="")
+    answers(KaggleApiHTTPError("403", response=response))
+    with pytest.raises(OSError, match="403.*KAGGLE_KEY"):
+        presets.read_json(handle, "task.json", default={})
 
 
 def test_missing_keras_hub_says_how_to_install_it(tmp_path):
