@@ -1,9 +1,9 @@
-"""Saves that happen as a whole or not at all.
+"""Atomic directory writes: a save appears as a whole or not at all.
 
-Files are written into `.saving` inside the target folder. When all are there, one
-rename to `.saved` decides: before it the folder holds what it held, after it the new
-files, which only have to be moved up. A process that dies while moving leaves that to
-the next one that opens the folder (`finish`).
+Files are written into `.saving` inside the target folder. Renaming it to `.saved`
+commits the save: before that the folder has its old content, afterwards the new files
+only have to be moved up. If the process dies while moving them, the next process that
+opens the folder continues (`finish_interrupted_save`).
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from keras_t5gemma.distribution import process_group
@@ -27,20 +28,22 @@ _WEIGHTS = (
 
 
 @contextlib.contextmanager
-def atomic_folder(folder, together=False):
-    """A staging folder whose files appear in `folder` together, or never.
+def atomic_folder(
+    folder: str | os.PathLike[str], together: bool = False
+) -> Iterator[Path]:
+    """Yield a staging folder whose files appear in `folder` together, or never.
 
-    Files of other names in `folder` stay; weight files of an earlier checkpoint go
-    when the new one brings weights. Of several processes all call it, with a folder
-    that all of them see; an error in one of them is an error in all.
+    Files of other names in `folder` stay; weight files of an earlier checkpoint are
+    removed when the new one has weights. With several processes all of them call it,
+    with a folder that all of them see; an error in one of them is raised in all.
 
     Args:
-        folder: path; made when it does not exist.
-        together: of several processes: the files of all are kept. Otherwise those of
-            the first, and the others get a folder to throw away.
+        folder: path; created if it does not exist.
+        together: with several processes, keep the files of all of them. Otherwise
+            only those of the first are kept.
 
     Raises:
-        OSError: when the disk is full, among others; then nothing is left behind.
+        OSError: e.g. when the disk is full; then nothing is left behind.
     """
     if process_group.process_count() == 1:
         with _staging(folder) as staging:
@@ -90,7 +93,7 @@ def _staging(folder):
     folder = Path(folder)
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    finish(folder)
+    finish_interrupted_save(folder)
     staging = folder / SAVING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -110,15 +113,15 @@ def _staging(folder):
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
-                f"{folder} could not be written: {error.strerror}. Nothing of it was "
-                "kept; make room and run it again",
+                f"{folder} could not be written: {error.strerror}. Nothing was kept; "
+                "free disk space and run it again",
             ) from error
         raise
-    finish(folder)
+    finish_interrupted_save(folder)
 
 
-def finish(folder):
-    """Move the files of a complete save into place, if one was interrupted there."""
+def finish_interrupted_save(folder: str | os.PathLike[str]) -> None:
+    """Move the files of a committed save into place, if it was interrupted there."""
     folder = Path(folder)
     saved = folder / SAVED
     manifest = saved / _MANIFEST
@@ -138,19 +141,19 @@ def finish(folder):
     shutil.rmtree(saved)
 
 
-def is_unfinished(folder):
-    """Whether a save into the folder was interrupted before it was complete."""
+def has_incomplete_save(folder: str | os.PathLike[str]) -> bool:
+    """Whether a save into the folder was interrupted before it was committed."""
     return (Path(folder) / SAVING).is_dir()
 
 
-def check_is_new(folder, overwrite):
-    """Raise `ValueError` when the folder holds something, unless `overwrite`."""
+def check_overwrite(folder: Path, overwrite: bool) -> None:
+    """Raise `ValueError` if the folder is not empty, unless `overwrite`."""
     if folder.is_dir():
-        finish(folder)
+        finish_interrupted_save(folder)
         occupied = any(path.name != SAVING for path in folder.iterdir())
     else:
         occupied = folder.exists()
-        overwrite = False  # A file is no checkpoint.
+        overwrite = False  # A file is not a checkpoint.
     if occupied and not overwrite:
         raise ValueError(
             f"`folder` {folder} exists already; pass `overwrite` (--overwrite) to "
@@ -158,8 +161,8 @@ def check_is_new(folder, overwrite):
         )
 
 
-def check_room(folder, needed):
-    """Raise `OSError` when the disk lacks the bytes that are needed."""
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise `OSError` if the disk of a folder has fewer than `needed` free bytes."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

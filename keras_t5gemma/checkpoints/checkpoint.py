@@ -1,6 +1,7 @@
-"""A T5Gemma checkpoint of any supported format, opened: tensors found, not read."""
+"""T5Gemma checkpoints of any supported format, with lazily loaded tensors."""
 
 import dataclasses
+from typing import Any
 
 import keras
 
@@ -12,7 +13,7 @@ from keras_t5gemma.checkpoints import (
     safetensors_file,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor
 from keras_t5gemma.config import T5GemmaConfig
 
 _TABLES = {
@@ -24,67 +25,73 @@ _TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What is known before any weight is read.
+    """An opened checkpoint, before any weight is read.
 
     Args:
-        location: folder or handle.
-        format: `presets.KERAS`, `KERAS_HUB` or `HUGGING_FACE`.
+        source: where its files are, from `presets.resolve`.
         config: `T5GemmaConfig`.
-        stored_dtype: what config.json says of the weights: a dtype name, or
+        stored_dtype: dtype of the weights according to config.json, or
             `"quantized"`.
         lineage: dict of what the model was adapted from, or `None`.
     """
 
-    location: str
-    format: str
+    source: presets.Source
     config: T5GemmaConfig
     stored_dtype: str
-    lineage: dict | None = None
+    lineage: dict[str, Any] | None = None
 
     @property
-    def is_quantized(self):
+    def location(self) -> str:
+        """Folder or handle."""
+        return self.source.location
+
+    @property
+    def format(self) -> str:
+        """`presets.KERAS`, `KERAS_HUB` or `HUGGING_FACE`."""
+        return self.source.format
+
+    @property
+    def is_quantized(self) -> bool:
         """Whether the weights are integers with scales."""
         return self.stored_dtype == "quantized"
 
-    def saved_policy(self):
-        """The dtype policy that a preset of ours was saved with."""
-        fields = presets.read_json(self.location)["config"]
-        return keras.dtype_policies.get(fields["dtype"])
+    def saved_policy(self) -> keras.DTypePolicy:
+        """Dtype policy that a preset of keras_t5gemma was saved with."""
+        return keras.dtype_policies.get(self.source.config["config"]["dtype"])
 
     def _table(self):
         if self.format == presets.HUGGING_FACE and self.config.decoder is None:
             return weight_maps.HUGGING_FACE_ENCODER
         return _TABLES[self.format]
 
-    def tensors(self, encoder_only=False):
-        """`{our variable path: unread tensor}`; downloads the files if need be.
+    def tensors(self, encoder_only: bool = False) -> dict[str, LazyTensor]:
+        """Lazily loaded tensors by our variable paths; downloads files if needed.
 
         Args:
             encoder_only: leave the decoder out; shards that hold only decoder
-                tensors are then not opened.
+                tensors are not opened.
 
         Raises:
             ValueError: naming the file and the tensors that do not fit the config.
         """
         if self.is_quantized:
             raise ValueError(
-                f"{self.location} holds quantized weights, which can only be loaded "
-                "as they are, by `from_preset`."
+                f"{self.location} holds quantized weights, which only `from_preset` "
+                "can load, as they are."
             )
-        folder = presets.download(self.location)
-        table, dropped, sides = self._table(), set(), {}
-        rows = {}
-        for side, templates in table.items():
+        folder = self.source.download()
+        dropped, rows, stacks = set(), {}, {}
+        for side, templates in self._table().items():
             stack = getattr(self.config, side)
             if stack is None:
                 continue
             expanded = weight_maps.expand(templates, stack.num_layers)
             if encoder_only and side == "decoder":
-                dropped |= {theirs for theirs, _ in expanded.values()}
+                dropped |= {name for name, _ in expanded.values()}
             else:
                 rows |= expanded
-                sides[f"{side}/"] = stack
-        wanted = {theirs for theirs, _ in rows.values()} if encoder_only else None
+                stacks[f"{side}/"] = stack
+        wanted = {name for name, _ in rows.values()} if encoder_only else None
         if self.format == presets.HUGGING_FACE:
             dropped |= set(weight_maps.HUGGING_FACE_DROPPED)
             entries = safetensors_file.read_folder(folder, wanted)
@@ -93,41 +100,37 @@ class Checkpoint:
         shapes = {
             path: shape
             for path, shape in weight_maps.model_shapes(self.config).items()
-            if path.startswith(tuple(sides))
+            if path.startswith(tuple(stacks))
         }
         return weight_maps.import_tensors(
-            rows, sides, shapes, entries, dropped, self.location
+            rows, stacks, shapes, entries, dropped, self.location
         )
 
 
-def open_checkpoint(preset):
-    """The `Checkpoint` of a name, folder or handle; see `presets.resolve`.
+def open_checkpoint(preset: presets.PresetLike) -> Checkpoint:
+    """Open the checkpoint of a name, folder or handle; see `presets.resolve`.
 
     Raises:
-        ValueError: for what is no T5Gemma checkpoint, or has a wrong config.json.
-        OSError: when a download fails, with what to do.
+        ValueError: if it is not a T5Gemma checkpoint, or has a wrong config.json.
+        OSError: when a download fails, with instructions.
     """
-    location, kind = presets.resolve(preset)
-    config = presets.read_json(location)
-    source = f"{location}: config.json"
-    if kind == presets.HUGGING_FACE:
-        stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-        return Checkpoint(
-            location, kind, huggingface.read_config(config, source), stored
-        )
-    fields = config.get("config") or {}
+    source = presets.resolve(preset)
+    file = f"{source.location}: config.json"
+    if source.format == presets.HUGGING_FACE:
+        fields = source.config
+        stored = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+        return Checkpoint(source, huggingface.read_config(fields, file), stored)
+    fields = source.config.get("config") or {}
     stored = _stored_dtype(fields)
-    if kind == presets.KERAS_HUB:
-        return Checkpoint(
-            location, kind, keras_hub_format.read_config(fields, source), stored
-        )
+    if source.format == presets.KERAS_HUB:
+        return Checkpoint(source, keras_hub_format.read_config(fields, file), stored)
     if "config" not in fields:
-        raise ValueError(f"{source} lacks the field 'config'.")
+        raise ValueError(f"{file} lacks the field 'config'.")
     try:
-        ours = T5GemmaConfig.from_dict(fields["config"])
+        config = T5GemmaConfig.from_dict(fields["config"])
     except TypeError as error:
-        raise ValueError(f"{source} lacks a field: {error}.") from error
-    return Checkpoint(location, kind, ours, stored, fields.get("lineage"))
+        raise ValueError(f"{file} lacks a field: {error}.") from error
+    return Checkpoint(source, config, stored, fields.get("lineage"))
 
 
 def _stored_dtype(fields):

@@ -33,14 +33,9 @@ def read_folder(folder, wanted=None):
     Raises:
         ValueError: naming the file, and the tensor, that is missing or broken.
     """
-    folder = Path(folder)
-    if (folder / SINGLE_FILE).exists():
-        return read_file(folder / SINGLE_FILE)
-    index = folder / INDEX_FILE
-    if not index.exists():
-        raise ValueError(
-            f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}."
-        )
+    folder, index = Path(folder), weights_file(folder)
+    if index.name == SINGLE_FILE:
+        return read_file(index)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {  # A group may be spread over several shards.
@@ -66,8 +61,26 @@ def read_folder(folder, wanted=None):
     return entries
 
 
-def read_file(path):
-    """Entries of one file."""
+def weights_file(folder: str | Path) -> Path:
+    """The weight file of a preset folder, or the index of its shards.
+
+    Raises:
+        ValueError: if it has neither.
+    """
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise ValueError(
+        f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}."
+    )
+
+
+def read_file(path: Path) -> dict[str, FileTensor]:
+    """Entries of one file: `{dataset path: tensor}`.
+
+    Raises:
+        ValueError: if it is truncated, or holds what Keras does not write.
+    """
     entries = {}
 
     def visit(name, item):
@@ -101,7 +114,7 @@ def _entry(path, name, dataset):
     return FileTensor(path, name, dtype, dataset.shape, offset)
 
 
-def write_folder(folder, tensors, max_shard_size, written):
+def write_folder(folder, tensors, max_shard_bytes, written):
     """Write `model.weights.h5`, or shards with their index, as Keras does.
 
     A tensor that goes to several places (an adapted model has a source's twice) is
@@ -110,7 +123,7 @@ def write_folder(folder, tensors, max_shard_size, written):
     Args:
         folder: an existing folder.
         tensors: dict of dataset path to unread tensor; one is in memory at a time.
-        max_shard_size: bytes.
+        max_shard_bytes: largest size of a file.
         written: as in `safetensors_file.write_folder`.
     """
     if (
@@ -120,7 +133,7 @@ def write_folder(folder, tensors, max_shard_size, written):
             tensor.read()
         return
     folder = Path(folder)
-    shards = plan_shards(tensors, max_shard_size)
+    shards = plan_shards(tensors, max_shard_bytes)
     files = [SINGLE_FILE]
     if len(shards) > 1:
         files = [f"model_{i:05}.weights.h5" for i in range(len(shards))]

@@ -165,7 +165,7 @@ def save(
     dtype,
     tokenizer=None,
     stop_ids=(1,),
-    max_shard_size=5e9,
+    max_shard_bytes=5_000_000_000,
     progress=None,
 ):
     """Write a folder that transformers loads, one tensor at a time, atomically.
@@ -177,7 +177,7 @@ def save(
         dtype: numpy dtype that the weights are written in.
         tokenizer: a `Tokenizer`, or `None` to leave its files out.
         stop_ids: ids that end an answer, for generation_config.json.
-        max_shard_size: bytes of the largest file.
+        max_shard_bytes: size of the largest file.
         progress: called with the number of bytes of each tensor when it is written.
 
     Raises:
@@ -201,7 +201,7 @@ def save(
             progress(data.nbytes)
 
     with atomic_folder(folder) as staging:
-        safetensors_file.write_folder(staging, entries, max_shard_size, written)
+        safetensors_file.write_folder(staging, entries, max_shard_bytes, written)
         if tokenizer is not None:
             _save_tokenizer(staging, tokenizer)
         if not alone:

@@ -18,7 +18,7 @@ def write(
     dtype,
     lineage=None,
     preprocessor=None,
-    max_shard_size=5e9,
+    max_shard_bytes=5_000_000_000,
     progress=None,
 ):
     """Write weights, checksums, tokenizer and, last, config.json.
@@ -30,7 +30,7 @@ def write(
         dtype: numpy dtype that the weights are written in.
         lineage: dict, or `None`.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None`.
-        max_shard_size: bytes of the largest weight file.
+        max_shard_bytes: size of the largest weight file.
         progress: called with the number of bytes of each tensor when it is written.
     """
     names = dataset_names(config)
@@ -44,7 +44,7 @@ def write(
             progress(data.nbytes * len(places))
 
     entries = {names[path]: CastTensor(t, dtype) for path, t in tensors.items()}
-    h5_file.write_folder(folder, entries, max_shard_size, written)
+    h5_file.write_folder(folder, entries, max_shard_bytes, written)
     _write_json(folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": digests})
     if preprocessor is not None:
         preprocessor.save_to_preset(str(folder))

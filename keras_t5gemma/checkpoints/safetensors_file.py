@@ -138,8 +138,8 @@ def _entry(path, name, field, base, size):
     return FileTensor(path, name, dtype, shape, base + first)
 
 
-def plan_shards(tensors, max_shard_size):
-    """Lists of names, in order, each of at most `max_shard_size` bytes.
+def plan_shards(tensors, max_shard_bytes):
+    """Lists of names, in order, each of at most `max_shard_bytes` bytes.
 
     A tensor that is larger than that has a shard of its own.
     """
@@ -148,19 +148,19 @@ def plan_shards(tensors, max_shard_size):
         size = nbytes(tensor)
         if not shards or size > room:
             shards.append([])
-            room = max_shard_size
+            room = max_shard_bytes
         shards[-1].append(name)
         room -= size
     return shards
 
 
-def write_folder(folder, tensors, max_shard_size, written):
+def write_folder(folder, tensors, max_shard_bytes, written):
     """Write `model.safetensors`, or shards with their index.
 
     Args:
         folder: an existing folder.
         tensors: dict of name to unread tensor; one is in memory at a time.
-        max_shard_size: bytes.
+        max_shard_bytes: largest size of a file.
         written: called as `written(names, bytes)` with the flat uint8 array of each
             tensor and the names it was written under.
     """
@@ -170,7 +170,7 @@ def write_folder(folder, tensors, max_shard_size, written):
         for tensor in tensors.values():
             tensor.read()
         return
-    shards = plan_shards(tensors, max_shard_size)
+    shards = plan_shards(tensors, max_shard_bytes)
     files = [SINGLE_FILE]
     if len(shards) > 1:
         files = [

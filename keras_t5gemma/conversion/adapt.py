@@ -1,40 +1,34 @@
-"""Decoder-only Gemma 2 to encoder-decoder T5Gemma (arXiv 2504.06225, section 3.2)."""
+"""Adapt decoder-only Gemma 2 to T5Gemma (arXiv 2504.06225, section 3.2)."""
 
 import importlib.metadata
+import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import keras
 
 from keras_t5gemma.checkpoints import atomic, keras_format, weight_maps
 from keras_t5gemma.checkpoints.atomic import atomic_folder
-from keras_t5gemma.checkpoints.lazy_tensors import FreshTensor, nbytes, parse_dtype
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    FreshTensor,
+    LazyTensor,
+    nbytes,
+    parse_dtype,
+)
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.conversion import adaptation_checks
-from keras_t5gemma.conversion.gemma2_reader import open_gemma2
+from keras_t5gemma.conversion.gemma2_reader import Gemma2, open_gemma2
 from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.utils.checks import number, one_of, whole_number
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.sizes import parse_shard_size
 
-_TOWER = (
-    "token_embedding/embeddings",
-    "final_norm/scale",
-    "block_{i}/pre_self_norm/scale",
-    "block_{i}/self_attention/query/kernel",
-    "block_{i}/self_attention/key/kernel",
-    "block_{i}/self_attention/value/kernel",
-    "block_{i}/self_attention/output/kernel",
-    "block_{i}/post_self_norm/scale",
-    "block_{i}/pre_mlp_norm/scale",
-    "block_{i}/mlp/gate/kernel",
-    "block_{i}/mlp/up/kernel",
-    "block_{i}/mlp/down/kernel",
-    "block_{i}/post_mlp_norm/scale",
-)
-# (path in the T5Gemma, source, path in the source): the rows of docs/facts.md,
-# section 3.
+# (path in the T5Gemma, source, path in the source), in the order of docs/facts.md,
+# section 3. A Gemma 2 has all variables of a tower but those of cross-attention.
+_TOWER = tuple(path for path, _, _ in weight_maps.GEMMA2_HUGGING_FACE)
 WHOLE_ENCODER = tuple(("encoder/" + p, "encoder", p) for p in _TOWER)  # Row 1.
 DECODER = tuple(("decoder/" + p, "decoder", p) for p in _TOWER)  # Row 2.
 # Row 3, balanced: "copied from the same layer's self-attention".
@@ -46,7 +40,7 @@ CROSS_ATTENTION = tuple(
     )
     for name in ("query", "key", "value", "output")
 )
-# Not published; the paper maps every layer to the most similar weight.
+# Not published; the paper initializes each layer from the most similar weight.
 CROSS_NORMS = tuple(
     (
         f"decoder/block_{{i}}/{place}_cross_norm/scale",
@@ -57,68 +51,71 @@ CROSS_NORMS = tuple(
 )
 
 
-def adapt_gemma2(encoder, decoder=None, dtype=None, **options):
-    """Turn decoder-only Gemma 2 models into an encoder-decoder one.
+def adapt_gemma2(
+    encoder: Any,
+    decoder: Any = None,
+    dtype: str | keras.DTypePolicy | None = None,
+    **options: Any,
+) -> Backbone:
+    """Adapt decoder-only Gemma 2 models to an encoder-decoder T5Gemma.
 
-    The encoder is a Gemma 2 that will see both ways; the decoder is a Gemma 2 with
+    The encoder is a Gemma 2 with bidirectional attention; the decoder is a Gemma 2 with
     cross-attention added to every layer (arXiv 2504.06225, section 3.2). The result
-    needs training before it is of use: "balanced" pairs continue from copied
+    needs training before it is useful: balanced pairs continue from copied
     cross-attention, unbalanced ones first train cross-attention alone (the paper:
-    1,000 steps), which `backbone.lineage["needs_warm_up"]` says.
+    1,000 steps), as `backbone.lineage["needs_warm_up"]` says.
 
     Args:
-        encoder: a Gemma 2: a KerasHub preset name (`"gemma2_9b_en"`), a folder of
-            KerasHub's or transformers', an `hf://` or `kaggle://` handle, or a live
-            `keras_hub.models.GemmaBackbone` or `GemmaCausalLM`.
-        decoder: likewise; `None` takes the encoder's.
+        encoder: a Gemma 2: a KerasHub preset name (`"gemma2_9b_en"`), a folder in
+            KerasHub's or transformers' format, an `hf://` or `kaggle://` handle, or a
+            live `keras_hub.models.GemmaBackbone` or `GemmaCausalLM`.
+        decoder: a Gemma 2 likewise; `None` takes the encoder's.
         dtype: dtype policy of the result, or its name; `None` is Keras's.
         **options: see `plan_adaptation`: `cross_attention`, `cross_norms`,
             `initializer_std`, `seed`, `dropout`.
 
-    Returns:
-        A `Backbone`.
-
     Raises:
-        ValueError: for a source that is no Gemma 2, vocabularies that differ, or
-            tensors that do not fit, named.
-        OSError: when a download fails, with what to do.
+        ValueError: if a source is not a Gemma 2, the vocabularies differ, or tensors
+            do not fit, naming them.
+        OSError: when a download fails, with instructions.
     """
     config, tensors, lineage, _ = plan_adaptation(encoder, decoder, **options)
     return weight_loading.fill(Backbone, config, tensors, lineage=lineage, dtype=dtype)
 
 
 def plan_adaptation(
-    encoder,
-    decoder=None,
-    cross_attention="auto",
-    cross_norms="auto",
-    initializer_std=0.02,
-    seed=0,
-    dropout=0.0,
-):
-    """What goes where, before anything is read.
+    encoder: Any,
+    decoder: Any = None,
+    cross_attention: str = "auto",
+    cross_norms: str = "auto",
+    initializer_std: float = 0.02,
+    seed: int = 0,
+    dropout: float = 0.0,
+) -> tuple[T5GemmaConfig, dict[str, LazyTensor], dict[str, Any], dict[str, Gemma2]]:
+    """Configuration and lazily loaded tensors of an adaptation; no weight is read.
 
     Args:
         encoder: see `adapt_gemma2`.
         decoder: see `adapt_gemma2`.
-        cross_attention: `"copy"` from the same layer's self-attention, which the
-            paper does when both towers are equal; `"random"`, which it does when
-            they are not; `"auto"` chooses that way. Copying needs equal widths.
+        cross_attention: `"copy"` from the same layer's self-attention, as the paper
+            does for equal towers; `"random"`, as it does for unequal ones; `"auto"`
+            chooses like the paper. Copying needs equal widths.
         cross_norms: `"copy"` the norms around self-attention, the most similar
-            weights there are; `"zeros"`, the identity that a new norm starts as;
-            `"auto"` does as with the attention: copied weights were trained behind
-            those norms, random ones were not. Not published.
+            weights; `"zeros"`, the identity of a new norm; `"auto"` copies them if the
+            attention is copied: copied projections were trained behind those norms,
+            random ones were not. Not published.
         initializer_std: standard deviation of random projections; 0.02 is Gemma's.
             Not published.
         seed: of the random projections; the same seed gives the same weights.
         dropout: rate of the result while training, in [0, 1).
 
     Returns:
-        `(config, tensors, lineage, sources)`: a `T5GemmaConfig`, the result's unread
-        tensors by path, a JSON-ready dict, and the two opened sources.
+        `(config, tensors, lineage, sources)`: a `T5GemmaConfig`, the tensors by path,
+        a JSON-ready dict of what was adapted from what, and the two opened sources,
+        `{"encoder": ..., "decoder": ...}`.
 
     Raises:
-        ValueError: naming the argument that is wrong.
+        ValueError: naming the wrong argument.
     """
     for name, value, accepted in (
         ("cross_attention", cross_attention, ("auto", "copy", "random")),
@@ -127,47 +124,47 @@ def plan_adaptation(
         one_of(value, name, accepted)
     number(initializer_std, "initializer_std", above=0)
     seed = whole_number(seed, "seed", 0)
-    reads = open_gemma2(encoder, "encoder")
-    writes = reads if decoder is None else open_gemma2(decoder, "decoder")
-    sources = {"encoder": reads, "decoder": writes}
-    _check_vocabularies(reads, writes)
-    balanced = reads.stack == writes.stack
+    encoder = open_gemma2(encoder, "encoder")
+    decoder = encoder if decoder is None else open_gemma2(decoder, "decoder")
+    sources = {"encoder": encoder, "decoder": decoder}
+    _check_vocabularies(encoder, decoder)
+    balanced = encoder.stack == decoder.stack
     if cross_attention == "auto":
         cross_attention = "copy" if balanced else "random"
     if cross_norms == "auto":
         cross_norms = "copy" if cross_attention == "copy" else "zeros"
-    widths = reads.stack.hidden_dim, writes.stack.hidden_dim
+    widths = encoder.stack.hidden_dim, decoder.stack.hidden_dim
     if cross_attention == "copy" and widths[0] != widths[1]:
         raise ValueError(
-            "`cross_attention='copy'` needs towers of equal width: its keys read the "
-            f"encoder; got widths {widths[0]} and {widths[1]}. Use 'random'."
+            "`cross_attention='copy'` needs towers of equal width: its keys are "
+            f"projections of the encoder output; got widths {widths[0]} and "
+            f"{widths[1]}. Use 'random'."
         )
     config = T5GemmaConfig(
-        reads.stack,
-        writes.stack,
-        vocabulary_size=writes.vocabulary_size,
-        final_soft_cap=writes.final_soft_cap,
+        encoder.stack,
+        decoder.stack,
+        vocabulary_size=decoder.vocabulary_size,
+        final_soft_cap=decoder.final_soft_cap,
         dropout=dropout,
-        max_positions=min(reads.max_positions, writes.max_positions),
+        max_positions=min(encoder.max_positions, decoder.max_positions),
     )
     rows = WHOLE_ENCODER + DECODER
     rows += CROSS_ATTENTION if cross_attention == "copy" else ()
     rows += CROSS_NORMS if cross_norms == "copy" else ()
-    found = {}
-    for ours, side, theirs in rows:
-        for i in range(sources[side].stack.num_layers if "{i}" in ours else 1):
-            found[ours.format(i=i)] = sources[side].tensors[theirs.format(i=i)]
+    copied = {}
+    for path, side, source_path in rows:
+        for i in range(sources[side].stack.num_layers if "{i}" in path else 1):
+            copied[path.format(i=i)] = sources[side].tensors[source_path.format(i=i)]
     tensors = {}
-    fresh_dtype = writes.tensors["final_norm/scale"].dtype
+    dtype = decoder.tensors["final_norm/scale"].dtype
     for path, shape in weight_maps.model_shapes(config).items():
         std = initializer_std if path.endswith("kernel") else 0.0
-        tensors[path] = found.get(path) or FreshTensor(
-            path, shape, fresh_dtype, std, seed
-        )
+        initial = FreshTensor(path, shape, dtype, std, seed)
+        tensors[path] = copied.get(path, initial)
     lineage = {
         "method": "adapt_gemma2",
-        "encoder": reads.name,
-        "decoder": writes.name,
+        "encoder": encoder.name,
+        "decoder": decoder.name,
         "balanced": balanced,
         "cross_attention": cross_attention,
         "cross_norms": cross_norms,
@@ -179,14 +176,14 @@ def plan_adaptation(
     return config, tensors, lineage, sources
 
 
-def _check_vocabularies(reads, writes):
-    sizes = reads.vocabulary_size, writes.vocabulary_size
+def _check_vocabularies(encoder, decoder):
+    sizes = encoder.vocabulary_size, decoder.vocabulary_size
     if sizes[0] != sizes[1]:
         raise ValueError(
             "`encoder` and `decoder` must share one vocabulary; got "
-            f"{sizes[0]} tokens ({reads.name}) and {sizes[1]} ({writes.name})."
+            f"{sizes[0]} tokens ({encoder.name}) and {sizes[1]} ({decoder.name})."
         )
-    files = reads.tokenizer_file, writes.tokenizer_file
+    files = encoder.tokenizer_file, decoder.tokenizer_file
     if all(files) and Path(files[0]).read_bytes() != Path(files[1]).read_bytes():
         raise ValueError(
             "`encoder` and `decoder` must share one vocabulary; their tokenizer "
@@ -195,21 +192,21 @@ def _check_vocabularies(reads, writes):
 
 
 def adapt_to_folder(
-    encoder,
-    decoder=None,
+    encoder: Any,
+    decoder: Any = None,
     *,
-    folder,
-    dtype=None,
-    max_shard_size=5e9,
-    overwrite=False,
-    check=True,
-    verbose=True,
-    **options,
-):
-    """`adapt_gemma2` from file to file: one tensor is in memory at a time.
+    folder: str | Path,
+    dtype: str | None = None,
+    max_shard_size: float | str = 5,
+    overwrite: bool = False,
+    check: bool = True,
+    verbose: bool = True,
+    **options: Any,
+) -> tuple[dict[str, Any], list[str]]:
+    """Adapt Gemma 2 from file to file, with one tensor in memory at a time.
 
     The folder appears when everything is written and checked, or not at all; a run
-    that was killed leaves nothing that loads and is simply run again.
+    that was killed leaves nothing that loads and can be repeated.
 
     Args:
         encoder: see `adapt_gemma2`.
@@ -218,39 +215,40 @@ def adapt_to_folder(
             tokenizer of the sources.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps the decoder
             source's.
-        max_shard_size: bytes of the largest weight file.
-        overwrite: replace a checkpoint that is there.
-        check: verify the adaptation identities on the result before it appears; see
+        max_shard_size: of the largest weight file: a number of GB, or a size with a
+            unit, e.g. `"500MB"`.
+        overwrite: replace a checkpoint in `folder`.
+        check: verify the adaptation identities before the folder appears; see
             `adaptation_checks.check_identities`.
-        verbose: show a progress bar on standard error when it is a terminal.
+        verbose: show a progress bar on standard error if it is a terminal.
         **options: see `plan_adaptation`.
 
     Returns:
-        `(lineage, report)`: the dict that was saved, and what the check found, lines
-        of text.
+        `(lineage, report)`: the dict that was saved, and the lines of the check.
 
     Raises:
-        ValueError: see `adapt_gemma2`; or when `folder` holds something.
-        OSError: when there is not enough room on the disk.
+        ValueError: see `adapt_gemma2`; or if `folder` is not empty.
+        OSError: when there is not enough space on the disk.
     """
     folder = Path(folder)
-    atomic.check_is_new(folder, overwrite)
+    shard_bytes = parse_shard_size(max_shard_size)
+    atomic.check_overwrite(folder, overwrite)
     config, tensors, lineage, sources = plan_adaptation(encoder, decoder, **options)
     stored = sources["decoder"].tensors["final_norm/scale"].dtype
-    dtype = stored if dtype is None else parse_dtype(dtype)
-    count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-    atomic.check_room(folder, count * dtype.itemsize)
+    written = stored if dtype is None else parse_dtype(dtype)
+    total = written.itemsize * sum(math.prod(t.shape) for t in tensors.values())
+    atomic.check_free_space(folder, total)
     report = []
     with atomic_folder(folder) as staging:
-        with progress_bar("Writing", count * dtype.itemsize, True, verbose) as progress:
+        with progress_bar("Writing", total, True, verbose) as progress:
             keras_format.write(
                 staging,
                 config,
                 tensors,
-                dtype,
+                written,
                 lineage,
                 _preprocessor(sources),
-                max_shard_size=max_shard_size,
+                max_shard_bytes=shard_bytes,
                 progress=progress,
             )
         if check:

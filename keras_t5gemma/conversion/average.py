@@ -1,7 +1,8 @@
-"""The mean of checkpoints, from file to file (arXiv 2203.05482)."""
+"""Average checkpoints, from file to file (arXiv 2203.05482)."""
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,28 +11,35 @@ from keras_t5gemma.checkpoints import atomic, keras_format
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
+from keras_t5gemma.checkpoints.presets import PresetLike
 from keras_t5gemma.conversion.compare import config_differences
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.utils.progress import progress_bar
 
 
-def average_presets(presets, folder, weights=None, overwrite=False):
-    """Write the mean of checkpoints of one configuration as a preset of ours.
+def average_presets(
+    presets: Sequence[PresetLike],
+    folder: str | Path,
+    weights: Iterable[float] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Average checkpoints of one configuration into a preset of keras_t5gemma.
 
-    Such as the last few of one training, or the best of several. Two float32 tensors
-    are in memory at a time; the folder appears as a whole or not at all.
+    For example the last checkpoints of a training, or the best of several trainings.
+    Two float32 tensors are in memory at a time; the folder appears as a whole or not
+    at all.
 
     Args:
-        presets: list of names, folders or handles, of any supported format; see
+        presets: names, folders or handles, of any supported format; see
             `presets.resolve`.
         folder: path to write. Tokenizer, lengths and dtype are the first preset's.
-        weights: one number a preset, not negative; `None` weighs all the same.
-        overwrite: replace a checkpoint that is there.
+        weights: one number for each preset, not negative; `None` weighs all equally.
+        overwrite: replace a checkpoint in `folder`.
 
     Raises:
-        ValueError: for no presets, weights that do not fit, a folder that exists, or
-            configurations that differ, with the fields.
-        OSError: when there is not enough room on the disk.
+        ValueError: without presets, for weights that do not fit, a folder that exists,
+            or configurations that differ, naming the fields.
+        OSError: when there is not enough space on the disk.
     """
     if isinstance(presets, str | Path) or not len(presets):
         raise ValueError(
@@ -44,7 +52,7 @@ def average_presets(presets, folder, weights=None, overwrite=False):
             f"got {len(weights)}."
         )
     folder = Path(folder)
-    atomic.check_is_new(folder, overwrite)
+    atomic.check_overwrite(folder, overwrite)
     opened = [open_checkpoint(preset) for preset in presets]
     first = opened[0]
     for other in opened[1:]:
@@ -61,9 +69,9 @@ def average_presets(presets, folder, weights=None, overwrite=False):
     }
     dtype = sources[0]["encoder/final_norm/scale"].dtype
     total = dtype.itemsize * sum(math.prod(t.shape) for t in tensors.values())
-    atomic.check_room(folder, total)
+    atomic.check_free_space(folder, total)
     try:
-        preprocessor = Seq2SeqLMPreprocessor.from_preset(presets[0])
+        preprocessor = Seq2SeqLMPreprocessor.from_preset(first.source)
     except ValueError:  # It has no tokenizer: then neither has the result.
         preprocessor = None
     lineage = first.lineage
@@ -97,27 +105,27 @@ def _check_weights(weights):
 
 @dataclasses.dataclass(frozen=True)
 class MeanTensor(LazyTensor):
-    """The weighted mean of unread tensors, computed and given in float32.
+    """Weighted mean of lazily loaded tensors, computed in float32.
 
     Args:
-        sources: tuple of unread tensors of one shape.
-        weights: tuple of as many numbers.
+        sources: tensors of one shape.
+        weights: one number for each of them.
     """
 
-    sources: tuple
-    weights: tuple
+    sources: tuple[LazyTensor, ...]
+    weights: tuple[float, ...]
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """Of every source."""
         return self.sources[0].shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         """float32."""
         return np.dtype("float32")
 
-    def read(self):
+    def read(self) -> np.ndarray:
         """The mean."""
         total = None
         for source, weight in zip(self.sources, self.weights, strict=True):

@@ -1,7 +1,8 @@
-"""A checkpoint in another format, from file to file."""
+"""Convert a checkpoint to another format, from file to file."""
 
 import math
 from pathlib import Path
+from typing import Any
 
 from keras_t5gemma.checkpoints import atomic, huggingface, keras_format, presets
 from keras_t5gemma.checkpoints.atomic import atomic_folder
@@ -9,12 +10,18 @@ from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.sizes import parse_shard_size
 
 
 def convert(
-    preset, folder, to=presets.KERAS, dtype=None, max_shard_size=5e9, overwrite=False
-):
-    """Write a checkpoint of any format as ours or transformers'.
+    preset: presets.PresetLike,
+    folder: str | Path,
+    to: str = presets.KERAS,
+    dtype: str | None = None,
+    max_shard_size: float | str = 5,
+    overwrite: bool = False,
+) -> None:
+    """Convert a checkpoint of any supported format to ours or transformers'.
 
     One tensor is in memory at a time; the folder appears as a whole or not at all.
 
@@ -23,29 +30,31 @@ def convert(
         folder: path to write.
         to: `"keras_t5gemma"` or `"transformers"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps the stored one.
-        max_shard_size: bytes of the largest weight file.
-        overwrite: replace a checkpoint that is there.
+        max_shard_size: of the largest weight file: a number of GB, or a size with a
+            unit, e.g. `"500MB"`.
+        overwrite: replace a checkpoint in `folder`.
 
     Raises:
         ValueError: naming the argument, or the file and the tensors that do not fit.
-        OSError: when there is not enough room on the disk.
+        OSError: when there is not enough space on the disk.
     """
     folder = Path(folder)
     formats = (presets.KERAS, presets.HUGGING_FACE)
     if to not in formats:
         raise ValueError(f"`to` must be one of {formats}; got {to!r}.")
-    atomic.check_is_new(folder, overwrite)
+    shard_bytes = parse_shard_size(max_shard_size)
+    atomic.check_overwrite(folder, overwrite)
     opened = open_checkpoint(preset)
     tensors = opened.tensors()
     stored = tensors["encoder/final_norm/scale"].dtype
-    dtype = stored if dtype is None else parse_dtype(dtype)
-    total = dtype.itemsize * sum(math.prod(t.shape) for t in tensors.values())
-    atomic.check_room(folder, total)
+    written = stored if dtype is None else parse_dtype(dtype)
+    total = written.itemsize * sum(math.prod(t.shape) for t in tensors.values())
+    atomic.check_free_space(folder, total)
     try:
-        preprocessor = Seq2SeqLMPreprocessor.from_preset(preset)
+        preprocessor = Seq2SeqLMPreprocessor.from_preset(opened.source)
     except ValueError:  # It has no tokenizer: then neither has the result.
         preprocessor = None
-    kwargs = {"max_shard_size": max_shard_size}
+    kwargs: dict[str, Any] = {"max_shard_bytes": shard_bytes}
     with progress_bar("Writing", total, is_bytes=True) as progress:
         kwargs["progress"] = progress
         if to == presets.KERAS:
@@ -54,7 +63,7 @@ def convert(
                     staging,
                     opened.config,
                     tensors,
-                    dtype,
+                    written,
                     opened.lineage,
                     preprocessor,
                     **kwargs,
@@ -63,4 +72,4 @@ def convert(
         if preprocessor is not None:
             kwargs["tokenizer"] = preprocessor.tokenizer
             kwargs["stop_ids"] = preprocessor.stop_ids
-        huggingface.save(folder, opened.config, tensors, dtype, **kwargs)
+        huggingface.save(folder, opened.config, tensors, written, **kwargs)

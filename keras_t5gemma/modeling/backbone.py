@@ -10,21 +10,22 @@ import keras_hub
 
 from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints import checkpoint, huggingface, presets
-from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
+from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import layouts, mesh, process_group
 from keras_t5gemma.modeling import lora, weight_loading
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.towers import Decoder, Encoder
+from keras_t5gemma.utils.sizes import parse_shard_size
 from keras_t5gemma.utils.types import Tensor
 
 QUANTIZED = ("int8", "int4")
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Backbone(keras_hub.models.Backbone):
-    """T5Gemma (arXiv 2504.06225): a Gemma 2 that reads, a Gemma 2 that writes.
+class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
+    """T5Gemma encoder-decoder (arXiv 2504.06225), without a task.
 
     Call it on a dict of int32 arrays `encoder_token_ids`,
     `encoder_padding_mask` `(batch, encoder length)`, `decoder_token_ids` and
@@ -279,25 +280,15 @@ class Backbone(keras_hub.models.Backbone):
             if opened.is_quantized:
                 if kwargs.get("dtype") is None:
                     kwargs["dtype"] = opened.saved_policy()
-                if encoder_only:
-                    return weight_loading.load_quantized_encoder(cls, opened, **kwargs)
-                return super().from_preset(opened.location, load_weights, **kwargs)
+                return weight_loading.load_quantized(
+                    cls, opened, load_weights, encoder_only, **kwargs
+                )
             if load_weights:
                 return weight_loading.load_backbone(cls, opened, encoder_only, **kwargs)
             config, kwargs["lineage"] = opened.config, opened.lineage
         if encoder_only:
             config = dataclasses.replace(config, decoder=None)
         return cls(config, **kwargs)
-
-    def save_to_preset(self, preset_dir, max_shard_size=10):
-        """Write config and weights into a folder, all of them or none.
-
-        Args:
-            preset_dir: path; an earlier checkpoint in it is replaced.
-            max_shard_size: GB of the largest weight file.
-        """
-        with atomic_folder(preset_dir) as staging:
-            super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
 
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
         """Keras's; a preset of weights that devices share gathers one at a time.
@@ -317,7 +308,13 @@ class Backbone(keras_hub.models.Backbone):
             )
         super().save_weights(filepath, overwrite, max_shard_size)
 
-    def save_to_huggingface(self, folder, dtype=None, max_shard_size=5, **kwargs):
+    def save_to_huggingface(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: str | None = None,
+        max_shard_size: float | str = 5,
+        **kwargs: Any,
+    ) -> None:
         """Write a folder that transformers' T5GemmaForConditionalGeneration loads.
 
         An encoder alone becomes a `T5GemmaEncoderModel`.
@@ -330,7 +327,8 @@ class Backbone(keras_hub.models.Backbone):
             folder: path; an earlier checkpoint in it is replaced, all or nothing.
             dtype: `"float32"`, `"bfloat16"` or `"float16"` to round the weights to;
                 `None` keeps theirs.
-            max_shard_size: GB of the largest weight file.
+            max_shard_size: of the largest weight file: a number of GB, or a size with
+                a unit, e.g. `"500MB"`.
             **kwargs: `tokenizer` and `stop_ids`, which a task passes.
 
         Raises:
@@ -342,7 +340,7 @@ class Backbone(keras_hub.models.Backbone):
             self.config,
             weight_loading.model_tensors(self),
             parse_dtype(dtype or self.variable_dtype),
-            max_shard_size=max_shard_size * 1e9,
+            max_shard_bytes=parse_shard_size(max_shard_size),
             **kwargs,
         )
 

@@ -1,4 +1,4 @@
-"""Weights of a backbone: read from a checkpoint, and read back from a live model.
+"""Weights of a backbone: loaded from a checkpoint, and read from a live model.
 
 The class is passed in as `build`, so that `Backbone.from_preset` can use this module.
 """
@@ -6,18 +6,29 @@ The class is passed in as `build`, so that `Backbone.from_preset` can use this m
 import dataclasses
 import math
 import os
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from keras_t5gemma._compat import track_parameters
-from keras_t5gemma.checkpoints import h5_file, keras_format, presets, weight_maps
-from keras_t5gemma.checkpoints.lazy_tensors import VariableTensor
+from keras_t5gemma.checkpoints import h5_file, keras_format, weight_maps
+from keras_t5gemma.checkpoints.checkpoint import Checkpoint
+from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
+from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution.shared_arrays import is_shared
 from keras_t5gemma.modeling.deferred_init import build_and_fill
 from keras_t5gemma.modeling.layer_iteration import iter_layers
+from keras_t5gemma.utils.sizes import UNITS
+
+Model: TypeAlias = Any  # A `Backbone`, which is defined above this module.
 
 
-def load_backbone(build, checkpoint, encoder_only=False, **kwargs):
-    """A `Backbone`, each tensor read once into its variable.
+def load_backbone(
+    build: Callable[..., Model],
+    checkpoint: Checkpoint,
+    encoder_only: bool = False,
+    **kwargs: Any,
+) -> Model:
+    """A `Backbone` of a float checkpoint, each tensor read once into its variable.
 
     Args:
         build: `(config, **kwargs) -> Backbone`, the class itself or a subclass.
@@ -26,8 +37,7 @@ def load_backbone(build, checkpoint, encoder_only=False, **kwargs):
         **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
 
     Raises:
-        ValueError: naming the file and the tensors that do not fit; then nothing
-            is returned.
+        ValueError: naming the file and the tensors that do not fit.
     """
     config = checkpoint.config
     if encoder_only:
@@ -36,26 +46,54 @@ def load_backbone(build, checkpoint, encoder_only=False, **kwargs):
     return fill(build, config, tensors, lineage=checkpoint.lineage, **kwargs)
 
 
-def load_quantized_encoder(build, checkpoint, **kwargs):
-    """The encoder of a preset of ours that was saved quantized, as it is.
+def load_quantized(
+    build: Callable[..., Model],
+    checkpoint: Checkpoint,
+    load_weights: bool = True,
+    encoder_only: bool = False,
+    **kwargs: Any,
+) -> Model:
+    """A `Backbone` of a preset that was saved quantized, as it was saved.
 
-    Keras reads what the model has out of the file, and nothing else.
+    Keras reads the variables that the model has, and no others.
 
     Args:
         build: `(config, **kwargs) -> Backbone`.
-        checkpoint: a `Checkpoint`.
+        checkpoint: a `Checkpoint` of `presets.KERAS`.
+        load_weights: `False` leaves the weights random.
+        encoder_only: build and read the encoder alone.
         **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
+
+    Raises:
+        ValueError: if a weight file is missing.
     """
-    config = dataclasses.replace(checkpoint.config, decoder=None)
+    config = checkpoint.config
+    if encoder_only:
+        config = dataclasses.replace(config, decoder=None)
     backbone = build(config, lineage=checkpoint.lineage, **kwargs)
-    folder = Path(presets.download(checkpoint.location))
-    names = ("model.weights.h5", "model.weights.json")  # Whole, or in shards.
-    backbone.load_weights(next(folder / n for n in names if (folder / n).exists()))
+    if load_weights:
+        folder = checkpoint.source.download()
+        backbone.load_weights(h5_file.weights_file(folder))
     return backbone
 
 
-def fill(build, config, tensors, **kwargs):
-    """A `Backbone` of a config whose variables are read from lazily loaded tensors."""
+def fill(
+    build: Callable[..., Model],
+    config: T5GemmaConfig,
+    tensors: Mapping[str, LazyTensor],
+    **kwargs: Any,
+) -> Model:
+    """A `Backbone` whose variables are read from lazily loaded tensors.
+
+    Args:
+        build: `(config, **kwargs) -> Backbone`.
+        config: `T5GemmaConfig`.
+        tensors: `{variable path: tensor}`, one for each variable.
+        **kwargs: further arguments of `Backbone`.
+
+    Raises:
+        ValueError: naming the variables without a tensor, and tensors without one.
+    """
 
     def read(backbone):
         unmapped = sorted({v.path for v in backbone.weights} ^ set(tensors))
@@ -68,8 +106,8 @@ def fill(build, config, tensors, **kwargs):
     return backbone
 
 
-def model_tensors(backbone):
-    """`{our variable path: unread tensor}` of a live model, LoRA merged.
+def model_tensors(backbone: Model) -> dict[str, LazyTensor]:
+    """Lazily read tensors of a live model by variable path, LoRA merged.
 
     Raises:
         ValueError: for a quantized model.
@@ -101,19 +139,24 @@ def _merged(layer, name):
     return lambda: getattr(layer, name)  # Keras's property adds the adapter.
 
 
-def gather_weights(backbone, filepath, max_shard_size=None):
+def gather_weights(
+    backbone: Model,
+    filepath: str | os.PathLike[str],
+    max_shard_size: float | None = None,
+) -> bool:
     """Write the weight files of a preset from a live model that devices share.
 
     Keras would keep a copy of every weight on the host, and cannot write what other
-    processes hold. Here one weight is gathered at a time, by all processes together.
+    processes hold. Here all processes gather one weight at a time.
 
     Args:
         backbone: a `Backbone`.
-        filepath: as KerasHub gives it to `save_weights`.
-        max_shard_size: GB of the largest file.
+        filepath: as KerasHub passes it to `save_weights`.
+        max_shard_size: of the largest file, in Keras's unit (GiB).
 
     Returns:
-        Whether that is done: not for one device, other files, or quantized weights.
+        Whether the files were written: not for one device, other files, or quantized
+        weights, which are left to Keras.
     """
     folder, name = os.path.split(filepath)
     layers = iter_layers(backbone)
@@ -125,6 +168,6 @@ def gather_weights(backbone, filepath, max_shard_size=None):
         return False
     names = keras_format.dataset_names(backbone.config)
     entries = {names[p]: tensor for p, tensor in model_tensors(backbone).items()}
-    size = max_shard_size * 1e9 if max_shard_size else math.inf
+    size = max_shard_size * UNITS["GiB"] if max_shard_size else math.inf
     h5_file.write_folder(folder, entries, size, lambda names, data: None)
     return True

@@ -1,14 +1,11 @@
 """What the tasks of an encoder alone have in common."""
 
-import os
-from pathlib import Path
-
 import keras
 import keras_hub
 
 from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import presets
-from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.data.encoder_dataset import EncoderDataset
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
@@ -23,7 +20,7 @@ INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
 
 
-class EncoderTask(FitMixin, keras_hub.models.Task):
+class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
     """Texts in, a vector a text out.
 
     Args:
@@ -88,33 +85,30 @@ class EncoderTask(FitMixin, keras_hub.models.Task):
             ValueError: for an unknown preset, or files that do not fit, named.
             OSError: when a download fails, with what to do.
         """
+        is_offline = not load_weights and presets.published_config(preset) is not None
+        source = preset if is_offline else presets.resolve(preset)
         backbone = Backbone.from_preset(
-            preset, load_weights, encoder_only=True, dtype=kwargs.pop("dtype", None)
+            source, load_weights, encoder_only=True, dtype=kwargs.pop("dtype", None)
         )
-        saved = cls._saved(preset)
+        saved = {} if is_offline else cls._saved_config(source)
         if "preprocessor" not in kwargs:
             kwargs["preprocessor"] = None
-            if load_weights or presets.published_config(preset) is None:
-                kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(preset)
+            if not is_offline:
+                kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
         is_new = bool(set(cls.HEAD) & set(kwargs))
         dropped = {"backbone", "preprocessor", *(cls.HEAD if is_new else ())}
         own = {k: v for k, v in saved.items() if k not in dropped}
         task = cls(backbone, **{**own, **kwargs})
         if saved and load_weights and not is_new and task.has_task_weights():
-            location, _ = presets.resolve(preset)
-            file = Path(presets.download(location)) / TASK_WEIGHTS_FILE
-            task.load_task_weights(str(file))
+            task.load_task_weights(str(source.download() / TASK_WEIGHTS_FILE))
         return task
 
     @classmethod
-    def _saved(cls, preset):
+    def _saved_config(cls, source):
         """The arguments that a task of this class was saved with, or none."""
-        if presets.published_config(preset) is not None:
+        if source.format != presets.KERAS:
             return {}
-        location, kind = presets.resolve(preset)
-        if kind != presets.KERAS:
-            return {}
-        saved = presets.read_json(location, TASK_FILE, default={})
+        saved = source.read_json(TASK_FILE, default={})
         is_this = saved.get("class_name") == cls.__name__
         return saved["config"] if is_this else {}
 
@@ -129,16 +123,6 @@ class EncoderTask(FitMixin, keras_hub.models.Task):
     def _not_the_head(self):
         """KerasHub would keep the optimizer beside the head, and not load it."""
         return [*iter_layers(self.backbone), *filter(None, [self.optimizer])]
-
-    def save_to_preset(self, preset_dir, max_shard_size=10):
-        """Write encoder, head and tokenizer into a folder, all of it or none.
-
-        Args:
-            preset_dir: path; an earlier checkpoint in it is replaced.
-            max_shard_size: GB of the largest weight file.
-        """
-        with atomic_folder(preset_dir) as staging:
-            super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
 
     def compile(self, optimizer="auto", *, rematerialize=False, **kwargs):
         """`keras.Model.compile`.

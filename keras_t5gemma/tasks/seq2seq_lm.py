@@ -1,13 +1,12 @@
 """Text in, text out: training, generation, scoring."""
 
-import os
-
 import keras
 import keras_hub
 import numpy as np
 
+from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import presets
-from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.distribution.prediction import predict
 from keras_t5gemma.generation.generator import Generator
@@ -16,7 +15,6 @@ from keras_t5gemma.generation.options import options_of_sampler
 from keras_t5gemma.generation.requests import answer_mask, read_request
 from keras_t5gemma.generation.scoring import make_scorer
 from keras_t5gemma.modeling.backbone import Backbone
-from keras_t5gemma.modeling.weight_loading import track_parameters
 from keras_t5gemma.tasks.text_pair_task import TextPairTask
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.losses import TokenCrossEntropy
@@ -24,7 +22,7 @@ from keras_t5gemma.training.optimizers import check_optimizer, update_in_place
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Seq2SeqLM(TextPairTask):
+class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
     """A T5Gemma that reads a text and writes another.
 
     Args:
@@ -75,23 +73,14 @@ class Seq2SeqLM(TextPairTask):
         presets.check_keywords(
             kwargs, ("dtype", "preprocessor", "name", "compile"), cls.__name__
         )
+        is_offline = not load_weights and presets.published_config(preset) is not None
+        source = preset if is_offline else presets.resolve(preset)
         backbone = Backbone.from_preset(
-            preset, load_weights, dtype=kwargs.pop("dtype", None)
+            source, load_weights, dtype=kwargs.pop("dtype", None)
         )
-        if "preprocessor" not in kwargs:
-            if load_weights or presets.published_config(preset) is None:
-                kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(preset)
+        if "preprocessor" not in kwargs and not is_offline:
+            kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
         return cls(backbone, **kwargs)
-
-    def save_to_preset(self, preset_dir, max_shard_size=10):
-        """Write model and tokenizer into a folder, all of it or none.
-
-        Args:
-            preset_dir: path; an earlier checkpoint in it is replaced.
-            max_shard_size: GB of the largest weight file.
-        """
-        with atomic_folder(preset_dir) as staging:
-            super().save_to_preset(os.fspath(staging), max_shard_size=max_shard_size)
 
     def save_to_huggingface(self, folder, dtype=None, max_shard_size=5):
         """Write a folder for transformers; see `Backbone.save_to_huggingface`."""

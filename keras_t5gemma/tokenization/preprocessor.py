@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import os
 import warnings
 
 import keras
@@ -222,26 +223,31 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         """
         known = inspect.signature(cls.__init__).parameters
         presets.check_keywords(kwargs, set(known) - {"self", "kwargs"}, cls.__name__)
-        location, kind = presets.resolve(preset)
-        if kind == presets.KERAS:
-            saved = presets.read_json(location, "preprocessor.json", default={})
-            if saved:
-                # KerasHub loads the vocabulary after it has made the preprocessor.
-                objective = kwargs.pop("objective", None)
-                preprocessor = super().from_preset(location, **kwargs)
-                preprocessor.objective = objective
-                return preprocessor
-        if kind != presets.KERAS and presets.is_instruction_tuned(preset):
-            kwargs.setdefault("template", "instruction")
-        if kind == presets.KERAS_HUB:
-            saved = presets.read_json(location, "preprocessor.json", default={})
+        source = presets.resolve(preset)
+        saved = {}
+        if source.format != presets.HUGGING_FACE:
+            saved = source.read_json("preprocessor.json", default={})
+        config = saved.get("config", {})
+        if source.format == presets.KERAS:
+            saved_cls = keras.saving.get_registered_object(saved.get("registered_name"))
+            if saved and issubclass(saved_cls or object, cls):
+                cls, kwargs = saved_cls, {**config, **kwargs}
+        else:
+            if source.is_instruction_tuned:
+                kwargs.setdefault("template", "instruction")
             for side in ("encoder", "decoder"):
-                length = saved.get("config", {}).get(f"{side}_sequence_length")
-                if length:
-                    kwargs.setdefault(f"{side}_sequence_length", length)
-        if "tokenizer" not in kwargs:
-            kwargs["tokenizer"] = Tokenizer(presets.tokenizer_file(location, kind))
-        return cls(**kwargs)
+                name = f"{side}_sequence_length"
+                if config.get(name):
+                    kwargs.setdefault(name, config[name])
+        tokenizer = kwargs.get("tokenizer")
+        if not isinstance(tokenizer, Tokenizer):  # None, or its saved configuration.
+            file = source.tokenizer_file()
+            if isinstance(tokenizer, dict):
+                kwargs["tokenizer"] = keras.layers.deserialize(tokenizer)
+                kwargs["tokenizer"].load_assets(os.path.dirname(file))
+            else:
+                kwargs["tokenizer"] = Tokenizer(file)
+        return cls.from_config(kwargs)
 
     @property
     def end_id(self):

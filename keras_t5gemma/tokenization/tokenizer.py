@@ -204,8 +204,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
     def from_preset(cls, preset, **kwargs):
         """The tokenizer of a preset; see `Backbone.from_preset`."""
         presets.check_keywords(kwargs, ("name",), cls.__name__)
-        location, kind = presets.resolve(preset)
-        return cls(presets.tokenizer_file(location, kind), **kwargs)
+        return cls(presets.resolve(preset).tokenizer_file(), **kwargs)
 
     def save_assets(self, dir_path):
         """Write the SentencePiece model into a folder."""

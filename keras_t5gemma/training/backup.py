@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import keras
 
-from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
+from keras_t5gemma.checkpoints.atomic import atomic_folder, finish_interrupted_save
 from keras_t5gemma.data.resumable import ResumableDataset
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.training import state_file
@@ -74,7 +74,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if self.folder.is_dir():
             with process_group.all_or_none(f"{self.folder} was opened"):
                 if process_group.process_index() == 0:
-                    finish(self.folder)
+                    finish_interrupted_save(self.folder)
         elif self.folder.exists():
             raise ValueError(f"`folder` must be a folder; {self.folder} is a file.")
         if not (self.folder / _PROGRESS).exists():

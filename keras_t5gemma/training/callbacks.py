@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
+from keras_t5gemma.checkpoints.atomic import atomic_folder, finish_interrupted_save
 from keras_t5gemma.data.text_columns import as_columns
 from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
 from keras_t5gemma.training.text_metrics import text_metrics
@@ -301,7 +301,7 @@ class SaveBest(keras.callbacks.Callback):
         self.monitor = monitor
         self.mode = _mode(monitor, mode)
         self.best = None
-        finish(self.folder)
+        finish_interrupted_save(self.folder)
         path = self.folder / _BEST_FILE
         if path.exists():
             noted = json.loads(path.read_text(encoding="utf-8"))

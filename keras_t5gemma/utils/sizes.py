@@ -39,8 +39,8 @@ def parse_bytes(value: float | str, name: str, unit: str = "B") -> int:
     )
 
 
-def max_shard_bytes(max_shard_size: float | str) -> int:
-    """Bytes of an argument `max_shard_size`, in which a number is in GB.
+def parse_shard_size(max_shard_size: float | str) -> int:
+    """Bytes of an argument `max_shard_size`: a number of GB, or a size with a unit.
 
     Raises:
         ValueError: for what is no size, or a number of GB above 10,000, which must be

@@ -174,7 +174,7 @@ def test_file_to_file_equals_in_memory(folders, tmp_path, dtype):
         folders / "small",
         folder=out,
         dtype=dtype,
-        max_shard_size=60_000,
+        max_shard_size="60KB",
     )
     assert len(list(out.glob("model_*.weights.h5"))) > 2
     assert lineage["encoder"] == "big"
