@@ -22,12 +22,13 @@ PINNED = {
 GUIDES = Path("guides").glob("*.py")
 # Without dependencies: its metadata asks for TensorFlow whatever the backend.
 KERAS_HUB = ("--no-deps", "keras-hub==0.32.0")
+LINT = ("ruff==0.17.5", "import-linter==2.17", "mypy==2.4.1")
 
 
 @nox.session
 def lint(session):
     """Ruff, rules and format."""
-    session.install("ruff==0.17.5")
+    session.install(*LINT)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -76,6 +77,22 @@ def without_tensorflow(session, backend):
         *session.posargs,
         env={"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},
     )
+
+
+@nox.session(default=False, venv_backend="none")
+def dev(session):
+    """The environment of contributors, in `.venv`: all backends, tests and lint."""
+    session.run("python", "-m", "venv", ".venv")
+    python = str(Path(".venv/bin/python").absolute())
+
+    def install(*packages):
+        session.run(python, "-m", "pip", "install", *packages, external=True)
+
+    install(PINNED["torch"])
+    install(PINNED["jax"], PINNED["tensorflow"])
+    install(*KERAS_HUB)
+    install("-e", ".[test]", "keras==3.15.1", *LINT, "nox", "pre-commit")
+    session.log("Next: . .venv/bin/activate; pre-commit install")
 
 
 @nox.session
