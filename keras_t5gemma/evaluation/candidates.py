@@ -1,4 +1,4 @@
-"""What is measured: encoders, decoder-only models, and TF-IDF for comparison."""
+"""Evaluation candidates: encoders, decoder-only models, and a TF-IDF baseline."""
 
 import dataclasses
 import gc
@@ -10,31 +10,32 @@ import keras_hub
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.conversion.gemma2_reader import open_gemma2
 from keras_t5gemma.evaluation import measures
-from keras_t5gemma.evaluation.tasks import CLASSES
+from keras_t5gemma.evaluation.tasks import CLASSES, Task
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tasks.text_classifier import TextClassifier
 from keras_t5gemma.tasks.text_embedder import TextEmbedder
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 
-# A decoder-only Gemma expects this before every text.
+# A decoder-only Gemma expects bos before every text.
 _AFTER_BOS = "<bos>{text}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is trained for a task.
+    """Training settings of a candidate.
 
     Attributes:
-        epochs: passes over the training rows; kept is the best by validation.
-        batch_size: texts a step.
-        retrieval_batch_size: pairs a step; each has so many documents to choose from.
-        lexical_dim: of the `TextEmbedder`.
-        pooling: of the classifier; embeddings are the mean of the tokens.
-        dropout: of what the classifier's head reads.
-        encoder_sequence_length: tokens that are read, the same for all models.
-        dtype: policy, `None` is Keras's.
-        frozen: train no encoder, only a linear model on its states.
+        epochs: passes over the training rows; the epoch best on validation is kept.
+        batch_size: texts per step.
+        retrieval_batch_size: pairs per step, also the number of documents that a query
+            is compared with.
+        lexical_dim: see `TextEmbedder`.
+        pooling: of the classifier; embeddings use mean pooling.
+        dropout: rate of the classifier's head.
+        encoder_sequence_length: maximum tokens per text.
+        dtype: dtype policy; `None` is Keras's.
+        frozen: train only a linear model on the states of a frozen encoder.
     """
 
     epochs: int = 3
@@ -54,7 +55,7 @@ class Model:
 
     Attributes:
         preset: of T5Gemma, or of a decoder-only Gemma 2.
-        kind: `"preset"`, `"scratch"` (its size, random weights) or `"decoder_only"`.
+        kind: `"preset"`, `"scratch"` (random weights) or `"decoder_only"`.
     """
 
     preset: str
@@ -62,25 +63,27 @@ class Model:
     has_seeds = True
 
     @property
-    def name(self):
-        """In tables; a folder of the user's by its name, a run's by the run's."""
+    def name(self) -> str:
+        """Name in tables; of a run's preset the name of the run."""
         folder = Path(self.preset)
         name = folder.parent.name if folder.name == "preset" else folder.name
         more = {"scratch": " from scratch", "decoder_only": " (decoder-only)"}
         return name + more.get(self.kind, "")
 
-    def check(self):
-        """Raise what loading would, before anything else is trained."""
+    def check(self) -> None:
+        """Raise the errors of loading, before any training."""
         if self.kind == "decoder_only":
             open_gemma2(self.preset, "decoder_only")
         else:
             open_checkpoint(self.preset)
 
-    def run(self, task, recipe, seed, learning_rate):
-        """Train for a task, and measure.
+    def run(
+        self, task: Task, recipe: Recipe, seed: int, learning_rate: float
+    ) -> tuple[dict[str, float], float]:
+        """Train on a task and measure on its test rows.
 
         Returns:
-            `(measures, valid)`, the second one what is chosen by.
+            `(measures, valid)`; `valid` is the validation accuracy to choose by.
         """
         keras.utils.set_random_seed(seed)
         try:
@@ -139,7 +142,7 @@ class Model:
 
 
 def _train(model, task, batch_size, epochs, learning_rate):
-    """AdamW, warm-up over a tenth, cosine to nothing; the best epoch's weights."""
+    """Train with AdamW, warm-up over 10 %, cosine decay to 0; keep the best epoch."""
     steps = epochs * -(-len(task.train) // batch_size)
     warmup = steps // 10
     rate = keras.optimizers.schedules.CosineDecay(
@@ -166,7 +169,7 @@ def _train(model, task, batch_size, epochs, learning_rate):
 
 
 def _linear(task, features):
-    """Logistic regression of features, which are functions of texts."""
+    """Logistic regression on features, which are functions of texts."""
     from sklearn.linear_model import LogisticRegression
 
     train, test = (features[s](getattr(task, s).x) for s in ("train", "test"))
@@ -178,15 +181,17 @@ def _linear(task, features):
 
 
 class TfIdf:
-    """Words and pairs of words, weighed by how rare they are, and a linear model."""
+    """TF-IDF baseline: words and bigrams, with a linear model or cosine similarity."""
 
     name, has_seeds = "TF-IDF, linear", False
 
-    def check(self):
-        """There is nothing to load."""
+    def check(self) -> None:
+        """Nothing to load."""
 
-    def run(self, task, recipe, seed, learning_rate):
-        """As `Model.run`; nothing is chosen, and there are no seeds."""
+    def run(
+        self, task: Task, recipe: Recipe, seed: int, learning_rate: float
+    ) -> tuple[dict[str, float], float]:
+        """As `Model.run`, without seeds and validation."""
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.svm import LinearSVC
 
@@ -196,10 +201,10 @@ class TfIdf:
             model.fit(words.fit_transform(_joined(task.train.x)), task.train.y)
             predicted = model.predict(words.transform(_joined(task.test.x)))
             return measures.of_classes(predicted.tolist(), task.test), 0.0
-        # Stronger here than with pairs of words, or with the training rows' rarities.
+        # Better here than bigrams, or document frequencies of the training rows.
         words.set_params(ngram_range=(1, 1), min_df=1).fit(task.test.y)
-        vectors = (words.transform(texts) for texts in (task.test.x, task.test.y))
-        return measures.of_ranking(*vectors, task.test.y), 0.0
+        queries, documents = map(words.transform, (task.test.x, task.test.y))
+        return measures.of_ranking(queries, documents, task.test.y), 0.0
 
 
 def _joined(texts):

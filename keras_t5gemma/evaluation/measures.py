@@ -1,21 +1,24 @@
-"""How good classes and rankings are, in percent."""
+"""Metrics of classification and retrieval, in percent."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 RANKS = (1, 10)
 
 
-def of_classes(predicted, examples):
-    """Measures of predicted classes.
+def of_classes(predicted: Sequence[str], examples: Any) -> dict[str, float]:
+    """Accuracy and F1 of predicted classes.
 
     Args:
-        predicted: names of classes.
+        predicted: class names.
         examples: `Examples`.
 
     Returns:
-        Percents: `accuracy`; `macro_f1`, the mean of the classes' F1; with groups
-        also `f1_of_1`, that of class "1", and `exact_match`, the share of groups that
-        are right altogether, the two of MultiRC.
+        Percentages: `accuracy`; `macro_f1`, the unweighted mean over classes; with
+        groups also MultiRC's `f1_of_1`, the F1 of class "1", and `exact_match`, the
+        share of groups without an error.
     """
     from sklearn.metrics import f1_score
 
@@ -33,19 +36,21 @@ def of_classes(predicted, examples):
     return _percents(measures)
 
 
-def of_ranking(queries, documents, texts, rows_at_once=1024):
-    """Measures of a search for the document of each query.
+def of_ranking(
+    queries: Any, documents: Any, texts: Sequence[str], rows_at_once: int = 1024
+) -> dict[str, float]:
+    """Recall and mean reciprocal rank of retrieval by cosine similarity.
 
     Args:
-        queries: vectors `(n, d)` of length 1, an array or a SciPy matrix.
-        documents: likewise, the i-th the i-th query's.
-        texts: the documents; equal ones answer the same queries.
-        rows_at_once: queries that are compared at a time.
+        queries: unit vectors `(n, d)`, an array or a SciPy matrix.
+        documents: unit vectors `(n, d)`; the i-th answers the i-th query.
+        texts: the documents' texts; equal texts answer the same queries.
+        rows_at_once: number of queries compared at a time.
 
     Returns:
-        Percents: `recall@1` and `recall@10`, how often the document is among the
-        nearest, and `mrr`, the mean of 1 / rank. Documents that are as near as a
-        query's own count half.
+        Percentages: `recall@1` and `recall@10`, how often the document is among the
+        nearest, and `mrr`, the mean of 1 / rank. A tie with another document counts
+        as half a rank.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     same = np.array([number[text] for text in texts])
@@ -57,8 +62,8 @@ def of_ranking(queries, documents, texts, rows_at_once=1024):
         own = np.take_along_axis(near, np.arange(len(same))[rows, None], axis=1)
         others = same[rows, None] != same
         before = ((near > own) & others).sum(axis=1)
-        beside = ((near == own) & others).sum(axis=1)
-        ranks[rows] = 1 + before + beside / 2
+        tied = ((near == own) & others).sum(axis=1)
+        ranks[rows] = 1 + before + tied / 2
     measures = {f"recall@{k}": (ranks <= k).mean() for k in RANKS}
     return _percents({**measures, "mrr": (1 / ranks).mean()})
 
@@ -67,9 +72,9 @@ def _percents(measures):
     return {name: round(100 * float(value), 4) for name, value in measures.items()}
 
 
-def mean_and_error(values):
-    """Mean and its standard error over seeds; of a single one the error is `None`."""
-    values = np.asarray(values, "float64")
-    if len(values) < 2:
-        return float(values.mean()), None
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean over seeds and its standard error, `None` for a single seed."""
+    array = np.asarray(values, "float64")
+    if len(array) < 2:
+        return float(array.mean()), None
+    return float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array)))
