@@ -36,10 +36,10 @@ def make_folder(folder, stack, vocabulary_size):
     rows = weight_maps.expand(weight_maps.GEMMA2_HUGGING_FACE, stack.num_layers)
     dtype = np.dtype(ml_dtypes.bfloat16)
     tensors = {
-        theirs: ExportedTensor(
-            FreshTensor(ours, shapes[ours], dtype, 0.02, 0), rule, stack.head_dim
+        name: ExportedTensor(
+            FreshTensor(path, shapes[path], dtype, 0.02, 0), transform, stack.head_dim
         )
-        for ours, (theirs, rule) in rows.items()
+        for path, (name, transform) in rows.items()
     }
     folder.mkdir(parents=True)
     safetensors_file.write_folder(folder, tensors, 5e9, lambda names, data: None)

@@ -63,7 +63,7 @@ def run(run, args):
 
 
 def continue_pretraining(source, run, args):
-    """Train on the pairs' pretraining texts for as many steps."""
+    """Train on the pairs' pretraining texts, for the same number of steps."""
     rows = corpus.chunks(corpus.mixture(args.data, ONCE, TWICE), ENCODER + DECODER)
     rows = np.random.default_rng(run.seed).permutation(rows)
     x, y = sources.inputs(rows[: grid.STEPS * ROWS_A_STEP])

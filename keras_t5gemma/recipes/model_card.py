@@ -1,7 +1,7 @@
 """Model cards: a preset's README.md with the metadata that the Hugging Face Hub reads.
 
 The metadata (`model-index`, license, base model, language, task) is built by
-`huggingface_hub`, so that the Hub lists the scores beside the model.
+`huggingface_hub`, so that the Hub shows the scores on the model's page.
 """
 
 import json
