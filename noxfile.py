@@ -1,8 +1,10 @@
 """The tests as CI runs them: `nox` alone runs everything, `nox -l` lists."""
 
+import tomllib
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
@@ -93,6 +95,68 @@ def dev(session):
     install(*KERAS_HUB)
     install("-e", ".[test]", "keras==3.15.1", *LINT, "nox", "pre-commit")
     session.log("Next: . .venv/bin/activate; pre-commit install")
+
+
+# A quick subset that touches what other releases of the libraries may change.
+QUICK = (
+    "tests/test_compat.py",
+    "tests/modeling/test_masks.py",
+    "tests/modeling/test_lora.py",
+    "tests/checkpoints/test_presets.py",
+)
+VERSIONS = [
+    nox.param(python, backend, id=f"{python}-{backend}")
+    for python in ("3.11", "3.13")
+    for backend in BACKENDS
+]
+
+
+def lower_bounds(python, *extras):
+    """`name==version` of every lower bound in pyproject.toml, others as they are."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    lowest = {}
+    for requirement in map(Requirement, lines):
+        environment = {"python_version": python, "python_full_version": f"{python}.0"}
+        if requirement.marker and not requirement.marker.evaluate(environment):
+            continue
+        bounds = [s.version for s in requirement.specifier if s.operator == ">="]
+        # A later line for newer Pythons replaces the one before.
+        lowest[requirement.name] = f"{requirement.name}{'=='.join(['', *bounds])}"
+    return list(lowest.values())
+
+
+def quick_tests(session, backend):
+    session.install(".", "pytest>=8", "pytest-xdist>=3.6")
+    session.run("python", "-m", "pip", "list")
+    env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+    session.run(*PYTEST, *QUICK, *session.posargs, env=env)
+
+
+@nox.session
+@nox.parametrize("python,backend", VERSIONS)
+def oldest(session, backend):
+    """The lower bounds of pyproject.toml, a quick subset of the tests."""
+    session.install(*lower_bounds(session.python, backend))
+    session.install(*KERAS_HUB)
+    quick_tests(session, backend)
+
+
+@nox.session
+@nox.parametrize("python,backend", VERSIONS)
+def newest(session, backend):
+    """The newest releases that pip finds, a quick subset of the tests.
+
+    On Linux PyPI's torch brings gigabytes of GPU libraries: set
+    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+    """
+    session.install("--upgrade", "--upgrade-strategy=eager", f".[{backend}]")
+    session.install("--upgrade", "--no-deps", "keras-hub")
+    quick_tests(session, backend)
 
 
 @nox.session
