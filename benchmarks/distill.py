@@ -78,7 +78,7 @@ def measure(kind, args):
     if kind == "scores":
         # The step sees arrays only; tests cover the files.
         loss = keras_t5gemma.Distillation(None)
-        loss.teacher = types.SimpleNamespace(most_choices=CHOICES)
+        loss.teacher = types.SimpleNamespace(top_k=CHOICES)
     if kind == "live":
         width = x["teacher_token_ids"].shape[1]
         first = np.arange(args.batch * (1 + args.steps)) % args.batch * width

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
-from keras_t5gemma.tokenization.preprocessor import named, pad
+from keras_t5gemma.tokenization.token_ids import named, pad
 from keras_t5gemma.utils.buckets import bucket
 from keras_t5gemma.utils.ragged import Ragged
 

@@ -28,8 +28,8 @@ class ResumableDataset(keras.utils.PyDataset):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.epoch = self.skipped = 0
-        self._start = (None, 0)
-        self._counts = {}
+        self._start: tuple[int | None, int] = (None, 0)
+        self._counts: dict[int, tuple[int, int]] = {}
         self._quiet = contextlib.ExitStack()
 
     def batches_an_epoch(self) -> int:

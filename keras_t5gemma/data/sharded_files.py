@@ -1,16 +1,19 @@
-"""Batches of more text than memory holds, from files that processes share out.
+"""Datasets of text files larger than memory, shared by several processes.
 
-When the data is made, every process reads and tokenizes its share of the files, once,
-to learn how long the rows are, and tells the others. From then on all know the same
-plan: which rows are in which batch, and how wide that is. It depends on the files, the
-seed and the epoch, not on how many processes there are, and any batch of any epoch can
-be had at once, so that a training goes on where it stopped, on another mesh too. A
-process reads only the rows that its own devices take.
+When a dataset is made, every process reads and tokenizes its share of the files once,
+to learn the lengths of the rows, and sends them to the others. Then all processes know
+the same plan: the rows and the width of every batch. It depends on the files, the seed
+and the epoch, not on the number of processes, and gives random access to any batch of
+any epoch: training can resume on another mesh. A process reads only the rows for its
+own devices.
 """
 
 import copy
 import itertools
+import os
 import threading
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -24,9 +27,11 @@ from keras_t5gemma.utils.ragged import Ragged
 
 _ROWS_AT_ONCE = 1000
 
+Paths = str | os.PathLike | Iterable[str | os.PathLike]
+
 
 class _Files:
-    """What both kinds of files have in common; before a `PairDataset`."""
+    """Reading and sharing of files; a mixin in front of a `PairDataset`."""
 
     def __init__(self, preprocessor, paths, fields, batch_size, threads, **kwargs):
         try:
@@ -38,8 +43,8 @@ class _Files:
         self._grain = grain
         self._threads = whole_number(threads, "threads", 1)
         self._next = self._batches = None
-        self._lock = threading.Lock()  # TensorFlow looks ahead in a thread.
-        # What is cut is counted when the lengths are read, and not again.
+        self._lock = threading.Lock()  # TensorFlow prefetches in a thread.
+        # Truncation is counted when the lengths are read, and not again.
         self._silent = copy.copy(preprocessor)
         self._silent._counts = {}
         self.files = FileRows(paths, fields)
@@ -51,17 +56,18 @@ class _Files:
         super().__init__(
             preprocessor, self.files, batch_size=batch_size, name="paths", **kwargs
         )
-        self.workers = 0  # The threads are Grain's.
+        self.workers = 0  # Grain starts the threads.
 
     def _row_lengths(self, rows):
-        """Lengths of rows of the files, a list for each."""
+        """Lengths of rows of the files, one list per row."""
         raise NotImplementedError
 
     def _index(self):
-        """Find the rows of all files, in their order.
+        """Index the rows of all files, in their order.
 
         Returns:
-            int `(rows, n)`: file, first byte, and the lengths of `_row_lengths`.
+            int `(rows, n)`: file number, byte offset, and the lengths of
+            `_row_lengths`.
         """
         own = []
         with (
@@ -88,7 +94,7 @@ class _Files:
         return table[np.argsort(table[:, 0], kind="stable")]
 
     def _read_rows(self, numbers):
-        """Rows by their numbers, out of the files, a list of tuples of texts."""
+        """Read rows by their numbers, as a list of tuples of texts."""
         files, offsets = self._places[numbers].T
         found = [None] * len(numbers)
         for file in np.unique(files):
@@ -99,7 +105,7 @@ class _Files:
         return found
 
     def _check(self, numbers, lengths, expected):
-        """Raise `ValueError` when rows are not as long any more as they were."""
+        """Raise `ValueError` when the lengths of rows have changed."""
         for number, found, before in zip(numbers, lengths, expected, strict=True):
             if found != before:
                 file, offset = self._places[number]
@@ -117,12 +123,12 @@ class _Files:
             return next(self._batches)
 
     def _ahead(self, first):
-        """The batches of the epoch from one on, made ahead by Grain's threads."""
+        """Batches of the epoch from one on, prefetched by Grain's threads."""
         make = super().__getitem__
         distribution = keras.distribution.distribution()
 
         def make_here(index):
-            # Each thread has its own.
+            # Keras keeps the distribution per thread.
             keras.distribution.set_distribution(distribution)
             return make(int(index))
 
@@ -132,45 +138,45 @@ class _Files:
 
 
 class PairFiles(_Files, PairDataset):
-    """Batches of the text pairs of many files, for `Seq2SeqLM.fit`.
+    """Text pairs in files larger than memory, for `Seq2SeqLM.fit`.
 
-    Make it in every process, after `connect` and `distribute`, with the same files. A
-    batch is that of a `PairDataset`, whose rows the processes share; the numbers in
-    the progress bar are of all of them.
+    Make it in every process with the same files, after `connect` and `distribute`. The
+    processes share the rows of each batch of a `PairDataset`; the metrics in the
+    progress bar cover all processes.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
-        paths: files of JSON lines (`.jsonl`), one object a line, or folders of such.
-        source: name of the field that the encoder reads.
-        target: name of the field that the decoder writes.
-        batch_size: rows a batch, of all processes together.
-        shuffle: a new order of all rows every epoch.
+        paths: JSON lines files (`.jsonl`), one object per line, or folders of them.
+        source: name of the field with the encoder's text.
+        target: name of the field with the decoder's text.
+        batch_size: rows per batch, of all processes together.
+        shuffle: a new order of all rows in every epoch.
         batching: as in `Seq2SeqLM.fit`.
-        steps: batches an epoch; the next epoch goes on where this one ends. `None` is
-            all rows.
-        threads: that make batches ahead, in each process.
+        steps: batches per epoch; the next epoch continues where this one ends. `None`
+            takes all rows.
+        threads: number of threads that prefetch batches, in each process.
 
     Attributes:
-        seed: what the orders come from, see `PairDataset`.
+        seed: seed of the orders, see `PairDataset`.
 
     Raises:
-        ValueError: for files of another kind, a row that lacks a field, with its
-            place, or files that differ between processes.
+        ValueError: for files of another kind, a row in which a field is missing, with
+            its place, or files that differ between processes.
         ImportError: without Grain.
     """
 
     def __init__(
         self,
-        preprocessor,
-        paths,
-        source="source",
-        target="target",
-        batch_size=32,
-        shuffle=True,
-        batching="bucketed",
-        steps=None,
-        threads=2,
-    ):
+        preprocessor: Any,
+        paths: Paths,
+        source: str = "source",
+        target: str = "target",
+        batch_size: int = 32,
+        shuffle: bool = True,
+        batching: str = "bucketed",
+        steps: int | None = None,
+        threads: int = 2,
+    ) -> None:
         super().__init__(
             preprocessor,
             paths,
@@ -206,16 +212,16 @@ class PairFiles(_Files, PairDataset):
 
 
 class TextFiles(_Files, DocumentDataset):
-    """Batches of what an objective makes of the plain text in many files.
+    """Documents in files larger than memory, for `Seq2SeqLM.fit` with an objective.
 
-    As `PairFiles`, of a preprocessor with an objective. Documents are cut and made
-    into pairs as in a `DocumentDataset`; those below two tokens are left out.
+    Works as `PairFiles`. Documents are cut and made into pairs as in
+    `DocumentDataset`; those below two tokens are left out.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor` with an objective.
-        paths: files of JSON lines (`.jsonl`) or of text (`.txt`), one document a line,
-            or folders of such.
-        field: name of the field of the text, in JSON.
+        paths: JSON lines (`.jsonl`) or text files (`.txt`), one document per line, or
+            folders of them.
+        field: name of the field with the text, in JSON.
         batch_size: as in `PairFiles`.
         shuffle: as in `PairFiles`.
         batching: as in `Seq2SeqLM.fit`.
@@ -224,22 +230,22 @@ class TextFiles(_Files, DocumentDataset):
         teacher: as in `DocumentDataset`.
 
     Raises:
-        ValueError: as `PairFiles`, or without a document of two tokens.
+        ValueError: as `PairFiles`, or when no document has two tokens.
         ImportError: without Grain.
     """
 
     def __init__(
         self,
-        preprocessor,
-        paths,
-        field="text",
-        batch_size=32,
-        shuffle=True,
-        batching="packed",
-        steps=None,
-        threads=2,
-        teacher=None,
-    ):
+        preprocessor: Any,
+        paths: Paths,
+        field: str = "text",
+        batch_size: int = 32,
+        shuffle: bool = True,
+        batching: str = "packed",
+        steps: int | None = None,
+        threads: int = 2,
+        teacher: Any = None,
+    ) -> None:
         super().__init__(
             preprocessor,
             paths,

@@ -1,6 +1,7 @@
-"""In-memory text as a user has it, as columns."""
+"""In-memory texts and text pairs of any form, as columns."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,12 +10,12 @@ from keras_t5gemma.data.readers import read_pairs, read_texts
 TEXT_KEYS = ("encoder_text", "decoder_text")
 
 
-def as_columns(x, y=None):
+def as_columns(x: Any, y: Any = None) -> dict | None:
     """In-memory pairs as `{"encoder_text": [...], "decoder_text": [...]}`.
 
     Args:
         x: that dict; or a list of sources (with `y`); or a list of
-            `(source, target)` pairs; or a list of dicts, one a pair; or a
+            `(source, target)` pairs; or a list of dicts, one per pair; or a
             `datasets.Dataset` with these columns; or a `pathlib.Path`, see
             `read_pairs`.
         y: a list of targets, only with a list of sources.
@@ -23,7 +24,7 @@ def as_columns(x, y=None):
         The dict, or `None` when `x` is not in-memory text.
 
     Raises:
-        ValueError: when `y` is missing, or given beside targets in `x`.
+        ValueError: when `y` is missing, or passed although `x` has targets.
     """
     if isinstance(x, str | bytes):
         raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
@@ -33,8 +34,8 @@ def as_columns(x, y=None):
         missing = [key for key in TEXT_KEYS if key not in x.column_names]
         if missing:
             raise ValueError(
-                f"`x` must have the columns {TEXT_KEYS}; there are {x.column_names}. "
-                "`rename_columns` of the dataset changes them."
+                f"`x` must have the columns {TEXT_KEYS}; it has {x.column_names}. "
+                "Rename them with `rename_columns` of the dataset."
             )
         x = {key: list(x[key]) for key in TEXT_KEYS}
     if isinstance(x, dict) and any("text" in str(key) for key in x):
@@ -66,11 +67,11 @@ def as_columns(x, y=None):
             f"`x` must be text pairs with keys {TEXT_KEYS}; got {sorted(columns)}."
         )
     if y is not None:
-        raise ValueError("`y` must be None when `x` holds the targets too.")
+        raise ValueError("`y` must be None when `x` has the targets.")
     return _no_single_strings(columns)
 
 
-def as_documents(x, y=None):
+def as_documents(x: Any, y: Any = None) -> dict | None:
     """In-memory texts for an objective as `{"text": [...]}`.
 
     Args:
@@ -82,7 +83,7 @@ def as_documents(x, y=None):
         The dict, or `None` when `x` is not in-memory text.
 
     Raises:
-        ValueError: when `y` is given, or `x` holds pairs.
+        ValueError: when `y` is passed, or `x` has pairs.
     """
     if y is not None:
         raise ValueError("`y` must be None: the preprocessor's objective makes it.")
@@ -115,14 +116,18 @@ def _no_single_strings(columns):
     return columns
 
 
-def pairs_of(x, y, names, name="x"):
-    """Texts in two columns of such names.
+def pairs_of(x: Any, y: Any, names: tuple[str, str], name: str = "x") -> dict:
+    """Pairs of texts as two columns.
 
     Args:
-        x: that dict; a list of pairs; or a list of the first ones, with `y`.
-        y: the list of the second ones, or `None`.
+        x: a dict of the two columns; a list of pairs; or, with `y`, the list of the
+            first texts.
+        y: the list of the second texts, or `None`.
         names: of the two columns.
-        name: of the argument, for messages.
+        name: of the argument that `x` was passed as, for messages.
+
+    Returns:
+        `{first name: texts, second name: texts}`.
 
     Raises:
         ValueError: for anything else.

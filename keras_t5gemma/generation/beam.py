@@ -1,26 +1,28 @@
-"""Beam search, as transformers defines it.
+"""Beam search as defined by transformers.
 
-B sources, k beams each, next to each other: R = B k rows. A beam that ends moves to
-its source's finished ones, ranked by log-probability over length to the power of the
-length penalty. A source is done when k are finished and the best running one, ranked
-at its present length, is no better than the worst of them; from then on nothing of it
-changes, so an answer does not depend on its neighbours.
+B sources with k beams each, in adjacent rows: R = B k. A beam that ends joins its
+source's finished beams, ranked by log-probability over length to the power of the
+length penalty. A source is done when k beams are finished and the best running beam,
+ranked at its current length, is no better than the worst of them. From then on its
+finished beams do not change, so an answer does not depend on the other sources.
 """
 
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.generation.sampling import process, top_candidates
+from keras_t5gemma.utils.types import Tensor
 
 _NEVER = -1e30
 
 
-def start(state, beams):
-    """Add what beam search keeps to a state whose rows are already beams.
+def start(state: dict, beams: int) -> dict:
+    """Add the arrays of beam search to a state whose rows are already beams.
 
-    `log_probs` `(B, k)` of the running beams, of which only the first may have
-    children at first; `finished_ids`, `finished_log_probs` `(B, k, L)` and
-    `finished_scores` `(B, k)`; `done` `(B,)`.
+    `log_probs` `(B, k)` of the running beams, of which only the first counts at the
+    start; `finished_ids`, `finished_log_probs` `(B, k, L)` and `finished_scores`
+    `(B, k)`; `done` `(B,)`.
     """
     rows, length = state["token_ids"].shape
     sources = rows // beams
@@ -36,17 +38,49 @@ def start(state, beams):
     }
 
 
-def write(state, logits, options, stop_ids):
-    """One more token in every beam; see `decoding.write_token`."""
+def write(
+    state: dict, logits: Tensor, options: GenerationOptions, stop_ids: tuple | None
+) -> dict:
+    """Append one token to every beam; see `decoding.write_token`."""
     beams, index, done = options.num_beams, state["index"], state["done"]
     sources = done.shape[0]
-    token_ids, raw = state["token_ids"], ops.cast(logits, "float32")
-    rows, length = token_ids.shape
-    size = raw.shape[1]
-    normalizer = ops.logsumexp(raw, axis=1, keepdims=True)
-    scores = process(raw - normalizer, state, options, stop_ids)
+    candidates = _candidates(state, logits, options, stop_ids)
+    total, token, _, _ = candidates
 
-    # Enough candidates that k go on, however many end.
+    ends = ops.broadcast_to(index + 1 >= state["max_length"], token.shape)
+    for stop in stop_ids or ():
+        ends = ops.logical_or(ends, token == stop)
+    # While a prompt is read the beams stay as they are.
+    prompt = ops.reshape(state["prompt_lengths"], (sources, beams))
+    in_prompt = index < prompt  # B k
+    ends = ops.logical_and(ends, ops.logical_not(in_prompt[:, :1]))
+
+    length = ops.cast(index + 1 - prompt, "float32")  # B k, of the answers
+    penalty = _length_power(length, state["traced_args"])
+    scores = total[:, :beams] / penalty
+    may_end = ops.logical_and(ends[:, :beams], ops.logical_not(done)[:, None])
+    finished = _finish(state, candidates, ops.where(may_end, scores, _NEVER))
+    running = _run_on(state, candidates, ops.where(ends, _NEVER, total), in_prompt)
+
+    best = running["log_probs"][:, :1] / penalty[:, :1]
+    improves = best > finished["finished_scores"][:, -1:]
+    done = ops.logical_or(done, ops.logical_not(improves[:, 0]))
+    return {**state, **finished, **running, "done": done}
+
+
+def _candidates(state, logits, options, stop_ids):
+    """The best continuations of each source's beams, enough that k do not end.
+
+    Returns:
+        `(total, token, parent, log_prob)`, `(B, keep)` each, best first: summed
+        log-probability, the token, the number of the beam, and the token's
+        log-probability before penalties.
+    """
+    beams, sources = options.num_beams, state["done"].shape[0]
+    raw = ops.cast(logits, "float32")
+    rows, size = raw.shape
+    log_z = ops.logsumexp(raw, axis=1, keepdims=True)
+    scores = process(raw - log_z, state, options, stop_ids)
     keep = min(beams * max(2, 1 + len(stop_ids or ())), size)
     best, ids = (
         ops.reshape(t, (sources, beams * keep)) for t in top_candidates(scores, keep)
@@ -55,101 +89,85 @@ def write(state, logits, options, stop_ids):
     total, place = ops.top_k(total, keep)  # B keep
     parent = ops.cast(place // keep, "int32")
     token = ops.take_along_axis(ids, place, axis=1)
-
-    ends = ops.broadcast_to(index + 1 >= state["max_length"], token.shape)
-    for stop in stop_ids or ():
-        ends = ops.logical_or(ends, token == stop)
-
-    # While a prompt is read the beams stay as they are.
-    prompt = ops.reshape(state["prompt_lengths"], (sources, beams))
-    in_prompt = index < prompt  # B k
-    given = ops.reshape(ops.take(token_ids, index, axis=1), (sources, beams))
-    ends = ops.logical_and(ends, ops.logical_not(in_prompt[:, :1]))
-
-    def rows_of(parent):
-        return ops.reshape(
-            ops.arange(sources)[:, None] * beams + parent, (sources * parent.shape[1],)
-        )
-
-    log_prob = ops.take_along_axis(raw - normalizer, ops.reshape(ids, (rows, keep)), 1)
+    log_prob = ops.take_along_axis(raw - log_z, ops.reshape(ids, (rows, keep)), 1)
     log_prob = ops.reshape(log_prob, (sources, beams * keep))
-    log_prob = ops.take_along_axis(log_prob, place, axis=1)  # B keep, before penalties
+    return total, token, parent, ops.take_along_axis(log_prob, place, axis=1)
 
-    def sequences(parent, token, log_prob):
-        chosen = rows_of(parent)
-        column = (chosen.shape[0], 1)
-        return tuple(
-            ops.slice_update(
-                ops.take(array, chosen, axis=0), (0, index), ops.reshape(new, column)
-            )
-            for array, new in (
-                (token_ids, token),
-                (state["token_log_probs"], log_prob),
-            )
-        )
 
-    # Those that end now, among the k best, join the finished ones.
-    new_length = ops.cast(index + 1 - prompt, "float32")
-    new_scores = total[:, :beams] / _power(new_length, state["knobs"])
-    may_end = ops.logical_and(ends[:, :beams], ops.logical_not(done)[:, None])
-    pool = ops.concatenate(
-        [state["finished_scores"], ops.where(may_end, new_scores, _NEVER)], axis=1
-    )
-    finished_scores, chosen = ops.top_k(pool, beams)
-    shape = (sources, beams, length)
-    new = sequences(parent[:, :beams], token[:, :beams], log_prob[:, :beams])
-    finished_ids, finished_log_probs = [
-        ops.take_along_axis(
-            ops.concatenate([state[name], ops.reshape(array, shape)], axis=1),
-            chosen[..., None],
-            axis=1,
+def _rows_of(parent, beams):
+    """Row numbers, flat, of beams `(B, n)`."""
+    sources, count = parent.shape
+    rows = ops.arange(sources)[:, None] * beams + parent
+    return ops.reshape(rows, (sources * count,))
+
+
+def _extend(state, rows, token, log_prob):
+    """`token_ids` and `token_log_probs` of rows, with one more token each."""
+    column = (rows.shape[0], 1)
+    return [
+        ops.slice_update(
+            ops.take(state[name], rows, axis=0),
+            (0, state["index"]),
+            ops.reshape(new, column),
         )
-        for name, array in zip(("finished_ids", "finished_log_probs"), new, strict=True)
+        for name, new in (("token_ids", token), ("token_log_probs", log_prob))
     ]
 
-    # The k best of those that do not end run on.
-    running, chosen = ops.top_k(ops.where(ends, _NEVER, total), beams)
+
+def _finish(state, candidates, scores):
+    """Beams that end now, of `scores` `(B, k)`, join the k best finished ones."""
+    _, token, parent, log_prob = candidates
+    sources, beams = scores.shape
+    pool = ops.concatenate([state["finished_scores"], scores], axis=1)
+    finished_scores, chosen = ops.top_k(pool, beams)
+    rows = _rows_of(parent[:, :beams], beams)
+    new = _extend(state, rows, token[:, :beams], log_prob[:, :beams])
+    finished = {"finished_scores": finished_scores}
+    for name, array in zip(("finished_ids", "finished_log_probs"), new, strict=True):
+        array = ops.reshape(array, (sources, beams, array.shape[1]))
+        both = ops.concatenate([state[name], array], axis=1)
+        finished[name] = ops.take_along_axis(both, chosen[..., None], axis=1)
+    return finished
+
+
+def _run_on(state, candidates, total, in_prompt):
+    """The k best of the candidates that do not end, with their part of the cache."""
+    _, token, parent, log_prob = candidates
+    sources, beams = in_prompt.shape
+    given = ops.take(state["token_ids"], state["index"], axis=1)
+    given = ops.reshape(given, (sources, beams))
+    running, chosen = ops.top_k(total, beams)
     own = ops.broadcast_to(ops.arange(beams, dtype="int32")[None], (sources, beams))
     parent = ops.where(in_prompt, own, ops.take_along_axis(parent, chosen, axis=1))
     token = ops.where(in_prompt, given, ops.take_along_axis(token, chosen, axis=1))
     log_prob = ops.where(in_prompt, 0.0, ops.take_along_axis(log_prob, chosen, axis=1))
-    running = ops.where(in_prompt, state["log_probs"], running)
-    token_ids, token_log_probs = sequences(parent, token, log_prob)
-
-    at_present = running[:, :1] / _power(new_length[:, :1], state["knobs"])
-    improves = at_present > finished_scores[:, -1:]
-    done = ops.logical_or(done, ops.logical_not(improves[:, 0]))
-    chosen = rows_of(parent)
-    own_cache = tuple(
-        tuple(ops.take(t, chosen, axis=0) for t in pair)
-        for pair in state["cache"]["self"]
+    rows = _rows_of(parent, beams)
+    token_ids, token_log_probs = _extend(state, rows, token, log_prob)
+    cache = state["cache"]
+    reordered = tuple(
+        tuple(ops.take(t, rows, axis=0) for t in pair) for pair in cache["self"]
     )
     return {
-        **state,
         "token_ids": token_ids,
         "token_log_probs": token_log_probs,
-        "log_probs": running,
-        "finished_ids": finished_ids,
-        "finished_log_probs": finished_log_probs,
-        "finished_scores": finished_scores,
-        "done": done,
-        "cache": {**state["cache"], "self": own_cache},
+        "log_probs": ops.where(in_prompt, state["log_probs"], running),
+        "cache": {**cache, "self": reordered},
     }
 
 
-def _power(length, knobs):
-    """Length to the power of the length penalty; in a prompt there is no length."""
-    return ops.power(ops.maximum(length, 1.0), knobs["length_penalty"])
+def _length_power(length, traced_args):
+    """Length to the power of the length penalty; at least 1, also in a prompt."""
+    return ops.power(ops.maximum(length, 1.0), traced_args["length_penalty"])
 
 
-def results(state, options):
+def results(state: dict, options: GenerationOptions) -> tuple[np.ndarray, ...]:
     """The best answers of each source, best first, as NumPy arrays.
 
-    Where fewer have finished than are asked for, `max_time` has ended the search: the
-    running ones follow, which are in order already.
+    When `max_time` ends the search with fewer finished beams than answers, the running
+    beams follow in their order.
 
     Args:
-        state: of the loop, as NumPy arrays.
+        state: of the decoding loop, as NumPy arrays.
         options: a `GenerationOptions`.
 
     Returns:

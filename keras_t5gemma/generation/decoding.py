@@ -1,13 +1,16 @@
-"""The decoding loop: read the source, then write token by token.
+"""The decoding loop: encode the source, then generate token by token.
 
-`start` gives a state, `advance` writes until a position, or until every row is done.
-Both are compiled once for the shapes of their arrays; the position is data, so that
-writing one token at a time (`stream`) and writing all of them run the same program.
+`start` returns a state, `advance` generates up to a position, or until every row is
+done. Both are compiled once per array shape; the position is a traced value, so that
+`stream` (one token at a time) and `generate` (all of them) run the same program.
 
 The state is a dict: `token_ids` int32 `(R, L)`, of which the first `index` are
-written; `token_log_probs` `(R, L)`; `done`; `cache`; what beam search adds; and, not
-changing, `prompt_lengths` and `seeds` `(R,)`, `max_length`, `knobs`.
+generated; `token_log_probs` `(R, L)`; `done`; `cache`; the arrays of beam search; and
+the constants `prompt_lengths` and `seeds` `(R,)`, `max_length`, `traced_args`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,11 +18,13 @@ from keras import ops
 
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import beam
+from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.generation.sampling import process, sample, top_candidates
+from keras_t5gemma.utils.types import Tensor
 
 
-def start(backbone, inputs, options):
-    """Encode, fill the cross-attention cache, read the prompts.
+def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
+    """Encode the sources, fill the cross-attention cache, prefill the prompts.
 
     Args:
         backbone: a `Backbone`.
@@ -27,7 +32,7 @@ def start(backbone, inputs, options):
             `decoder_token_ids` `(R, L)`, prompts followed by 0, R a multiple of B;
             `prompt_lengths`, `seeds` `(R,)`; `prefix_token_ids` `(R, P)`, of which
             the first `prefix_count` are in every prompt, before its last token;
-            `max_length`, at most L; `knobs` of the options.
+            `max_length`, at most L; `traced_args` of the options.
         options: a `GenerationOptions`.
 
     Returns:
@@ -36,9 +41,10 @@ def start(backbone, inputs, options):
     mask, prefix = inputs["encoder_padding_mask"], inputs["prefix_token_ids"]
     token_ids = ops.cast(inputs["decoder_token_ids"], "int32")
     rows, length = token_ids.shape
-    memory = backbone.encode(inputs["encoder_token_ids"], mask)
-    cache = backbone.make_cache(memory, mask, length, rows)
+    encoder_output = backbone.encode(inputs["encoder_token_ids"], mask)
+    cache = backbone.make_cache(encoder_output, mask, length, rows)
     count = inputs["prefix_count"]
+    constants = ("prompt_lengths", "seeds", "max_length", "traced_args")
     if prefix.shape[1]:
         _, cache = backbone.decode(prefix, cache=cache, index=0, count=count)
     state = {
@@ -47,24 +53,30 @@ def start(backbone, inputs, options):
         "index": count + 1,
         "done": ops.zeros((rows,), "bool"),
         "cache": cache,
-        **{k: inputs[k] for k in ("prompt_lengths", "seeds", "max_length", "knobs")},
+        **{name: inputs[name] for name in constants},
     }
     return beam.start(state, options.num_beams) if options.num_beams > 1 else state
 
 
-def advance(step, state, limit, options, stop_ids=None):
-    """Write until position `limit`, or until every row is done.
+def advance(
+    step: Callable,
+    state: dict,
+    limit: Tensor,
+    options: GenerationOptions,
+    stop_ids: tuple | None = None,
+) -> dict:
+    """Generate up to position `limit`, or until every row is done.
 
     Args:
-        step: function of `(token (R,), cache, index, capped)`, the token at position
-            `index`, that gives `(logits (R, V), cache)`; see `plain_step`.
-        state: of `start`, or of the call before.
+        step: function from `(token (R,), cache, index, capped)`, the token at position
+            `index`, to `(logits (R, V), cache)`; see `plain_step`.
+        state: from `start`, or from the previous call.
         limit: scalar int, at most L.
         options: a `GenerationOptions`.
         stop_ids: tuple of ids that end a row, or `None`.
 
     Returns:
-        The state; after its stop id a row holds 0.
+        The state; a row is filled with 0 after its stop id.
     """
     write = beam.write if options.num_beams > 1 else write_token
 
@@ -83,31 +95,31 @@ def advance(step, state, limit, options, stop_ids=None):
     return ops.while_loop(unfinished, body, (state,))[0]
 
 
-def select(state, chosen, count):
+def select(state: dict, chosen: np.ndarray, count: int) -> dict:
     """The state of some of the rows, each with its beams or samples.
 
     Args:
-        state: of `advance`; its arrays must not be used again.
-        chosen: int array, which rows, in the order wanted.
-        count: how many rows there are.
+        state: from `advance`; its arrays must not be used again.
+        chosen: int array of row numbers, in the order wanted.
+        count: number of rows in the state.
     """
 
     def take(array):
         size = array.shape[0]
-        if size < count:  # One source that all rows share.
+        if size < count:  # All rows share one source.
             return array
         rows = np.arange(size).reshape(count, -1)[chosen]
         return mesh.like(ops.take(array, rows.reshape(-1), axis=0), array)
 
-    whole = ("index", "max_length", "knobs")
+    scalars = ("index", "max_length", "traced_args")
     return {
-        name: value if name in whole else keras.tree.map_structure(take, value)
+        name: value if name in scalars else keras.tree.map_structure(take, value)
         for name, value in state.items()
     }
 
 
-def plain_step(backbone):
-    """The step of `advance` through the model's own layers."""
+def plain_step(backbone: Any) -> Callable:
+    """The step of `advance` through the layers of the model."""
 
     def step(token, cache, index, capped):
         hidden, cache = backbone.decode(token[:, None], cache=cache, index=index)
@@ -116,11 +128,13 @@ def plain_step(backbone):
     return step
 
 
-def write_token(state, logits, options, stop_ids):
-    """One more token in every row: greedy, or sampled.
+def write_token(
+    state: dict, logits: Tensor, options: GenerationOptions, stop_ids: tuple | None
+) -> dict:
+    """Append one token to every row, greedily or by sampling.
 
     Args:
-        state: of the loop.
+        state: of the decoding loop.
         logits: `(R, V)`, of position `index`.
         options: a `GenerationOptions`.
         stop_ids: tuple of ids, or `None`.

@@ -5,27 +5,36 @@ their arrays. PyTorch runs the step of `torch_step`, compiled on request.
 """
 
 import os
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.distribution.prediction import JaxFunction
 from keras_t5gemma.generation import beam, decoding
+from keras_t5gemma.generation.options import GenerationOptions
 
 
 class Engine:
-    """Starts and continues batches for one model, one set of options.
+    """The compiled decoding loop for one model and one set of static options.
 
     Args:
         backbone: a `Backbone`. Make a new engine when its set of variables changes
             (LoRA, quantization).
-        options: a `GenerationOptions`; of those, what `program` leaves.
+        options: the `static_options` of a `GenerationOptions`.
         stop_ids: tuple of ids that end a row, or `None`.
         compiled: on PyTorch, whether to compile the step.
     """
 
-    def __init__(self, backbone, options, stop_ids=None, compiled=False):
+    def __init__(
+        self,
+        backbone: Any,
+        options: GenerationOptions,
+        stop_ids: tuple | None = None,
+        compiled: bool = False,
+    ) -> None:
         def start(inputs):
             return decoding.start(backbone, inputs, options)
 
@@ -40,45 +49,45 @@ class Engine:
         self._start = compile(backbone, start)
         self._advance = compile(backbone, advance, donate=True)
 
-    def start(self, inputs):
-        """See `decoding.start`; the arrays may be NumPy's."""
+    def start(self, inputs: dict) -> dict:
+        """See `decoding.start`; NumPy arrays are accepted."""
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
         return self._start(mesh.split_rows(inputs))
 
-    def advance(self, state, limit):
-        """See `decoding.advance`; the state that is passed must not be used again."""
+    def advance(self, state: dict, limit: int) -> dict:
+        """See `decoding.advance`; the state passed must not be used again."""
         limit = mesh.split_rows(ops.convert_to_tensor(limit, "int32"))
         return self._advance(state, limit)
 
-    def compiled_programs(self):
-        """How many programs have been compiled so far."""
+    def compiled_programs(self) -> int:
+        """Number of programs compiled so far."""
         return self._start.count() + self._advance.count()
 
 
-def results(state, options):
-    """What has been written, `(token_ids, token_log_probs)`, NumPy `(rows, L)`."""
+def results(state: dict, options: GenerationOptions) -> tuple[np.ndarray, ...]:
+    """The generated `(token_ids, token_log_probs)`, NumPy `(rows, L)` each."""
     arrays = {
-        name: mesh.to_numpy(value)  # In order: all processes gather the same one.
+        name: mesh.to_numpy(value)  # All processes gather in the same order.
         for name, value in state.items()
-        if name not in ("cache", "knobs")
+        if name not in ("cache", "traced_args")
     }
     if options.num_beams > 1:
         return beam.results(arrays, options)
     return arrays["token_ids"], arrays["token_log_probs"]
 
 
-def cache_compiled_programs(folder):
-    """Keep compiled programs in a folder, so that the next process need not compile.
+def cache_compiled_programs(folder: str | os.PathLike) -> None:
+    """Persist compiled programs in a folder, for later processes (JAX only).
 
     Args:
-        folder: path; made when needed. Programs of other versions are not used.
+        folder: path; made when needed. Programs of other versions are ignored.
 
     Raises:
-        ValueError: on another backend than JAX, whose compiler this is.
+        ValueError: on a backend other than JAX.
     """
     if keras.config.backend() != "jax":
         raise ValueError(
-            "Compiled programs are kept on the JAX backend only; this is "
+            "Compiled programs are cached on the JAX backend only; this is "
             f"{keras.config.backend()}."
         )
     import jax
@@ -120,8 +129,8 @@ class _Torch:
 def _torch_advance(backbone, options, stop_ids, compiled):
     from keras_t5gemma.generation import torch_step
 
-    made = {}  # Steps of the present weights.
-    # FBGEMM's products are none of Inductor's, and its own of int8 are slower.
+    made: dict = {}  # Steps of the current weights.
+    # Inductor cannot compile FBGEMM's products, and its int8 products are slower.
     compiled = compiled and not backbone.decoder.token_embedding.quantization_mode
 
     def make_step(one_row):

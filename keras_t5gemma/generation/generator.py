@@ -1,8 +1,10 @@
-"""Requests of `Seq2SeqLM.generate` and `stream`, carried out batch by batch."""
+"""Run the requests of `Seq2SeqLM.generate` and `stream`, batch by batch."""
 
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,35 +14,35 @@ from keras_t5gemma.generation.decoding import select
 from keras_t5gemma.generation.engine import Engine, results
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
-from keras_t5gemma.generation.requests import batches
+from keras_t5gemma.generation.requests import Request, batches
 from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.progress import progress_bar
 
-_TOKENS_AT_A_TIME = 8
+_TOKENS_PER_CALL = 8
 _MANY_BATCHES = 8
 
 
 class Generator:
-    """Decodes for one task, and keeps the programs that are compiled for it.
+    """Decodes for one task and keeps its compiled programs.
 
     Args:
         task: a `Seq2SeqLM`.
     """
 
-    def __init__(self, task):
+    def __init__(self, task: Any) -> None:
         self.task = task
-        self.engines = {}
+        self.engines: dict[tuple, Engine] = {}
 
-    def options(self, given, request):
-        """`GenerationOptions` of the task's sampler and of the user, checked.
+    def options(self, given: dict, request: Request) -> GenerationOptions | None:
+        """Checked `GenerationOptions` from the task's sampler and a user's keywords.
 
         Args:
-            given: dict of the user's keywords.
+            given: the user's keywords.
             request: a `Request`.
 
         Returns:
-            Options with a seed where they sample; `None` where a sampler of another
-            kind than those that options can express chooses the tokens.
+            Options, with a seed if they sample; `None` when the task's sampler is of a
+            kind that options cannot express.
         """
         sampler = self.task.sampler
         options = make_options(sampler, given)
@@ -53,19 +55,23 @@ class Generator:
             options = dataclasses.replace(options, seed=int(seed))
         return options
 
-    def decode(self, request, options, batch_size):
-        """Answer all rows of a request, those of similar length together.
+    def decode(
+        self, request: Request, options: GenerationOptions | None, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Generate for all rows of a request; rows of similar length share a batch.
 
         Args:
             request: a `Request`.
-            options: of `options`.
-            batch_size: most decoder rows at a time, not counting `rows_per_source`.
+            options: from `options`.
+            batch_size: maximum number of decoder rows in a batch, not counting
+                `rows_per_source`.
 
         Returns:
-            `(ids, log_probs, ends)`: int32 and float32 `(rows, max length)`, and
-            `(rows,)`, how many are written at most; `num_return_sequences` rows for
-            each of the request, next to each other.
+            `(ids, log_probs, ends)`: int32 and float32 `(rows, max length)`, and int
+            `(rows,)`, an upper bound of the tokens written; `num_return_sequences`
+            adjacent rows for each row of the request.
         """
+        engine: Any
         if options is None:
             options, width = GenerationOptions(), request.max_length
             engine = SamplerEngine(self.task, request.stop_ids)
@@ -80,7 +86,7 @@ class Generator:
         ends = np.repeat(request.prompt_lengths[:, None], answers, axis=1)
         compiled = self._is_compiled()
         planned = list(batches(request, options, batch_size, width, compiled))
-        # A smaller batch is a new program there, and must pay.
+        # With a compiler a smaller batch is a new program, which must pay off.
         shrinks = not compiled or len(planned) >= _MANY_BATCHES
         deadline = math.inf
         if options.max_time is not None:
@@ -88,7 +94,7 @@ class Generator:
         with progress_bar("Generating", len(prompts)) as advance:
             for rows, inputs in planned:
                 size = len(inputs["prompt_lengths"]) // options.rows_per_source
-                real = np.arange(size) < len(rows)  # The others only fill up.
+                real = np.arange(size) < len(rows)  # The others are filler.
                 parts = _write(engine, inputs, real, max_length, deadline, shrinks)
                 for chosen, state, end in parts:
                     kept = real[chosen]
@@ -105,7 +111,7 @@ class Generator:
         flat = (len(prompts) * answers, -1)
         return ids.reshape(flat), log_probs.reshape(flat), ends.reshape(-1)
 
-    def stream(self, request, options):
+    def stream(self, request: Request, options: GenerationOptions) -> Iterator[str]:
         """Yield the answer to a request of one row in pieces of text."""
         engine = self._engine(options, request.stop_ids)
         width = self._width(request.max_length)
@@ -126,25 +132,30 @@ class Generator:
             if is_last:
                 return
 
-    def compiled_programs(self):
-        """How many programs have been compiled so far."""
+    def compiled_programs(self) -> int:
+        """Number of programs compiled so far."""
         return sum(engine.compiled_programs() for engine in self.engines.values())
 
     def _width(self, max_length):
-        """Length of the decoder's arrays: rounded, so that few programs are needed."""
+        """Length of the decoder's arrays, rounded up so that few programs exist."""
         if not self._is_compiled():
             return max_length
         return min(bucket(max_length), self.task.backbone.config.max_positions)
 
     def _is_compiled(self):
-        """Whether a new size of a batch is a new program."""
+        """Whether a new batch shape needs a new program."""
         return keras.config.backend() != "torch" or bool(self.task.jit_compile)
 
     def _engine(self, options, stop_ids):
         variables = tuple(map(id, self.task.backbone.variables))
-        key = (options.program(), stop_ids, bool(self.task.jit_compile), variables)
+        key = (
+            options.static_options(),
+            stop_ids,
+            bool(self.task.jit_compile),
+            variables,
+        )
         if key not in self.engines:
-            # LoRA and quantization make other variables: the old programs are void.
+            # LoRA and quantization replace variables: old programs are invalid.
             if any(other[-1] != variables for other in self.engines):
                 self.engines.clear()
             self.engines[key] = Engine(self.task.backbone, *key[:-1])
@@ -152,31 +163,31 @@ class Generator:
 
 
 def _is_late(deadline):
-    """Whether to stop; where there are several processes, by the first one's clock."""
+    """Whether the deadline has passed, by the clock of the first process."""
     if deadline == math.inf:
         return False
     return process_group.from_first(time.monotonic() > deadline)
 
 
 def _write(engine, inputs, real, max_length, deadline, shrinks):
-    """Write a batch; leave behind what is done, each time that half of it is.
+    """Decode a batch; drop its finished rows each time that half of them are done.
 
     Args:
         engine: an `Engine`.
-        inputs: of `batches`.
-        real: bool `(B,)`, which rows are not only there to fill the batch up.
-        max_length: where to stop.
-        deadline: moment of `time.monotonic` to stop at.
-        shrinks: whether to leave anything behind.
+        inputs: from `batches`.
+        real: bool `(B,)`, `False` for rows that only fill the batch.
+        max_length: position to stop at.
+        deadline: time of `time.monotonic` to stop at.
+        shrinks: whether to drop finished rows.
 
     Yields:
-        `(chosen, state, end)`: which of the rows these are, every row once, written
-        until `end` at most.
+        `(chosen, state, end)`: row numbers, each row once; their state; and the
+        position up to which they are generated.
     """
     state, end = engine.start(inputs), int(inputs["prefix_count"]) + 1
     chosen = np.arange(len(real))
     while True:
-        end = min(end + _TOKENS_AT_A_TIME, max_length)
+        end = min(end + _TOKENS_PER_CALL, max_length)
         state = engine.advance(state, end)
         done = mesh.to_numpy(state["done"]).reshape(len(chosen), -1).all(axis=1)
         done |= ~real[chosen]

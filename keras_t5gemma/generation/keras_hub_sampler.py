@@ -1,9 +1,14 @@
-"""Decoding with any sampler that is written for KerasHub."""
+"""Decoding with KerasHub samplers, custom ones included."""
 
+from typing import Any
+
+import keras
+import keras_hub
 import numpy as np
 from keras import ops, tree
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.utils.types import Tensor
 
 
 class SamplerEngine:
@@ -14,16 +19,16 @@ class SamplerEngine:
         stop_ids: tuple of ids that end a row, or `None`.
     """
 
-    def __init__(self, task, stop_ids=None):
+    def __init__(self, task: Any, stop_ids: tuple | None = None) -> None:
         self.function = task.make_generate_function()
         self.stop_ids = stop_ids
 
-    def start(self, inputs):
+    def start(self, inputs: dict) -> dict:
         """The arrays of `decoding.start`, for `advance`."""
         return mesh.split_rows(tree.map_structure(ops.convert_to_tensor, inputs))
 
-    def advance(self, inputs, limit):
-        """All tokens at once: a sampler has a loop of its own."""
+    def advance(self, inputs: dict, limit: int) -> dict:
+        """Generate all tokens: the loop is inside the sampler."""
         token_ids = self.function(inputs, stop_token_ids=self.stop_ids)
         return {
             "token_ids": token_ids,
@@ -32,7 +37,13 @@ class SamplerEngine:
         }
 
 
-def decode_batch(backbone, sampler, inputs, stop_ids=None, model=None):
+def decode_batch(
+    backbone: Any,
+    sampler: keras_hub.samplers.Sampler,
+    inputs: dict,
+    stop_ids: tuple | None = None,
+    model: keras.Model | None = None,
+) -> Tensor:
     """Generate until every row has stopped or the buffer is full.
 
     Args:
@@ -43,13 +54,14 @@ def decode_batch(backbone, sampler, inputs, stop_ids=None, model=None):
         model: the `keras.Model` whose variables the loop reads.
 
     Returns:
-        int32 `(B, max length)`; after a row's first stop id, 0.
+        int32 `(B, max length)`; a row is filled with 0 after its first stop id.
     """
-    memory_mask = inputs["encoder_padding_mask"]
+    mask = inputs["encoder_padding_mask"]
     prefix, buffer = inputs["prefix_token_ids"], inputs["decoder_token_ids"]
     count, lengths = inputs["prefix_count"], inputs["prompt_lengths"]
-    memory = backbone.encode(inputs["encoder_token_ids"], memory_mask)
-    cache = backbone.make_cache(memory, memory_mask, buffer.shape[1], buffer.shape[0])
+    encoder_output = backbone.encode(inputs["encoder_token_ids"], mask)
+    rows, length = buffer.shape
+    cache = backbone.make_cache(encoder_output, mask, length, rows)
     if prefix.shape[1]:
         _, cache = backbone.decode(prefix, cache=cache, index=0, count=count)
 
@@ -58,13 +70,13 @@ def decode_batch(backbone, sampler, inputs, stop_ids=None, model=None):
         hidden, cache = backbone.decode(token, cache=cache, index=index - 1)
         logits = backbone.next_logits(hidden[:, 0])  # B V
         if stop_ids is not None:
-            # A sampler that repeats rows (beams) keeps them next to each other.
+            # A sampler that repeats rows (beams) keeps the copies adjacent.
             start = ops.repeat(lengths, prompt.shape[0] // lengths.shape[0], axis=0)
             done = finished(prompt, stop_ids, start)
             logits = freeze(logits, done)
         return logits, None, cache
 
-    positions = ops.arange(buffer.shape[1])[None]
+    positions = ops.arange(length)[None]
     return sampler(
         next=next,
         prompt=buffer,
@@ -76,8 +88,8 @@ def decode_batch(backbone, sampler, inputs, stop_ids=None, model=None):
     )
 
 
-def finished(token_ids, stop_ids, prompt_lengths):
-    """Which rows `(B,)` hold a stop id after their prompts of `(B,)` tokens."""
+def finished(token_ids: Tensor, stop_ids: tuple, prompt_lengths: Tensor) -> Tensor:
+    """Whether rows have a stop id after their prompts, bool `(B,)`."""
     stops = [token_ids == stop for stop in stop_ids]
     is_stop = stops[0]
     for stop in stops[1:]:
@@ -86,12 +98,12 @@ def finished(token_ids, stop_ids, prompt_lengths):
     return ops.any(ops.logical_and(is_stop, written), axis=-1)
 
 
-def freeze(logits, done):
-    """Leave finished rows only the padding id, at probability 1.
+def freeze(logits: Tensor, done: Tensor) -> Tensor:
+    """Logits that give finished rows the padding id with probability 1.
 
-    KerasHub's beam search goes on extending a finished beam until all beams of
-    the whole batch are finished, so that a row's answer depends on its
-    neighbours. With this, a finished row or beam keeps its score.
+    KerasHub's beam search extends finished beams until all beams of the batch are
+    finished, so that an answer would depend on the other rows. With these logits a
+    finished row or beam keeps its score.
     """
     only_padding = ops.where(ops.arange(ops.shape(logits)[-1]) == 0, 0.0, -1e9)
     only_padding = ops.cast(only_padding, "float32")

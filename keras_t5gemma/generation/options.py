@@ -1,7 +1,8 @@
-"""How the next token is chosen: what a user may ask of `generate`."""
+"""Options of `generate`: sampling, beam search, penalties, banned and forced ids."""
 
 import dataclasses
 import numbers
+from typing import Any
 
 import keras_hub
 import numpy as np
@@ -12,32 +13,32 @@ from keras_t5gemma.utils.checks import number, whole_number
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
-    """What `Seq2SeqLM.generate` takes as keywords; greedy when nothing is given.
+    """Options of `Seq2SeqLM.generate`, passed as keywords; the default is greedy.
 
-    Any of `temperature`, `top_k`, `top_p` turns sampling on; `num_beams` above 1 is
-    beam search. The penalties and the lists of ids work with all three. Names and
-    meanings are those of transformers; its beams and penalties give the same tokens.
+    Any of `temperature`, `top_k`, `top_p` turns on sampling; `num_beams` above 1 turns
+    on beam search. The penalties and the lists of ids work in all cases. Names and
+    meanings are those of transformers; beam search and penalties give the same tokens.
 
     Args:
-        num_beams: beams a source.
-        length_penalty: beams are ranked by their log-probability over their length to
-            this power; 0 favours short answers.
-        temperature: logits are divided by it, above 0.
-        top_k: sample among the k likeliest tokens.
-        top_p: sample among the fewest tokens whose probability reaches this, in
-            (0, 1] (arXiv 1904.09751).
-        repetition_penalty: tokens that are there already, prompt included, have
-            their logit divided by it, or multiplied below 0 (arXiv 1909.05858).
-        no_repeat_ngram_size: no n tokens in a row come twice; 0 is off.
-        min_new_tokens: no stop id before so many tokens after the prompt.
-        banned_token_ids: ids that are never written.
-        forced_token_ids: the first ids of every answer; or a dict from places in the
-            answer, counted from 0, to ids.
-        num_return_sequences: answers a source, best first with beams.
+        num_beams: beams per source.
+        length_penalty: beams are ranked by their log-probability divided by their
+            length to this power; 0 favors short answers.
+        temperature: divides the logits, above 0.
+        top_k: sample among the k most likely tokens.
+        top_p: nucleus sampling: sample among the fewest tokens whose probability
+            reaches this, in (0, 1] (arXiv 1904.09751).
+        repetition_penalty: divides positive and multiplies negative logits of tokens
+            that occur already, in the prompt too (arXiv 1909.05858).
+        no_repeat_ngram_size: no n-gram of this size occurs twice; 0 is off.
+        min_new_tokens: minimum number of tokens after the prompt before a stop id.
+        banned_token_ids: ids that are never generated.
+        forced_token_ids: the first ids of every answer; or a dict from positions in
+            the answer, counted from 0, to ids.
+        num_return_sequences: answers per source; with beams the best come first.
         return_scores: also return log-probabilities.
-        seed: of sampling. Row i of a request depends on it and on i alone, whatever
-            the batch size; `None` draws one from Keras's global seed.
-        max_time: seconds after which `generate` returns what it has.
+        seed: of sampling. Row i of a request depends on the seed and on i alone, for
+            every batch size; `None` draws a seed from Keras's global generator.
+        max_time: seconds after which `generate` returns the tokens it has.
 
     Raises:
         ValueError: for a value out of range, or options that exclude each other.
@@ -90,35 +91,35 @@ class GenerationOptions:
         number(self.length_penalty, "length_penalty")
         if self.is_sampling and self.num_beams > 1:
             raise ValueError(
-                "`temperature`, `top_k`, `top_p` sample, `num_beams` searches: give "
-                f"one or the other; got {self}."
+                "`num_beams` must be 1 with `temperature`, `top_k` or `top_p`, which "
+                f"sample; got {self}."
             )
         if not self.is_sampling and self.num_return_sequences > self.num_beams:
             raise ValueError(
-                f"`num_return_sequences` of {self.num_return_sequences} needs as many "
-                f"`num_beams` (got {self.num_beams}), or sampling (`temperature`, "
-                "`top_k`, `top_p`): greedy decoding has one answer."
+                "`num_return_sequences` must be at most `num_beams`, unless "
+                "`temperature`, `top_k` or `top_p` sample; got "
+                f"{self.num_return_sequences} answers of {self.num_beams} beams."
             )
 
     @property
-    def is_sampling(self):
+    def is_sampling(self) -> bool:
         """Whether the answer depends on the seed."""
         return any(x is not None for x in (self.temperature, self.top_k, self.top_p))
 
     @property
-    def is_greedy(self):
+    def is_greedy(self) -> bool:
         """Whether the next token is the one with the largest logit of the model."""
         return self == GenerationOptions(
             length_penalty=self.length_penalty, seed=self.seed, max_time=self.max_time
         )
 
     @property
-    def rows_per_source(self):
-        """Decoder rows that a source needs."""
+    def rows_per_source(self) -> int:
+        """Number of decoder rows per source."""
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
-    def check(self, vocabulary_size, max_length):
-        """Raise `ValueError` for what does not fit a model and a request."""
+    def check(self, vocabulary_size: int, max_length: int) -> None:
+        """Raise `ValueError` for options that do not fit a model and a request."""
         forced = tuple(token for _, token in self.forced_token_ids)
         for name, ids in (
             ("banned_token_ids", self.banned_token_ids),
@@ -127,7 +128,7 @@ class GenerationOptions:
             check_range(np.asarray(ids or [0]), name, vocabulary_size)
         if len(self.banned_token_ids) == vocabulary_size:
             raise ValueError(
-                f"`banned_token_ids` holds all {vocabulary_size} ids: none is left."
+                f"`banned_token_ids` must leave one of {vocabulary_size} ids; got all."
             )
         both = sorted(set(forced) & set(self.banned_token_ids))
         if both:
@@ -143,8 +144,8 @@ class GenerationOptions:
         places = [place for place, _ in self.forced_token_ids]
         if places and not 0 <= min(places) <= max(places) < max_length - 1:
             raise ValueError(
-                f"`forced_token_ids` has places {places}, beyond the `max_length` of "
-                f"{max_length}."
+                f"`forced_token_ids` has positions {places}, beyond the `max_length` "
+                f"of {max_length}."
             )
         if self.min_new_tokens >= max_length:
             raise ValueError(
@@ -152,8 +153,8 @@ class GenerationOptions:
                 f"`max_length` of {max_length} leaves."
             )
 
-    def knobs(self):
-        """The values that a compiled program takes as data, not as code."""
+    def traced_args(self) -> dict[str, np.generic]:
+        """The values that are arguments of a compiled program, not part of its code."""
         return {
             "length_penalty": np.float32(self.length_penalty),
             "temperature": np.float32(self.temperature or 1.0),
@@ -162,8 +163,8 @@ class GenerationOptions:
             "min_new_tokens": np.int32(self.min_new_tokens),
         }
 
-    def program(self):
-        """These options less what `knobs` holds: equal ones share compiled programs."""
+    def static_options(self) -> "GenerationOptions":
+        """These options without `traced_args`: equal ones share compiled programs."""
         return dataclasses.replace(
             self,
             length_penalty=1.0,
@@ -176,8 +177,8 @@ class GenerationOptions:
         )
 
 
-def id_tuple(ids, name):
-    """Ids as a tuple of ints; `ValueError` for what is no list of whole numbers."""
+def id_tuple(ids: Any, name: str) -> tuple[int, ...]:
+    """Ids as a tuple of ints; `ValueError` unless they are a list of whole numbers."""
     is_list = not isinstance(ids, str | bytes) and hasattr(ids, "__iter__")
     ids = list(ids) if is_list else ids
     if not is_list or not all(isinstance(i, numbers.Integral) for i in ids):
@@ -186,10 +187,10 @@ def id_tuple(ids, name):
 
 
 def _places_and_ids(forced):
-    """`forced_token_ids` in any of its forms as sorted pairs of place and id."""
+    """`forced_token_ids` in any of its forms as sorted pairs of position and id."""
     name = "forced_token_ids"
     if isinstance(forced, tuple) and all(isinstance(item, tuple) for item in forced):
-        return forced  # Pairs already: `dataclasses.replace` hands them back.
+        return forced  # Pairs already, from `dataclasses.replace`.
     if isinstance(forced, dict):
         places, ids = id_tuple(forced, name), id_tuple(forced.values(), name)
     else:
@@ -198,20 +199,22 @@ def _places_and_ids(forced):
     return tuple(sorted(zip(places, ids, strict=True)))
 
 
-def make_options(sampler, given):
-    """The options of a sampler and, on top of them, of a user.
+def make_options(
+    sampler: keras_hub.samplers.Sampler, given: dict
+) -> GenerationOptions | None:
+    """The options of a sampler, overridden by those of a user.
 
     Args:
         sampler: a `keras_hub.samplers.Sampler`.
-        given: dict of keywords of `GenerationOptions`.
+        given: keywords of `GenerationOptions`.
 
     Returns:
-        A `GenerationOptions`; `None` where the sampler is of a kind that options
-        cannot express.
+        A `GenerationOptions`; `None` when the sampler is of a kind that options cannot
+        express.
 
     Raises:
-        ValueError: for unknown names, values out of range, or options for a sampler
-            that chooses the tokens itself.
+        ValueError: for unknown names, values out of range, or options together with
+            such a sampler.
     """
     names = [field.name for field in dataclasses.fields(GenerationOptions)]
     unknown = sorted(set(given) - set(names))
@@ -224,8 +227,8 @@ def make_options(sampler, given):
     if base is None:
         if given:
             raise ValueError(
-                f"The sampler {type(sampler).__name__} chooses the tokens itself; it "
-                f"takes none of {sorted(given)}."
+                f"The sampler {type(sampler).__name__} does not support options; got "
+                f"{sorted(given)}."
             )
         return None
     if given.get("num_beams", 1) != 1:
@@ -235,8 +238,8 @@ def make_options(sampler, given):
     return GenerationOptions(**{**base, **given})
 
 
-def options_of_sampler(sampler):
-    """The options that a KerasHub sampler stands for, or `None` for any other one.
+def options_of_sampler(sampler: keras_hub.samplers.Sampler) -> dict | None:
+    """The options equivalent to a KerasHub sampler, or `None` for other samplers.
 
     Args:
         sampler: a `keras_hub.samplers.Sampler`.

@@ -1,25 +1,27 @@
-"""From what a user asks for to batches of the decoding loop, and back."""
+"""Requests of `generate`: checked arguments, and batches for the decoding loop."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.generation.options import id_tuple
-from keras_t5gemma.tokenization.preprocessor import pad
-from keras_t5gemma.tokenization.token_ids import INPUTS, check_range
+from keras_t5gemma.generation.options import GenerationOptions, id_tuple
+from keras_t5gemma.tokenization.token_ids import INPUTS, check_range, pad
 from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.checks import whole_number
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What `generate` was asked for, checked.
+    """The checked inputs of `generate`.
 
     Args:
-        arrays: of `id_prompts` or `generate_preprocess`. Where the encoder's have one
-            row and the decoder's several, these are prompts for the same source.
+        arrays: from `id_prompts` or `generate_preprocess`. One row of the encoder's
+            arrays with several of the decoder's: prompts for the same source.
         stop_ids: tuple of ids that end an answer, or `None`.
     """
 
@@ -27,42 +29,49 @@ class Request:
     stop_ids: tuple | None
 
     @property
-    def prompt_lengths(self):
-        """Decoder tokens that are given, the start token included: `(rows,)`."""
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of the decoder's prompts, start token included, int `(rows,)`."""
         return self.arrays["decoder_padding_mask"].sum(axis=1)
 
     @property
-    def max_length(self):
-        """Most decoder tokens."""
+    def max_length(self) -> int:
+        """Maximum number of decoder tokens."""
         return self.arrays["decoder_token_ids"].shape[1]
 
 
-def read_request(inputs, preprocessor, config, max_length, stop_token_ids, batch_size):
+def read_request(
+    inputs: Any,
+    preprocessor: Any,
+    config: T5GemmaConfig,
+    max_length: int | None,
+    stop_token_ids: Any,
+    batch_size: int,
+) -> Request:
     """Check the arguments of `Seq2SeqLM.generate`.
 
     Args:
-        inputs: see there.
+        inputs: see `Seq2SeqLM.generate`.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None`.
         config: the model's `T5GemmaConfig`.
-        max_length: int or `None`.
+        max_length: maximum number of decoder tokens, or `None`.
         stop_token_ids: ids, `"auto"` or `None`.
-        batch_size: int.
+        batch_size: maximum number of sources in a batch.
 
     Returns:
         A `Request`.
 
     Raises:
-        ValueError: see there.
+        ValueError: see `Seq2SeqLM.generate`.
     """
     if max_length is None and preprocessor is not None:
         max_length = preprocessor.decoder_sequence_length
     max_length = whole_number(max_length, "max_length", 2, config.max_positions)
-    batch_size = whole_number(batch_size, "batch_size", 1)
+    whole_number(batch_size, "batch_size", 1)
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
         if preprocessor is None:
             raise ValueError(
                 "`stop_token_ids='auto'` needs a preprocessor; pass a tuple of ids, "
-                "or None to write until `max_length`."
+                "or None to generate until `max_length`."
             )
         stop_token_ids = preprocessor.stop_ids
     if stop_token_ids is not None:
@@ -94,19 +103,24 @@ def _text_arrays(inputs, preprocessor, max_length):
     return preprocessor.generate_preprocess(inputs, max_length)
 
 
-def id_prompts(inputs, max_length, vocabulary_size):
-    """The arrays of `generate_preprocess`, from a user's own arrays.
+def id_prompts(
+    inputs: dict, max_length: int, vocabulary_size: int
+) -> dict[str, np.ndarray]:
+    """The arrays of `generate_preprocess`, from a user's arrays of ids.
 
     Args:
-        inputs: dict of `encoder_token_ids` `(batch, length)` and, as an option,
-            the other three inputs of the backbone. Without a mask, id 0 is
-            padding; without a prompt, the decoder starts from bos, id 2.
+        inputs: dict of `encoder_token_ids` `(batch, length)` and, optionally, the
+            other three inputs of the backbone. Without a mask id 0 is padding;
+            without a prompt the decoder starts from bos, id 2.
         max_length: length of the decoder arrays that are returned.
-        vocabulary_size: the bound of the ids.
+        vocabulary_size: ids must be below this.
+
+    Returns:
+        The four inputs of the backbone, int32.
 
     Raises:
-        ValueError: for unknown keys, shapes that do not fit, ids out of range, or
-            a prompt longer than `max_length`.
+        ValueError: for unknown keys, shapes that do not fit, ids out of range, or a
+            prompt longer than `max_length`.
     """
     unknown = set(inputs) - set(INPUTS)
     if unknown:
@@ -132,13 +146,13 @@ def id_prompts(inputs, max_length, vocabulary_size):
     lengths = mask.sum(axis=1)
     if len(prompt) != len(source) or lengths.min(initial=1) < 1:
         raise ValueError(
-            "`decoder_token_ids` must hold at least the start token of each of "
+            "`decoder_token_ids` must have at least the start token for each of "
             f"the {len(source)} sources; got shape {prompt.shape}."
         )
     if lengths.max(initial=1) > max_length:
         raise ValueError(
-            f"`decoder_token_ids` holds a prompt of {lengths.max()} tokens, more "
-            f"than the `max_length` of {max_length}."
+            f"`decoder_token_ids` has a prompt of {lengths.max()} tokens, more than "
+            f"the `max_length` of {max_length}."
         )
     rows = [row[keep].tolist() for row, keep in zip(prompt, mask, strict=True)]
     ids, mask = pad(rows, max_length)
@@ -150,24 +164,31 @@ def id_prompts(inputs, max_length, vocabulary_size):
     }
 
 
-def batches(request, options, batch_size, width, rounded=True):
-    """Rows that are decoded together: sources, and prompts, of similar length.
+def batches(
+    request: Request,
+    options: GenerationOptions,
+    batch_size: int,
+    width: int,
+    rounded: bool = True,
+) -> Iterator[tuple[np.ndarray, dict]]:
+    """Batches of rows with sources, and prompts, of similar length.
 
     With a compiler sizes are rounded up, so that requests of all lengths need few
-    programs: a source's length to one of `bucket`'s, 9 up to 512 tokens; the rows to
-    a power of two, 6 up to 32, and on a mesh of devices to a multiple of those that
-    split them; a prompt's to a power of two.
+    programs: source lengths to a step of `bucket`, 8 steps up to 512 tokens; the
+    number of rows to a power of two, 6 of them up to 32, and on a mesh of devices to a
+    multiple of the devices; prompt lengths to a power of two.
 
     Args:
         request: a `Request`.
         options: a `GenerationOptions`.
-        batch_size: most decoder rows at a time, not counting `rows_per_source`.
+        batch_size: maximum number of decoder rows in a batch, not counting
+            `rows_per_source`.
         width: length of the decoder's arrays, at least the request's.
-        rounded: `False` rounds nothing: without a compiler it is only waste.
+        rounded: whether to round sizes up, which without a compiler is only waste.
 
     Yields:
-        `(rows, inputs)`: the places of the rows in the decoder's arrays, and the
-        arrays of `decoding.start`, which may repeat the last row at their end.
+        `(rows, inputs)`: the numbers of the rows in the request, and the arrays of
+        `decoding.start`, which may repeat the last row at their end.
     """
     arrays, lengths = request.arrays, request.prompt_lengths
     source_ids = arrays["encoder_token_ids"]
@@ -181,7 +202,7 @@ def batches(request, options, batch_size, width, rounded=True):
     decoder_ids = np.pad(decoder_ids, ((0, 0), (0, width - request.max_length)))
     copies = options.rows_per_source
     seeds = _row_seeds(options, len(lengths))
-    # Longest first: what does not fit into memory is known at once.
+    # Longest first: a batch that does not fit into memory fails at once.
     groups = np.frexp(lengths - 1)[1]  # Prompts that differ by less than a factor 2.
     order = np.lexsort((-np.broadcast_to(sources, len(lengths)), groups))
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
@@ -209,7 +230,7 @@ def batches(request, options, batch_size, width, rounded=True):
                     "prompt_lengths": lengths[repeated].astype("int32"),
                     "seeds": seeds[taken].reshape(-1),
                     "max_length": np.int32(request.max_length),
-                    "knobs": options.knobs(),
+                    "traced_args": options.traced_args(),
                 },
             )
 
@@ -221,14 +242,22 @@ def _row_seeds(options, rows):
     return seeds.astype("int32")
 
 
-def answer_mask(ids, prompt_lengths, ends, stop_ids):
-    """1 for prompt and answer, stop id included; 0 after it. int32, as `ids`.
+def answer_mask(
+    ids: np.ndarray,
+    prompt_lengths: np.ndarray,
+    ends: np.ndarray,
+    stop_ids: tuple | None,
+) -> np.ndarray:
+    """Mask of prompts and answers: 1 up to the stop id, 0 after it.
 
     Args:
-        ids: `(rows, L)`.
-        prompt_lengths: `(rows,)`.
-        ends: `(rows,)`, how many are written at most.
+        ids: int `(rows, L)`.
+        prompt_lengths: int `(rows,)`.
+        ends: int `(rows,)`, an upper bound of the tokens written.
         stop_ids: tuple of ids, or `None`.
+
+    Returns:
+        int32 `(rows, L)`.
     """
     positions = np.arange(ids.shape[1])
     mask = positions < ends[:, None]

@@ -1,36 +1,40 @@
-"""From the logits of one position to the tokens that may come next.
+"""Logit processing and sampling of the next token.
 
-Rows R are answers being written, V the vocabulary, L the decoder's length.
+R are the rows being generated, V the vocabulary, L the decoder's length.
 """
 
 import keras
 from keras import ops
 
+from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.utils.buckets import equal_chunks
+from keras_t5gemma.utils.types import Tensor
 
 _NEVER = -1e30
 _CHUNKS = 512
 
 
-def process(logits, state, options, stop_ids):
-    """Penalties and bans, in the order of transformers.
+def process(
+    logits: Tensor, state: dict, options: GenerationOptions, stop_ids: tuple | None
+) -> Tensor:
+    """Apply penalties, banned and forced ids, in the order of transformers.
 
     Args:
         logits: float32 `(R, V)`, or log-probabilities.
         state: of the decoding loop: `token_ids` `(R, L)`, of which the first `index`
-            are written, `prompt_lengths` `(R,)`, `knobs`.
+            are generated, `prompt_lengths` `(R,)`, `traced_args`.
         options: a `GenerationOptions`.
         stop_ids: tuple of ids, or `None`.
 
     Returns:
         `(R, V)`.
     """
-    token_ids, index, knobs = state["token_ids"], state["index"], state["knobs"]
+    token_ids, index, traced = state["token_ids"], state["index"], state["traced_args"]
     size = logits.shape[1]
     if options.repetition_penalty != 1.0:
         written = ops.arange(token_ids.shape[1])[None] < index
         seen = _mark(token_ids, written, size)
-        penalty = knobs["repetition_penalty"]
+        penalty = traced["repetition_penalty"]
         punished = ops.where(logits < 0, logits * penalty, logits / penalty)
         logits = ops.where(seen, punished, logits)
     if options.no_repeat_ngram_size:
@@ -38,7 +42,7 @@ def process(logits, state, options, stop_ids):
         logits = ops.where(_mark(token_ids, completes, size), _NEVER, logits)
     count = index - state["prompt_lengths"]  # Tokens of the answer so far, R.
     if options.min_new_tokens and stop_ids:
-        too_early = (count < knobs["min_new_tokens"])[:, None]
+        too_early = (count < traced["min_new_tokens"])[:, None]
         banned = ops.logical_and(too_early, _is_one_of(stop_ids, size))
         logits = ops.where(banned, _NEVER, logits)
     if options.banned_token_ids:
@@ -61,7 +65,7 @@ def _mark(token_ids, keep, size):
 
 
 def _completes_ngram(token_ids, index, n):
-    """Boolean `(R, L)`: tokens that the last n - 1 were followed by before."""
+    """Boolean `(R, L)`: tokens that followed an earlier copy of the last n - 1."""
     length = token_ids.shape[1]
     positions = ops.arange(length)[None]
     follows = ops.logical_and(positions >= n - 1, positions < index)
@@ -79,18 +83,18 @@ def _is_one_of(ids, size):
     return marks[None] > 0
 
 
-def top_candidates(values, k):
+def top_candidates(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row, largest first.
 
-    A large row is cut into chunks: the k largest values lie in the k chunks with the
-    largest maxima, which costs one pass where sorting costs many.
+    A large row is cut into chunks: the k largest values are in the k chunks with the
+    largest maxima, which costs one pass instead of the several of sorting.
 
     Args:
         values: `(R, V)`.
-        k: how many.
+        k: number of values.
 
     Returns:
-        `(values, places)`: `(R, k)`, and int32 `(R, k)`. Of equal values the lowest
+        `(values, places)`: `(R, k)`, and int32 `(R, k)`. Among equal values the lowest
         place comes first; on PyTorch only with k = 1, otherwise in any order.
     """
     rows, size = values.shape
@@ -119,16 +123,16 @@ def top_candidates(values, k):
     return top, chunk * width + inside % width
 
 
-def sample(logits, state, options):
-    """One token a row, drawn from the distribution that the options describe.
+def sample(logits: Tensor, state: dict, options: GenerationOptions) -> Tensor:
+    """Draw one token per row from the distribution that the options define.
 
     The noise is the same on every backend and in every batch, but the logits are equal
-    up to rounding only: where they differ by e, about the part e of the draws does
-    (0.5 e to 0.8 e measured, at most a fifth more than with a noise for every logit).
+    only up to rounding: when they differ by e, a share of about e of the draws differs
+    (0.5 e to 0.8 e measured, at most a fifth more than with noise on every logit).
 
     Args:
         logits: float32 `(R, V)`.
-        state: of the decoding loop: `seeds` `(R,)`, `index`, `knobs`.
+        state: of the decoding loop: `seeds` `(R,)`, `index`, `traced_args`.
         options: a `GenerationOptions`.
 
     Returns:
@@ -140,7 +144,7 @@ def sample(logits, state, options):
         blocks = 1
     rows, size = logits.shape
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
-    weights = ops.exp(logits / state["knobs"]["temperature"])
+    weights = ops.exp(logits / state["traced_args"]["temperature"])
     weights = ops.reshape(weights, (rows, blocks, size // blocks))
     sums = ops.sum(weights, axis=-1)
     token, weight = _draw(weights, sums, ids, state, 0)
@@ -150,17 +154,20 @@ def sample(logits, state, options):
 
 
 def _draw(weights, sums, ids, state, attempt):
-    """Tokens and their weights `(R, 1)`: a block first, then a token inside it.
+    """Draw tokens by the Gumbel-max trick: first a block, then a token in it.
 
-    The largest of log-weights with Gumbel noise is a draw from the weights. In two
-    steps it takes a noise a block and a noise a token of one block, not of all.
+    Two steps need noise for the blocks and for the tokens of one block, instead of for
+    all tokens.
 
     Args:
         weights: `(R, blocks, width)`, not all 0.
-        sums: of its blocks, `(R, blocks)`.
-        ids: int32 `(R, width)`, of the one block; `None` where they count through.
+        sums: of the blocks, `(R, blocks)`.
+        ids: int32 `(R, width)`, ids of the only block; `None` when ids are positions.
         state: of the decoding loop: `seeds`, `index`.
-        attempt: how many draws of this position came before.
+        attempt: number of earlier draws at this position.
+
+    Returns:
+        The tokens and their weights, `(R, 1)` each.
     """
     blocks, width = weights.shape[1:]
     counter = state["index"] + attempt * 2**16  # Above the bits of the position.
@@ -179,14 +186,14 @@ def _draw(weights, sums, ids, state, attempt):
 
 
 def _stay_in_nucleus(token, weight, weights, sums, ids, state):
-    """Draw again where a token is not among the fewest that reach `top_p`.
+    """Nucleus sampling by rejection: draw again for tokens outside the nucleus.
 
-    It is not where the likelier ones reach it alone; then the next draw is from those.
-    That needs no sorting: a pass over the vocabulary for each draw, of which at most
-    1 + log(1 / top_p) are expected.
+    A token is outside when the more likely ones reach `top_p` without it; then the next
+    draw is from those. No sorting is needed, only a pass over the vocabulary per draw,
+    of which at most 1 + log(1 / top_p) are expected.
     """
-    # Above 0: nothing is likelier than the largest, so that every row ends.
-    needed = ops.sum(sums, axis=-1, keepdims=True) * state["knobs"]["top_p"]
+    # Above 0: no token is more likely than the largest, so every row terminates.
+    needed = ops.sum(sums, axis=-1, keepdims=True) * state["traced_args"]["top_p"]
     needed = ops.maximum(needed, 1e-30)
 
     def draw_again(attempt, token, weight, outside):
@@ -204,10 +211,10 @@ def _stay_in_nucleus(token, weight, weights, sums, ids, state):
 
 
 def _uniform(seeds, counter, places):
-    """Numbers in (0, 1), each from its row's seed, the counter and its place alone.
+    """Uniform numbers in (0, 1), a function of seed, counter and place alone.
 
-    A counter-based generator: what a row draws does not depend on the rows beside it,
-    nor on the backend. The mixing is Chris Wellons' "lowbias32" permutation.
+    A counter-based generator: the draws of a row depend neither on other rows nor on
+    the backend. The mixing is Chris Wellons' "lowbias32" permutation.
     """
     key = _mix(seeds ^ _mix(ops.cast(counter, "int32") + 1))
     bits = _mix(ops.cast(places, "int32") ^ key)
@@ -216,9 +223,9 @@ def _uniform(seeds, counter, places):
 
 
 def _mix(x):
-    """A permutation of the int32 numbers that looks random."""
+    """A pseudorandom permutation of the int32 numbers."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
-        high = ops.right_shift(x, shift)  # Keeps the sign: clear what it brought in.
+        high = ops.right_shift(x, shift)  # Arithmetic: clear the sign bits it adds.
         x = ops.bitwise_xor(x, ops.bitwise_and(high, 2 ** (32 - shift) - 1))
         x = x * factor
     return x

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 
-def make_scorer(model):
+def make_scorer(model: keras.Model) -> keras.Model:
     """A model from inputs and `labels` `(B, T)` to their log-probabilities `(B, T)`.
 
     Args:
@@ -13,5 +13,5 @@ def make_scorer(model):
     labels = keras.Input((None,), dtype="int32", name="labels")
     logits = ops.cast(model.output, "float32")  # B T V
     chosen = ops.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    log_probs = chosen - ops.logsumexp(logits, axis=-1)
-    return keras.Model({**model.input, "labels": labels}, log_probs)
+    log_z = ops.logsumexp(logits, axis=-1)
+    return keras.Model({**model.input, "labels": labels}, chosen - log_z)

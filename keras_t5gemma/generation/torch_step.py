@@ -1,17 +1,17 @@
-"""The decoding step on PyTorch, without Keras's layers in between.
+"""The decoding step on PyTorch, without Keras layers.
 
-In eager PyTorch a token through the layers costs several times what its arithmetic
-does: thousands of small calls. This is the same arithmetic on the model's own
-tensors, checked against `Decoder.step` by a test. With few rows the time is that of
-reading the weights, and the products are written so that both halves of the work read
-at the memory's speed:
+In eager PyTorch a token through the layers costs several times its arithmetic, because
+of thousands of small calls. This is the same arithmetic on the model's tensors; a test
+compares it with `Decoder.step`. With few rows the time is that of reading the weights,
+so matrix products are written to read at memory bandwidth:
 
-- eager: as batches of column blocks, of which MKL gives each thread some;
-- compiled, one row: as multiply and sum, which Inductor fuses with what is around;
-- int8: by FBGEMM, with activations of 7 bits, scaled row by row.
+- eager: as a batch of column blocks, which MKL distributes over threads;
+- compiled, one row: as multiply and sum, which Inductor fuses with its surroundings;
+- int8: by FBGEMM, with 7-bit activations scaled row by row.
 """
 
 import warnings
+from typing import Any
 
 import keras
 import torch
@@ -26,7 +26,7 @@ _ATTENTION = ("query", "key", "value", "output_projection")
 _MLP = ("gate", "up", "down")
 
 
-def is_supported(backbone):
+def is_supported(backbone: Any) -> bool:
     """Whether every projection is a plain float or int8 matrix, without LoRA."""
     layers = _projections(backbone.decoder)
     modes = {layer.quantization_mode for layer in layers}
@@ -49,8 +49,8 @@ def _projections(decoder):
     return layers
 
 
-def fingerprint(backbone):
-    """What changes when a weight of the decoder does."""
+def fingerprint(backbone: Any) -> tuple:
+    """A value that changes when a weight of the decoder changes."""
     return tuple(
         (id(variable.value), _compat.tensor_version(variable.value))
         for variable in backbone.decoder.variables
@@ -58,17 +58,18 @@ def fingerprint(backbone):
 
 
 class TorchStep:
-    """One decoder, ready to write token by token; see `decoding.plain_step`.
+    """The decoding step of one decoder; see `decoding.plain_step`.
 
     Args:
         backbone: a `Backbone` that `is_supported`. When its weights change, make a new
             step; see `fingerprint`.
-        compiled: whether `torch.compile` will see this, which needs one code path for
-            all positions.
+        compiled: use one code path for all positions, as `torch.compile` needs.
         one_row: whether it will be used for one row only.
     """
 
-    def __init__(self, backbone, compiled=False, one_row=False):
+    def __init__(
+        self, backbone: Any, compiled: bool = False, one_row: bool = False
+    ) -> None:
         decoder = backbone.decoder
         self.stack = decoder.stack
         self.compiled = compiled
@@ -76,7 +77,7 @@ class TorchStep:
         self.dtype = getattr(torch, decoder.compute_dtype)
         self.final_cap = backbone.config.final_soft_cap
         self.scale = torch.tensor(self.stack.hidden_dim**0.5, dtype=self.dtype)
-        self.make_product = _Columns
+        self.make_product: type = _Columns
         if decoder.token_embedding.quantization_mode:
             self.make_product = _Int8
         elif compiled and one_row:
@@ -91,7 +92,7 @@ class TorchStep:
         )  # L 1 H/2
 
     def _table(self, layer):
-        """How to look up a token, and how to multiply by the logit table."""
+        """The embedding lookup, and the product with the logit table."""
         values = layer.embeddings.value.detach()
         if layer.quantization_mode:
             scale = layer.embeddings_scale.value.detach()
@@ -128,12 +129,18 @@ class TorchStep:
             },
         }
 
-    def __call__(self, token, cache, index, capped=True):
-        """Logits `(R, V)` after one more token; the cache is written in place.
+    def __call__(
+        self,
+        token: torch.Tensor,
+        cache: dict,
+        index: Any,
+        capped: bool = True,
+    ) -> tuple[torch.Tensor, dict]:
+        """Logits `(R, V)` after one more token; the cache is updated in place.
 
         Args:
             token: int `(R,)`, the token at position `index`.
-            cache: of `Decoder.make_cache`.
+            cache: from `Decoder.make_cache`.
             index: int, or a scalar tensor.
             capped: apply the final soft cap.
 
@@ -142,20 +149,20 @@ class TorchStep:
         """
         return self.logits(self.hidden(token, cache, index), capped), cache
 
-    def logits(self, hidden, capped):
+    def logits(self, hidden: torch.Tensor, capped: bool) -> torch.Tensor:
         """Logits `(R, V)` of states `(R, D)`."""
         logits = self.table(hidden)
         if not capped:
             return logits
-        # What is not greedy goes through them row by row, and more than once.
+        # Sampling and beam search read them row by row, several times.
         logits, cap = logits.contiguous(), self.final_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
-    def hidden(self, token, cache, index):
-        """States `(R, D)` of one more token; the cache is written in place."""
+    def hidden(self, token: torch.Tensor, cache: dict, index: Any) -> torch.Tensor:
+        """States `(R, D)` of one more token; the cache is updated in place."""
         index = index.long().reshape(1) if self.compiled else int(index)
         mask = cache["cross_mask"]
-        mask = ~mask[:, None, None]  # B 1 1 S, True may not be seen.
+        mask = ~mask[:, None, None]  # B 1 1 S, True is masked out.
         if not self.compiled and not bool(mask.any()):
             mask = None
         x = self.embed(token) * self.scale  # R D
@@ -237,29 +244,31 @@ class TorchStep:
 
 
 class CompiledStep:
-    """A `TorchStep` through `torch.compile`, or as it is where there is no compiler.
+    """A `TorchStep` through `torch.compile`, or eager when compiling fails.
 
-    The logits stay outside: one large product, which compiling makes no faster.
+    The logits are computed outside: compiling does not speed up one large product.
 
     Args:
         step: a `TorchStep` with `compiled=True`.
     """
 
-    def __init__(self, step):
+    def __init__(self, step: TorchStep) -> None:
         self.step = step
         self.hidden = torch.compile(step.hidden, fullgraph=True, dynamic=False)
 
-    def __call__(self, token, cache, index, capped=True):
+    def __call__(
+        self, token: torch.Tensor, cache: dict, index: Any, capped: bool = True
+    ) -> tuple[torch.Tensor, dict]:
         """See `TorchStep`."""
         try:
-            # Every size of a batch is a program; the limit is meant for accidents.
+            # Every batch size is a program; the default limit is for accidents.
             with torch.compiler.config.patch(recompile_limit=1000):
                 hidden = self.hidden(token, cache, index)
         except RuntimeError as error:  # Dynamo's errors are.
             if self.hidden == self.step.hidden:
                 raise
             warnings.warn(
-                "`jit_compile=True`, but torch.compile failed; decoding goes on "
+                "`jit_compile=True`, but torch.compile failed; decoding continues "
                 f"uncompiled. The start of its error: {str(error).strip()[:300]}",
                 stacklevel=2,
             )
@@ -308,9 +317,9 @@ class _MultiplySum:
 class _Int8:
     """`x @ (rows / scale).T` by FBGEMM, of int8 `rows` `(out, in)`, `scale` `(out,)`.
 
-    Activations have 7 bits: without VNNI instructions two products of 8 bits overflow
-    the 16 that FBGEMM sums them in. Each row has its own scale, so that it does not
-    depend on the rows beside it.
+    Activations have 7 bits: without VNNI instructions the sum of two 8-bit products
+    overflows FBGEMM's 16 bits. Each row has its own scale, so that its result does not
+    depend on other rows.
     """
 
     def __init__(self, rows, scale):

@@ -1,10 +1,12 @@
-"""A training that a kill interrupts goes on to the same weights."""
+"""Bit-exact resume of `fit` after an interruption."""
 
 import contextlib
 import json
 import math
+import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -20,54 +22,60 @@ _PROGRESS = "progress.json"
 
 
 class BackupAndRestore(keras.callbacks.Callback):
-    """Backs up the state of `Seq2SeqLM.fit`; the same call goes on from it.
+    """Back up the state of `Seq2SeqLM.fit`; the same call resumes from it.
 
-    Unlike Keras's callback of this name it also keeps the place in the data, the
-    random state, the metrics of the epoch so far, and adapters apart from their base:
-    on the same backend a resumed run ends in the same bits. The backup is removed when
-    the training ends. A backup happens as a whole or not at all; when the disk is
-    full there is a warning, the last backup stays and the training goes on. After a
-    NaN nothing is saved.
+    Unlike Keras's callback of this name it also saves the position in the data, the
+    random state, the metrics of the current epoch, and adapters separately from their
+    base: on the same backend a resumed run ends with bit-identical weights. The backup
+    is removed when training ends. Backups are atomic; when the disk is full there is a
+    warning, the previous backup stays and training continues. After a NaN loss nothing
+    is saved.
 
-    Where devices share the state (`keras_t5gemma.distribute`), every process writes
-    what its own devices hold, into a folder that all of them see; another number of
-    devices or processes can go on from it.
+    With sharded state (`keras_t5gemma.distribute`) every process writes the shards of
+    its own devices into a folder that all processes see; another number of devices or
+    processes can resume from it.
 
-    Other callbacks start anew in a resumed run, `EarlyStopping`'s patience too.
+    Other callbacks are not restored: `EarlyStopping` counts its patience from 0 again.
 
     Args:
-        folder: where; of this training alone.
-        save_freq: `"epoch"`, or every so many batches.
+        folder: path, used by this training alone.
+        save_freq: `"epoch"`, or the number of batches between two backups.
 
     Raises:
         ValueError: for another `save_freq`. `fit` raises it for a backup of another
-            model or of other data, and for data that cannot be gone through again:
-            arrays of ids, or a generator.
+            model or of other data, and for data that cannot be iterated again: arrays
+            of ids, or a generator.
     """
 
-    def __init__(self, folder, save_freq="epoch"):
+    def __init__(
+        self, folder: str | os.PathLike, save_freq: str | int = "epoch"
+    ) -> None:
         super().__init__()
         if save_freq != "epoch":
             save_freq = whole_number(save_freq, "save_freq", 1, other="'epoch'")
         self.folder = Path(folder)
         self.save_freq = save_freq
-        self.history = {}
-        self.data = None
+        self.history: dict[str, list[float]] = {}
+        self.data: Any = None
 
-    def restore(self, model, data):
-        """Bring model and data to where the backup was made, if there is one.
+    def restore(self, model: keras.Model, data: Any) -> int | None:
+        """Restore model and data from the backup, if there is one.
 
         Args:
             model: the compiled `Seq2SeqLM`.
-            data: what `fit` goes through.
+            data: the training data of `fit`.
 
         Returns:
             The epoch to start with; `None` without a backup.
+
+        Raises:
+            ValueError: for a backup of another model or other data, or data that is
+                not a `ResumableDataset`.
         """
         if not isinstance(data, ResumableDataset):
             raise ValueError(
-                "BackupAndRestore needs data with known places: text pairs, or batches "
-                f"that can be gone through again; got {type(data).__name__}."
+                "BackupAndRestore needs a resumable dataset: text pairs, or batches "
+                f"that can be iterated again; got {type(data).__name__}."
             )
         self.data = data
         self._unsaved, self._in_epoch, self._metrics = 0, 0, None
@@ -85,7 +93,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if progress["data"] != here:
             raise ValueError(
                 f"{self.folder} is the backup of a training on other data: "
-                f"{progress['data']}, here {here}. Remove the folder to start anew."
+                f"{progress['data']}, here {here}. Remove the folder to start over."
             )
         model.optimizer.build(model.trainable_variables)
         with contextlib.ExitStack() as stack:
@@ -131,7 +139,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             return
         for path in (*self.folder.glob("state*.h5"), self.folder / _PROGRESS):
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # Other files may lie there.
+        with contextlib.suppress(OSError):  # It may have other files.
             self.folder.rmdir()
 
     def _save(self, epoch, batch):
@@ -158,8 +166,8 @@ class BackupAndRestore(keras.callbacks.Callback):
                     (staging / _PROGRESS).write_text(text, encoding="utf-8")
         except OSError as error:
             warnings.warn(
-                f"No backup at epoch {epoch}, batch {batch}: {error}. The one before "
-                "it stays; training goes on.",
+                f"No backup at epoch {epoch}, batch {batch}: {error}. The previous one "
+                "stays; training continues.",
                 stacklevel=2,
             )
 

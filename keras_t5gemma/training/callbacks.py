@@ -1,10 +1,13 @@
-"""What `fit` shows and keeps: written answers, speed, a NaN's rows, the best model."""
+"""Callbacks of `fit`: generation metrics, speed, stop on NaN, the best model."""
 
 import json
 import math
+import os
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,28 +23,28 @@ _BEST_FILE = "best.json"
 
 
 class GenerationMetrics(keras.callbacks.Callback):
-    """Write answers to a sample of the validation pairs and measure them.
+    """Generate answers for a sample of validation pairs, and score them.
 
-    That happens at the end of the first epoch of a `fit`, of every `every`-th and of
-    the last. The epochs between repeat the last numbers, so that `CSVLogger` has its
-    columns from the start and `EarlyStopping` always a number. Callbacks that use them
-    come after this one in the list; `EarlyStopping` and the like also need
-    `mode="max"`.
+    This happens at the end of the first epoch of a `fit`, of every `every`-th and of
+    the last one. The epochs in between repeat the last scores, so that `CSVLogger` has
+    its columns from the start and `EarlyStopping` a number in every epoch. Callbacks
+    that use the scores come after this one in the list; `EarlyStopping` and similar
+    ones also need `mode="max"`.
 
     Args:
-        x: pairs in memory, as `fit` takes them.
-        y: their targets, where `x` does not hold them.
+        x: in-memory pairs, as for `fit`.
+        y: their targets, when `x` does not have them.
         metrics: a metric or a list of them: `"rouge"`, `"bleu"`, `"chrf"`,
             `"exact_match"`, or a function `(predictions, references)` that returns a
-            number or a dict of numbers. One that raises is logged as NaN, with a
-            warning.
-        every: epochs from one measurement to the next.
-        max_rows: most pairs to write answers for, drawn once.
-        examples: how many of them to print, when `fit` is verbose.
-        samples: path of a file that all answers are appended to, one JSON object a
-            line: `epoch` (from 0, as in `CSVLogger`), `source`, `reference`, `answer`.
-        prefix: of the names in the logs: `val_rougeL`.
-        seed: of the sample, and of the answers where those are drawn.
+            number or a dict of numbers. A function that raises is logged as NaN, with
+            a warning.
+        every: number of epochs between two measurements.
+        max_rows: maximum number of pairs to generate for, sampled once.
+        examples: number of answers to print, when `fit` is verbose.
+        samples: path of a file to append all answers to, one JSON object per line:
+            `epoch` (from 0, as in `CSVLogger`), `source`, `reference`, `answer`.
+        prefix: of the names in the logs, e.g. `val_rougeL`.
+        seed: of the sample of pairs, and of the answers when they are sampled.
         **generate_options: of `Seq2SeqLM.generate`: `num_beams`, `max_length`,
             `batch_size` and others.
 
@@ -52,17 +55,17 @@ class GenerationMetrics(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        y=None,
-        metrics=("rouge",),
-        every=1,
-        max_rows=200,
-        examples=2,
-        samples=None,
-        prefix="val_",
-        seed=0,
-        **generate_options,
-    ):
+        x: Any,
+        y: Any = None,
+        metrics: str | Callable | Iterable[str | Callable] = ("rouge",),
+        every: int = 1,
+        max_rows: int = 200,
+        examples: int = 2,
+        samples: str | os.PathLike | None = None,
+        prefix: str = "val_",
+        seed: int = 0,
+        **generate_options: Any,
+    ) -> None:
         super().__init__()
         for name, value, low in (
             ("every", every, 1),
@@ -73,7 +76,7 @@ class GenerationMetrics(keras.callbacks.Callback):
         one_answer = {"num_return_sequences", "return_scores"} & set(generate_options)
         if one_answer:
             raise ValueError(
-                f"GenerationMetrics takes one answer a source; got {one_answer}."
+                f"GenerationMetrics needs one answer per source; got {one_answer}."
             )
         sources, targets = _pairs(x, y)
         rng = np.random.default_rng(seed)
@@ -94,7 +97,7 @@ class GenerationMetrics(keras.callbacks.Callback):
         self._last = {}
         self._options = dict(self.generate_options)
         if self.model.sampler_options is not None:
-            self._options["seed"] = self.seed  # Keras's global one stays the fit's.
+            self._options["seed"] = self.seed  # Does not draw from Keras's global one.
         self.model.generate([], **self._options)  # Wrong options fail before training.
 
     def on_epoch_end(self, epoch, logs=None):
@@ -113,7 +116,7 @@ class GenerationMetrics(keras.callbacks.Callback):
     def _measure(self, name, metric, answers):
         try:
             scores = metric(answers, self.references)
-        except Exception as error:  # An epoch of training is worth more than a number.
+        except Exception as error:  # Training must not stop because of a metric.
             warnings.warn(
                 f"The metric {name!r} failed and is logged as nan: "
                 f"{type(error).__name__}: {error}",
@@ -154,8 +157,8 @@ def _pairs(x, y):
     sources, targets = columns["encoder_text"], columns["decoder_text"]
     if not len(sources) or len(sources) != len(targets):
         raise ValueError(
-            "The validation pairs must be as many targets as sources, and at least "
-            f"one; got {len(sources)} sources and {len(targets)} targets."
+            "The validation pairs must have one target per source, and at least one; "
+            f"got {len(sources)} sources and {len(targets)} targets."
         )
     return sources, targets
 
@@ -166,29 +169,29 @@ def _one_line(text, width=160):
 
 
 class _BatchRange(keras.callbacks.Callback):
-    """Knows which steps of the data a callback's batch was."""
+    """Maps Keras's batch numbers to steps of the data."""
 
     def on_train_batch_begin(self, batch, logs=None):
         self._first = batch
 
     def _steps(self, batch):
-        """One step, or those of `steps_per_execution` that the epoch still had."""
+        """The step of a batch, or its steps with `steps_per_execution`."""
         steps = self.params["steps"] or batch + 1
         return range(self._first, max(self._first, min(batch, steps - 1)) + 1)
 
 
 class StopOnNaN(_BatchRange):
-    """End `fit` at the first batch whose loss is NaN or infinite, and say which.
+    """Stop `fit` at the first batch with a NaN or infinite loss, and name the batch.
 
     Args:
-        data: has `rows(step) -> list of the data's rows or None`, as the datasets that
-            `fit` makes do; `None` leaves the rows out of the message.
+        data: a dataset with `rows(step) -> list of row numbers or None`, as `fit` makes
+            them; `None` leaves the rows out of the message.
 
     Raises:
         FloatingPointError: at the end of that batch.
     """
 
-    def __init__(self, data=None):
+    def __init__(self, data: Any = None) -> None:
         super().__init__()
         self.data = data
 
@@ -196,7 +199,7 @@ class StopOnNaN(_BatchRange):
         self._epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        # The mean of the epoch so far: bad from the first bad batch on.
+        # The running mean of the epoch: not finite from the first bad batch on.
         loss = float((logs or {}).get("loss", 0.0))
         if math.isfinite(loss):
             return
@@ -207,9 +210,9 @@ class StopOnNaN(_BatchRange):
         raise FloatingPointError(
             f"The loss is {loss} at {name} of epoch {self._epoch + 1}"
             f"{self._rows(steps)}. Look for a broken row there; if there is none, the "
-            "update before was too large. The weights are spoilt by now: load the last "
-            "backup or preset. Then try a lower learning rate, an optimizer with "
-            "`global_clipnorm=1.0`, or dtype 'float32' or 'mixed_bfloat16'."
+            "previous update was too large. The weights are not usable any more: load "
+            "the last backup or preset. Then try a lower learning rate, an optimizer "
+            "with `global_clipnorm=1.0`, or dtype 'float32' or 'mixed_bfloat16'."
         )
 
     def _rows(self, steps):
@@ -222,33 +225,33 @@ class StopOnNaN(_BatchRange):
 
 
 class TrainingReport(_BatchRange):
-    """Tokens per second and the share of padding, in progress bar and history.
+    """Tokens per second and share of padding, in the progress bar and the history.
 
-    Both are of the epoch so far. The first batch of every size is left out of the
-    rate: it may have been compiled. Time between epochs (validation, saving) does not
-    count. Callbacks that log these numbers come after this one in the list.
+    Both are of the current epoch. The first batch of every shape is left out of the
+    rate, because it may include compiling. Time between epochs (validation, saving)
+    does not count. Callbacks that log these numbers come after this one in the list.
 
     Args:
-        data: has `counts(step) -> (tokens, positions)`: real tokens of a batch, source
-            and target together, and all positions that were computed; both 0 where
-            that is not known, which leaves the numbers out.
+        data: a dataset with `counts(step) -> (tokens, positions)`: tokens of a batch
+            without padding, source and target together, and with padding; both 0 when
+            unknown, which leaves the numbers out.
 
     Raises:
         ValueError: for data without `counts`.
     """
 
-    def __init__(self, data):
+    def __init__(self, data: Any) -> None:
         super().__init__()
         if not hasattr(data, "counts"):
             raise ValueError(
                 f"`data` must have a method `counts(step)`; got {type(data).__name__}."
             )
         self.data = data
-        self._sizes = set()
+        self._sizes: set[int] = set()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._all = np.zeros(3)  # Tokens, positions, seconds.
-        self._timed = np.zeros(3)  # The same, without what may have been compiled.
+        self._timed = np.zeros(3)  # The same, without batches that may have compiled.
         self._time = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -268,7 +271,7 @@ class TrainingReport(_BatchRange):
 
     def _numbers(self):
         tokens, positions, _ = self._all
-        if not positions:  # Arrays without padding masks: nothing to tell.
+        if not positions:  # Arrays without padding masks.
             return {}
         timed, _, seconds = self._timed if self._timed[2] else self._all
         return {
@@ -278,29 +281,31 @@ class TrainingReport(_BatchRange):
 
 
 class SaveBest(keras.callbacks.Callback):
-    """Keep the model of the best epoch as a preset.
+    """Save the model of the best epoch as a preset.
 
-    The value lies in the preset's `best.json`, saved together with the weights: a run
-    that is resumed, or started again in that folder, replaces the model only by a
+    The monitored value is saved with the weights, in `best.json` of the preset: a run
+    that is resumed, or started again in that folder, replaces the model only with a
     better one. A value that is not finite is never the best.
 
     Args:
         folder: path of the preset.
         monitor: name in the logs.
-        mode: `"min"`, `"max"`, or `"auto"`: known for the loss, perplexity, accuracy,
+        mode: `"min"`, `"max"`, or `"auto"`, which knows the loss, perplexity, accuracy,
             ROUGE, BLEU, chrF and exact match.
 
     Raises:
-        ValueError: for a mode that is unknown or cannot be told from the name, or a
-            folder that holds the best by another number.
+        ValueError: for an unknown mode, `"auto"` with an unknown name, or a folder with
+            the best model by another monitor.
     """
 
-    def __init__(self, folder, monitor="val_loss", mode="auto"):
+    def __init__(
+        self, folder: str | os.PathLike, monitor: str = "val_loss", mode: str = "auto"
+    ) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.monitor = monitor
         self.mode = _mode(monitor, mode)
-        self.best = None
+        self.best: float | None = None
         finish_interrupted_save(self.folder)
         path = self.folder / _BEST_FILE
         if path.exists():
@@ -308,8 +313,8 @@ class SaveBest(keras.callbacks.Callback):
             found = (noted["monitor"], noted["mode"])
             if found != (self.monitor, self.mode):
                 raise ValueError(
-                    f"`folder` {folder} holds the best model by {found}; got `monitor` "
-                    f"and `mode` {(self.monitor, self.mode)}. Take another folder."
+                    f"`folder` {folder} has the best model by {found}; got `monitor` "
+                    f"and `mode` {(self.monitor, self.mode)}. Pass another folder."
                 )
             self.best = noted["value"]
 

@@ -1,62 +1,68 @@
-"""The training loss of tokens, without their logits.
+"""Cross-entropy of tokens, and its gradients, without an array of all logits.
 
-The `(tokens, 256000)` logits are the largest array of a plain training step, several
-times. Here they exist part by part, a slice of the vocabulary at a time, in the
-forward pass and again, computed anew, in the backward pass; a teacher's likewise.
+The `(tokens, 256000)` logits, of which a plain training step holds several copies, are
+its largest arrays. Here they are computed one chunk of the vocabulary at a time, in the
+forward pass and again in the backward pass; the logits of a teacher too.
 """
 
 import dataclasses
-from typing import Any
 
-import keras
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.utils.buckets import (
-    LOGITS_ON_ACCELERATOR,
-    LOGITS_ON_CPU,
-    ceil_div,
-    vocabulary_chunks,
+from keras_t5gemma.training.vocabulary_chunks import (
+    add_mass,
+    add_rows,
+    chunk_count,
+    chunk_ids,
+    chunk_logits,
+    chunk_rows,
+    compiled,
+    logits_at_once,
+    loop,
+    write_rows,
 )
+from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR
+from keras_t5gemma.utils.types import Tensor
 
 
 @dataclasses.dataclass
 class TeacherTargets:
-    """What a teacher would write in the place of N tokens.
+    """A teacher's distribution of the next token at N positions.
 
-    Either its states and table, for its whole distribution, or a few choices.
+    Either its states and logit table, for the whole vocabulary, or its top K tokens.
 
     Attributes:
         label_share: float32 `(N,)`, the share of the label in a token's target; the
             teacher's distribution has the rest.
-        temperature: above 1 makes both distributions flatter.
+        temperature: above 1 flattens both distributions.
         states: `(N, E)`, the teacher's.
         table: `(V, E)`, its logit table.
         cap: soft cap on its logits, or `None`.
-        ids: int `(N, K)`, choices; `None` for all of the vocabulary.
-        shares: float32 `(N, K)`, their probabilities, at the temperature; sums are 1.
+        ids: int `(N, K)`, its top tokens; `None` for the whole vocabulary.
+        shares: float32 `(N, K)`, their probabilities at the temperature, with sum 1.
     """
 
-    label_share: Any
+    label_share: Tensor
     temperature: float = 1.0
-    states: Any = None
-    table: Any = None
+    states: Tensor = None
+    table: Tensor = None
     cap: float | None = None
-    ids: Any = None
-    shares: Any = None
+    ids: Tensor = None
+    shares: Tensor = None
 
 
 def token_losses(
-    states,
-    table,
-    labels,
-    cap=None,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    learn_table=True,
-    teacher=None,
-):
-    """Cross-entropy of each label, or with what a teacher says, from decoder states.
+    states: Tensor,
+    table: Tensor,
+    labels: Tensor,
+    cap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    learn_table: bool = True,
+    teacher: TeacherTargets | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of labels, or of a teacher's distribution, from decoder states.
 
     With logits `l`, soft-capped, of V classes and `Z = logsumexp(l)`, a label y costs
     `(1 - e) (Z - l_y) + e (Z - mean(l)) + z Z^2` with label smoothing e
@@ -66,8 +72,8 @@ def token_losses(
     + (1 - a) t^2 (logsumexp(l / t) - sum(P l) / t)`.
 
     Args:
-        states: `(N, D)`, N tokens.
-        table: logit table `(V, D)`, of the dtype of the states.
+        states: `(N, D)`, decoder states of N tokens.
+        table: logit table `(V, D)`, in the dtype of the states.
         labels: int `(N,)`, in `[0, V)`.
         cap: soft cap on the logits, or `None`.
         label_smoothing: e, share of the target spread over the vocabulary.
@@ -76,126 +82,40 @@ def token_losses(
         teacher: a `TeacherTargets`, or `None`.
 
     Returns:
-        `(losses, log_probs, hits)`, float32 `(N,)` each: the losses, which alone can be
-        differentiated, by states and table; the labels' log-probabilities; and 1 where
-        no other logit is above the label's.
+        `(losses, log_probs, hits)`, float32 `(N,)` each: the losses, the only output
+        with gradients, by states and table; the log-probabilities of the labels; and 1
+        where no logit is larger than the label's.
 
     Raises:
         ValueError: when the teacher's table has fewer rows.
     """
     size, _ = table.shape
-    theirs = (
-        size if teacher is None or teacher.table is None else teacher.table.shape[0]
-    )
-    if theirs < size:
-        raise ValueError(
-            f"`teacher` must have a logit for each of the {size} ids of the student's "
-            f"vocabulary; it has {theirs}."
-        )
+    if teacher is not None and teacher.table is not None:
+        if teacher.table.shape[0] < size:
+            raise ValueError(
+                f"`teacher` must have a logit for each of the {size} ids of the "
+                f"student's vocabulary; it has {teacher.table.shape[0]}."
+            )
     shards = mesh.shards_of_rows(size)
-    parts = _parts(size // shards, states.shape[0], _logits_at_once(states))
-    step = size // shards // parts
-    labels = ops.cast(labels, "int32")
-    share = 1.0 if teacher is None else teacher.label_share  # Of the label: a.
-    heat = 1.0 if teacher is None else teacher.temperature
-    is_dense = teacher is not None and teacher.ids is None
-
-    def logits_of(states, table, part):
-        return _logits(states, _rows(table, part, step, shards), cap)
-
-    def taught(part):
-        rows = _rows(teacher.table[:size], part, step, shards)
-        return _logits(teacher.states, rows, teacher.cap) / heat
-
-    def is_label(labels, part):
-        return labels[:, None] == _ids(part, step, size, shards)[None]
-
-    def read(states, table):
-        def add(part, sums):
-            new = dict(sums)
-            logits = logits_of(states, table, part)
-            new["own"], _, _ = _add_mass(sums["own"], logits)
-            new["total"] = sums["total"] + ops.sum(logits, axis=1)
-            mine = ops.where(is_label(labels, part), logits, 0.0)
-            new["chosen"] = sums["chosen"] + ops.sum(mine, axis=1)
-            if heat != 1:
-                new["soft"], _, _ = _add_mass(sums["soft"], logits / heat)
-            if is_dense:
-                new["theirs"], kept, mass = _add_mass(sums["theirs"], taught(part))
-                new["agreed"] = sums["agreed"] * kept + ops.sum(mass * logits, axis=1)
-            return new
-
-        zeros = ops.zeros_like(states[:, 0], dtype="float32")
-        start = {name: (zeros - 1e30, zeros) for name in ("own", "soft", "theirs")}
-        start |= {name: zeros for name in ("total", "chosen", "agreed")}
-        sums = _loop(parts, add, start)
-        own, soft, theirs = (
-            sums[name][0] + ops.log(ops.maximum(sums[name][1], 1e-30))
-            for name in ("own", "soft", "theirs")
-        )
-        losses = own - (1 - label_smoothing) * sums["chosen"]
-        losses = losses - label_smoothing * sums["total"] / size
-        if teacher is not None:
-            if is_dense:
-                agreed = sums["agreed"] / sums["theirs"][1]
-            else:
-                agreed = _expected_logits(states, table, teacher, cap)
-            taken = (soft if heat != 1 else own) - agreed / heat
-            losses = share * losses + (1 - share) * heat**2 * taken
-        losses = losses + z_loss * ops.square(own)
-        hits = ops.cast(sums["chosen"] >= sums["own"][0], "float32")
-        results = ops.stack([losses, sums["chosen"] - own, hits], axis=1)
-        return results, ops.stack([own, soft, theirs], axis=1)
-
-    def gradients(states, table, normalizers, upstream):
-        own, soft, theirs = (normalizers[:, i : i + 1] for i in range(3))
-        a = share if teacher is None else share[:, None]
-        scale = a + 2 * z_loss * own
-        upstream = upstream[:, None]
-
-        def add(part, sums):
-            by_states, by_table = sums
-            rows = _rows(table, part, step, shards)
-            logits = logits_of(states, table, part)
-            target = ops.where(is_label(labels, part), 1 - label_smoothing, 0.0)
-            target = a * (target + label_smoothing / size)
-            if is_dense:
-                target = target + (1 - a) * heat * ops.exp(taught(part) - theirs)
-            slope = scale * ops.exp(logits - own) - target
-            if teacher is not None:
-                norm = own if heat == 1 else soft
-                slope = slope + (1 - a) * heat * ops.exp(logits / heat - norm)
-            slope = upstream * slope
-            if cap is not None:
-                slope = slope * (1 - ops.square(logits / cap))
-            slope = ops.cast(slope, states.dtype)
-            new = ops.cast(ops.matmul(slope, rows), "float32")
-            if learn_table:
-                by_rows = mesh.lay_out_table(ops.matmul(ops.transpose(slope), states))
-                by_table = _write(by_table, part * step, by_rows, shards)
-            return by_states + new, by_table
-
-        # Every row is written. Ones, not zeros: XLA would keep one table of zeros for
-        # this and for the gradient of an embedding, through the whole backward pass.
-        by_table = ops.zeros((0,))
-        if learn_table:
-            by_table = mesh.lay_out_table(ops.ones_like(table))
-        found = (ops.zeros_like(states, dtype="float32"), by_table)
-        found = _loop(parts, add, found)
-        if teacher is not None and not is_dense:
-            scale = upstream[:, 0] * (1 - share) * heat
-            found = _pull(states, table, teacher, cap, scale, found, learn_table)
-        by_states, by_table = found
-        return ops.cast(by_states, states.dtype), by_table
-
-    read, gradients = _compiled(read), _compiled(gradients)
+    loss = _ChunkedLoss(
+        labels=ops.cast(labels, "int32"),
+        cap=cap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        learn_table=learn_table,
+        teacher=teacher,
+        size=size,
+        shards=shards,
+        chunks=chunk_count(size // shards, states.shape[0], logits_at_once(states)),
+    )
+    forward, backward = compiled(loss.forward), compiled(loss.backward)
 
     def compute(states, table=table):
-        results, normalizers = read(states, table)
+        results, log_z = forward(states, table)
 
         def gradient(*args, upstream=None):  # PyTorch passes it by name.
             upstream = args[0] if upstream is None else upstream
-            found = gradients(states, table, normalizers, upstream[:, 0])
+            found = backward(states, table, log_z, upstream[:, 0])
             return found if learn_table else found[0]
 
         return results, gradient
@@ -205,49 +125,153 @@ def token_losses(
     return tuple(results[:, i] for i in range(3))
 
 
-def _rows(table, part, step, shards=1):
-    """Rows of a part of a table, `(shards * step, D)`: as many from each shard."""
-    width = table.shape[1]
-    if shards == 1:
-        return ops.slice(table, (part * step, 0), (step, width))
-    table = ops.reshape(table, (shards, -1, width))
-    rows = ops.slice(table, (0, part * step, 0), (shards, step, width))
-    return ops.reshape(rows, (-1, width))
-
-
-def _ids(part, step, size, shards):
-    """The ids of the rows of `_rows`."""
-    ids = part * step + ops.arange(step, dtype="int32")
-    if shards == 1:
-        return ids
-    first = ops.arange(0, size, size // shards, dtype="int32")
-    return ops.reshape(first[:, None] + ids[None], (-1,))
-
-
-def _logits(states, rows, cap):
-    """float32 `(N, rows)`, soft-capped."""
-    logits = ops.cast(ops.matmul(states, ops.transpose(rows)), "float32")
-    return logits if cap is None else ops.tanh(logits / cap) * cap
-
-
-def _add_mass(sums, logits):
-    """A running `logsumexp`.
+@dataclasses.dataclass(eq=False)
+class _ChunkedLoss:
+    """The forward and backward pass of `token_losses`, chunk by chunk.
 
     Args:
-        sums: `(largest logit, sum of exp(logit - largest))` so far, `(N,)` each.
-        logits: more of them, `(N, step)`.
-
-    Returns:
-        `(sums, factor on what was summed before, exp(logits - largest))`.
+        labels: as all arguments that are not listed, see `token_losses`.
+        size: rows of the table, V.
+        shards: over how many devices the rows are split.
+        chunks: how many chunks the rows of a shard are cut into.
     """
-    largest, mass = sums
-    new = ops.maximum(largest, ops.max(logits, axis=1))
-    kept, more = ops.exp(largest - new), ops.exp(logits - new[:, None])
-    return (new, mass * kept + ops.sum(more, axis=1)), kept, more
+
+    labels: Tensor
+    cap: float | None
+    label_smoothing: float
+    z_loss: float
+    learn_table: bool
+    teacher: TeacherTargets | None
+    size: int
+    shards: int
+    chunks: int
+
+    def __post_init__(self):
+        teacher = self.teacher
+        self.step = self.size // self.shards // self.chunks
+        self.label_share = 1.0 if teacher is None else teacher.label_share
+        self.temperature = 1.0 if teacher is None else teacher.temperature
+        self.is_dense = teacher is not None and teacher.ids is None
+
+    def _logits(self, states, table, chunk):
+        rows = chunk_rows(table, chunk, self.step, self.shards)
+        return chunk_logits(states, rows, self.cap)
+
+    def _teacher_logits(self, chunk):
+        """Those of the teacher, divided by the temperature."""
+        teacher = self.teacher
+        rows = chunk_rows(teacher.table[: self.size], chunk, self.step, self.shards)
+        return chunk_logits(teacher.states, rows, teacher.cap) / self.temperature
+
+    def _is_label(self, chunk):
+        ids = chunk_ids(chunk, self.step, self.size, self.shards)
+        return self.labels[:, None] == ids[None]
+
+    def forward(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses, log-probabilities and hits, and three log-normalizers.
+
+        Returns:
+            `(results, log_zs)`, float32 `(N, 3)` each. The log-normalizers are those
+            of the logits, of the logits divided by the temperature, and of the
+            teacher's logits divided by the temperature.
+        """
+
+        def add(chunk, sums):
+            new = dict(sums)
+            logits = self._logits(states, table, chunk)
+            new["plain"], _, _ = add_mass(sums["plain"], logits)
+            new["total"] = sums["total"] + ops.sum(logits, axis=1)
+            label = ops.where(self._is_label(chunk), logits, 0.0)
+            new["label"] = sums["label"] + ops.sum(label, axis=1)
+            if self.temperature != 1:
+                tempered = logits / self.temperature
+                new["tempered"], _, _ = add_mass(sums["tempered"], tempered)
+            if self.is_dense:
+                logits_t = self._teacher_logits(chunk)
+                new["teacher"], kept, mass = add_mass(sums["teacher"], logits_t)
+                more = ops.sum(mass * logits, axis=1)
+                new["expected"] = sums["expected"] * kept + more
+            return new
+
+        zeros = ops.zeros_like(states[:, 0], dtype="float32")
+        masses = ("plain", "tempered", "teacher")
+        start = {name: (zeros - 1e30, zeros) for name in masses}
+        start |= {name: zeros for name in ("total", "label", "expected")}
+        sums = loop(self.chunks, add, start)
+        log_zs = [sums[n][0] + ops.log(ops.maximum(sums[n][1], 1e-30)) for n in masses]
+        losses = self._losses(states, table, sums, *log_zs[:2])
+        hits = ops.cast(sums["label"] >= sums["plain"][0], "float32")
+        results = ops.stack([losses, sums["label"] - log_zs[0], hits], axis=1)
+        return results, ops.stack(log_zs, axis=1)
+
+    def _losses(self, states, table, sums, log_z, tempered_log_z):
+        losses = log_z - (1 - self.label_smoothing) * sums["label"]
+        losses = losses - self.label_smoothing * sums["total"] / self.size
+        if self.teacher is not None:
+            temperature, share = self.temperature, self.label_share
+            if self.is_dense:
+                expected_logit = sums["expected"] / sums["teacher"][1]
+            else:
+                expected_logit = _expected_logit(states, table, self.teacher, self.cap)
+            taught = tempered_log_z if temperature != 1 else log_z
+            taught = taught - expected_logit / temperature
+            losses = share * losses + (1 - share) * temperature**2 * taught
+        return losses + self.z_loss * ops.square(log_z)
+
+    def backward(
+        self, states: Tensor, table: Tensor, log_zs: Tensor, upstream: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `sum(upstream * losses)` by the states and the table."""
+        log_z, tempered_log_z, teacher_log_z = (log_zs[:, i : i + 1] for i in range(3))
+        temperature, teacher = self.temperature, self.teacher
+        share = self.label_share if teacher is None else self.label_share[:, None]
+        scale = share + 2 * self.z_loss * log_z
+        upstream = upstream[:, None]
+
+        def slope_of(logits, chunk):
+            target = ops.where(self._is_label(chunk), 1 - self.label_smoothing, 0.0)
+            target = share * (target + self.label_smoothing / self.size)
+            if self.is_dense:
+                likely = ops.exp(self._teacher_logits(chunk) - teacher_log_z)
+                target = target + (1 - share) * temperature * likely
+            slope = scale * ops.exp(logits - log_z) - target
+            if teacher is not None:
+                norm = log_z if temperature == 1 else tempered_log_z
+                likely = ops.exp(logits / temperature - norm)
+                slope = slope + (1 - share) * temperature * likely
+            slope = upstream * slope
+            if self.cap is not None:
+                slope = slope * (1 - ops.square(logits / self.cap))
+            return ops.cast(slope, states.dtype)
+
+        def add(chunk, found):
+            by_states, by_table = found
+            rows = chunk_rows(table, chunk, self.step, self.shards)
+            slope = slope_of(self._logits(states, table, chunk), chunk)
+            new = ops.cast(ops.matmul(slope, rows), "float32")
+            if self.learn_table:
+                by_rows = mesh.lay_out_table(ops.matmul(ops.transpose(slope), states))
+                by_table = write_rows(by_table, chunk * self.step, by_rows, self.shards)
+            return by_states + new, by_table
+
+        # Every row is written. Ones, not zeros: XLA would keep one table of zeros for
+        # this and for the gradient of an embedding, through the whole backward pass.
+        by_table = ops.zeros((0,))
+        if self.learn_table:
+            by_table = mesh.lay_out_table(ops.ones_like(table))
+        found = (ops.zeros_like(states, dtype="float32"), by_table)
+        found = loop(self.chunks, add, found)
+        if teacher is not None and not self.is_dense:
+            scale = upstream[:, 0] * (1 - self.label_share) * temperature
+            found = _add_expected_logit_gradient(
+                states, table, teacher, self.cap, scale, found, self.learn_table
+            )
+        by_states, by_table = found
+        return ops.cast(by_states, states.dtype), by_table
 
 
 def _chosen(states, table, teacher, cap, i):
-    """Every token's i-th choice of its teacher: ids, shares, rows and logits."""
+    """The teacher's i-th token at each position: ids, shares, rows and logits."""
     ids, shares = (ops.take(x, i, axis=1) for x in (teacher.ids, teacher.shares))
     rows = ops.take(table, ids, axis=0)
     logits = ops.sum(ops.cast(states, "float32") * ops.cast(rows, "float32"), axis=1)
@@ -255,19 +279,21 @@ def _chosen(states, table, teacher, cap, i):
     return ids, shares, rows, logits
 
 
-def _expected_logits(states, table, teacher, cap):
-    """Means of the logits under the teacher's few choices, `(N,)`."""
+def _expected_logit(states, table, teacher, cap):
+    """Mean of the logits under the teacher's top tokens, `(N,)`."""
 
     def add(i, total):
         _, shares, _, logits = _chosen(states, table, teacher, cap, i)
         return total + shares * logits
 
     zeros = ops.zeros_like(states[:, 0], dtype="float32")
-    return _loop(teacher.ids.shape[1], add, zeros)
+    return loop(teacher.ids.shape[1], add, zeros)
 
 
-def _pull(states, table, teacher, cap, scale, found, learn_table):
-    """Gradients by states and table, with those of `- scale * _expected_logits`."""
+def _add_expected_logit_gradient(
+    states, table, teacher, cap, scale, found, learn_table
+):
+    """Gradients by states and table, plus those of `- scale * _expected_logit`."""
 
     def add(i, found):
         by_states, by_table = found
@@ -278,104 +304,47 @@ def _pull(states, table, teacher, cap, scale, found, learn_table):
         by_states = by_states + slope[:, None] * ops.cast(rows, "float32")
         if learn_table:
             rows = slope[:, None] * ops.cast(states, "float32")
-            by_table = _add_rows(by_table, ids, ops.cast(rows, by_table.dtype))
+            by_table = add_rows(by_table, ids, ops.cast(rows, by_table.dtype))
         return by_states, by_table
 
-    return _loop(teacher.ids.shape[1], add, found)
+    return loop(teacher.ids.shape[1], add, found)
 
 
-def top_choices(states, table, cap, count):
-    """The largest logits of each token, in parts of the vocabulary.
+def top_choices(
+    states: Tensor, table: Tensor, cap: float | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """The most likely tokens of each position, without an array of all logits.
 
     Args:
         states: `(N, E)`.
         table: `(V, E)`.
         cap: soft cap on the logits, or `None`.
-        count: how many, K.
+        count: number of tokens, K.
 
     Returns:
         `(ids, log_probs)`, int32 and float32 `(N, K)`, the most likely first.
     """
     size, _ = table.shape
-    # Every part is sorted: few large ones, and none that is smaller than the choice.
-    parts = _parts(size, states.shape[0], LOGITS_ON_ACCELERATOR)
-    while size // parts < count:
-        parts //= 2
-    step = size // parts
+    # Every chunk is sorted: few large ones, none smaller than the number of tokens.
+    chunks = chunk_count(size, states.shape[0], LOGITS_ON_ACCELERATOR)
+    while size // chunks < count:
+        chunks //= 2
+    step = size // chunks
 
     def find(states, table):
-        def add(part, found):
+        def add(chunk, found):
             values, ids, sums = found
-            logits = _logits(states, _rows(table, part, step), cap)
-            sums, _, _ = _add_mass(sums, logits)
+            logits = chunk_logits(states, chunk_rows(table, chunk, step), cap)
+            sums, _, _ = add_mass(sums, logits)
             new, places = ops.top_k(logits, count)
-            ids = ops.concatenate([ids, ops.cast(places, "int32") + part * step], 1)
+            ids = ops.concatenate([ids, ops.cast(places, "int32") + chunk * step], 1)
             values, places = ops.top_k(ops.concatenate([values, new], 1), count)
             return values, ops.take_along_axis(ids, places, axis=1), sums
 
         zeros = ops.zeros_like(states[:, 0], dtype="float32")
         few = ops.tile(zeros[:, None], (1, count))
         start = (few - 1e30, ops.cast(few, "int32"), (zeros - 1e30, zeros))
-        values, ids, (largest, mass) = _loop(parts, add, start)
+        values, ids, (largest, mass) = loop(chunks, add, start)
         return ids, values - (largest + ops.log(mass))[:, None]
 
-    return _compiled(find)(states, table)
-
-
-def _logits_at_once(states):
-    """What a CPU's cache holds (4 MiB of float32), or what fills a GPU; on each."""
-    if keras.config.backend() == "torch":
-        on_cpu = states.device.type == "cpu"
-    elif keras.config.backend() == "jax":
-        import jax
-
-        on_cpu = jax.default_backend() == "cpu"
-    else:
-        import tensorflow as tf
-
-        on_cpu = not tf.config.list_logical_devices("GPU")
-    return LOGITS_ON_CPU if on_cpu else LOGITS_ON_ACCELERATOR
-
-
-def _parts(size, tokens, at_once):
-    tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
-    tokens = ceil_div(tokens, mesh.size("data"))
-    return vocabulary_chunks(size, tokens, at_once, mesh.pieces_of_width())
-
-
-def _compiled(function):
-    """By XLA where Keras is TensorFlow: on a CPU its other kernels take twice as long.
-
-    Keras itself asks for XLA on JAX, and on TensorFlow only where there is a GPU.
-    """
-    if keras.config.backend() != "tensorflow":
-        return function
-    import tensorflow as tf
-
-    return tf.function(function, jit_compile=True, autograph=False)
-
-
-def _loop(count, body, state):
-    if keras.config.backend() == "torch":  # Where it is a loop anyway.
-        for i in range(count):
-            state = body(i, state)
-        return state
-    return ops.fori_loop(0, count, body, state)
-
-
-def _write(array, start, rows, shards=1):
-    """`rows` into `array` at row `start`; in place where nobody else does it."""
-    if keras.config.backend() == "torch":
-        array[start : start + len(rows)] = rows
-        return array
-    if shards == 1:
-        return ops.slice_update(array, (start, 0), rows)
-    pieces, rows = (ops.reshape(x, (shards, -1, x.shape[1])) for x in (array, rows))
-    return ops.reshape(ops.slice_update(pieces, (0, start, 0), rows), array.shape)
-
-
-def _add_rows(array, ids, rows):
-    """Each of `rows` onto the row of `array` that its id names."""
-    if keras.config.backend() == "torch":
-        return array.index_add_(0, ids, rows)
-    return ops.scatter_update(array, ids[:, None], rows, reduction="add")
+    return compiled(find)(states, table)

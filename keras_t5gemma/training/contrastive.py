@@ -1,43 +1,50 @@
-"""Texts that belong together come together: losses of pairs of embeddings."""
+"""Contrastive loss and accuracy of pairs of embeddings."""
+
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_t5gemma.modeling.heads import l2_normalize
 from keras_t5gemma.utils.checks import number, whole_number
+from keras_t5gemma.utils.types import Tensor
 
 FAR = -1e30
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class InfoNCE(keras.losses.Loss):
-    """Which of the batch's positives is an anchor's own (arXiv 1807.03748)?
+    """InfoNCE loss with in-batch negatives (arXiv 1807.03748).
 
-    The cross-entropy of cosines divided by the temperature, where all other positives
-    of the batch are wrong; and the other way round, which of the anchors is a
-    positive's own; the mean of both.
+    The cross-entropy of an anchor's own positive among all positives of the batch, on
+    cosines divided by the temperature; if symmetric, the mean of this and of the
+    cross-entropy of a positive's own anchor among all anchors.
 
     Args:
-        temperature: of the cosines.
-        symmetric: take the second direction too.
-        dimensions: lengths that embeddings shall be of use at when they are cut
-            (Matryoshka, arXiv 2205.13147): the loss is the mean over them. `None` is
-            the whole length alone.
+        temperature: divides the cosines.
+        symmetric: average both directions.
+        dimensions: Matryoshka lengths (arXiv 2205.13147): the loss is the mean over
+            embeddings cut to each of them. `None` is the full length alone.
+        name: of the loss.
 
     `y_pred` is `(B, 2, D)`, anchors and positives; `y_true` is not used. Rows of zeros
-    fill a batch up and are no negatives.
+    are padding and not used as negatives.
     """
 
     def __init__(
-        self, temperature=0.05, symmetric=True, dimensions=None, name="info_nce"
-    ):
+        self,
+        temperature: float = 0.05,
+        symmetric: bool = True,
+        dimensions: list[int] | None = None,
+        name: str = "info_nce",
+    ) -> None:
         super().__init__(name, reduction="mean_with_sample_weight", dtype="float32")
         number(temperature, "temperature", above=0)
         self.temperature = temperature
         self.symmetric = symmetric
         self.dimensions = dimensions
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Losses `(B,)`."""
         size = y_pred.shape[-1]
         lengths = self.dimensions or [size]
@@ -55,7 +62,7 @@ class InfoNCE(keras.losses.Loss):
         logits = ops.where(present[:, None], logits, FAR)
         return (losses + ops.logsumexp(logits, axis=0) - own) / 2
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
             "symmetric": self.symmetric,
@@ -64,8 +71,8 @@ class InfoNCE(keras.losses.Loss):
         }
 
 
-def cosines(pairs):
-    """Cosines `(B, B)` of anchors and positives, and which rows are there, `(B,)`."""
+def cosines(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines `(B, B)` of anchors and positives, and bool `(B,)`, rows not padding."""
     pairs = ops.cast(pairs, "float32")
     present = ops.any(pairs[:, 1] != 0, axis=-1)
     pairs = l2_normalize(pairs)
@@ -73,7 +80,7 @@ def cosines(pairs):
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-def in_batch_accuracy(y_true, y_pred):
+def in_batch_accuracy(y_true: Tensor, y_pred: Tensor) -> Tensor:
     """1 where an anchor's own positive is the nearest of the batch, float32 `(B,)`."""
     near, present = cosines(y_pred)
     near = ops.where(present, near, FAR)

@@ -1,4 +1,6 @@
-"""Learning from what another model would write."""
+"""Distillation: cross-entropy against a teacher's distribution of the next token."""
+
+from typing import Any
 
 import keras
 from keras import ops
@@ -9,7 +11,7 @@ from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, no_gradien
 from keras_t5gemma.training.teacher_scores import TeacherScores
 from keras_t5gemma.utils.checks import number, whole_number
 
-INPUTS = "teacher_"  # What the names of a teacher's arrays in a batch start with.
+INPUTS = "teacher_"  # Prefix of the names of a teacher's arrays in a batch.
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -18,42 +20,42 @@ class Distillation(TokenCrossEntropy):
 
     `-sum(P_teacher log P_student)`, as Gemma 2 and T5Gemma were trained
     (arXiv 2408.00118, section 3.2). The teacher is a decoder-only model that reads the
-    text from its start; the student sees the part that its encoder reads, and what it
-    has written. A token that is not of the text, as a sentinel or the end of a list of
-    spans, has its label as target.
+    text from its start; the student sees the encoder's part of it and the target so
+    far. A target token that is not in the text, such as a sentinel or the end of a list
+    of spans, is trained on its label.
 
-    For `Seq2SeqLM.fit` on plain text, with an objective. Validation and `evaluate` are
-    against the labels, so that their loss compares with that of other runs.
+    For `Seq2SeqLM.fit` on plain text, with an objective. Validation and `evaluate` use
+    the labels, so that their loss is comparable with other runs.
 
     Args:
-        teacher: a KerasHub `CausalLM` of the same vocabulary, which runs beside each
-            step; or `TeacherScores`, what one has written to disk. It does not learn.
+        teacher: a KerasHub `CausalLM` with the same vocabulary, which runs in each
+            step and is not trained; or `TeacherScores`, precomputed log-probabilities.
         temperature: t, above 0. Both distributions are those of `logits / t`, and the
             loss has a factor of `t^2` (arXiv 1503.02531).
-        top_k: only so many of the teacher's most likely tokens, whose probabilities are
-            scaled up to a sum of 1; `None` is the whole vocabulary, or all that a
-            `TeacherScores` has.
-        label_weight: share of the target that is the label, in `[0, 1]`.
+        top_k: use only the teacher's k most likely tokens, their probabilities scaled
+            to a sum of 1; `None` uses the whole vocabulary, or all tokens of
+            `TeacherScores`.
+        label_weight: share of the label in the target, in `[0, 1]`.
         label_smoothing: see `TokenCrossEntropy`; of the label's share.
         z_loss: see `TokenCrossEntropy`.
         name: of the loss.
         dtype: of `keras.losses.Loss`.
 
     Raises:
-        ValueError: for a number out of its range, or what is no teacher.
+        ValueError: for a number out of its range, or an unsupported teacher.
     """
 
     def __init__(
         self,
-        teacher,
-        temperature=1.0,
-        top_k=None,
-        label_weight=0.0,
-        label_smoothing=0.0,
-        z_loss=0.0,
-        name="distillation",
-        dtype=None,
-    ):
+        teacher: Any,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        label_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        name: str = "distillation",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(label_smoothing, z_loss, name=name, dtype=dtype)
         if isinstance(teacher, keras.Model):
             teacher = TeacherInMemory(teacher)
@@ -65,32 +67,32 @@ class Distillation(TokenCrossEntropy):
         number(temperature, "temperature", above=0)
         number(label_weight, "label_weight", at_least=0, at_most=1)
         if top_k is not None:
-            most = None if teacher is None else teacher.most_choices
-            top_k = whole_number(top_k, "top_k", 1, most)
+            stored = None if teacher is None else teacher.top_k
+            top_k = whole_number(top_k, "top_k", 1, stored)
         self.teacher = teacher
         self.temperature = temperature
         self.top_k = top_k
         self.label_weight = label_weight
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["reduction"]
         return {
             **config,
-            "teacher": None,  # It is not saved with its student.
+            "teacher": None,  # Not saved with the student.
             "temperature": self.temperature,
             "top_k": self.top_k,
             "label_weight": self.label_weight,
         }
 
-    def targets(self, inputs):
-        """`TeacherTargets` of a batch with the arrays of the teacher's `inputs`."""
+    def targets(self, inputs: dict) -> TeacherTargets:
+        """`TeacherTargets` of a batch, from the arrays of the teacher's `inputs`."""
         places = ops.reshape(inputs["teacher_places"], (-1,))
         share = ops.where(places < 0, 1.0, self.label_weight)
         share = ops.cast(share, "float32")
         if "teacher_ids" in inputs:
             # TensorFlow does not know the last dimension of its arrays.
-            stored = self.teacher.most_choices
+            stored = self.teacher.top_k
             ids, log_probs = (
                 ops.reshape(inputs[name], (-1, stored))[:, : self.top_k]
                 for name in ("teacher_ids", "teacher_log_probs")

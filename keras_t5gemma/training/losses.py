@@ -1,22 +1,25 @@
-"""The loss and the metric of training on text pairs."""
+"""Loss and metric of training on text pairs."""
+
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_t5gemma.utils.checks import number
+from keras_t5gemma.utils.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TokenCrossEntropy(keras.losses.Loss):
-    """Cross-entropy of the next token, the mean over the tokens that have weight.
+    """Cross-entropy of the next token, averaged over tokens by their weights.
 
-    `Seq2SeqLM.fit` and `evaluate` compute it by `token_losses`, without the logits;
-    on logits, anywhere else in Keras, it is the same function.
+    `Seq2SeqLM.fit` and `evaluate` compute it with `token_losses`, without an array of
+    all logits. Elsewhere in Keras it is the same function of logits.
 
     Args:
         label_smoothing: share of the target spread over the vocabulary, in `[0, 1)`.
         z_loss: weight of the squared log-normalizer, at least 0; 1e-4 is usual.
-        reduction: of `keras.losses.Loss`; another than the default needs the logits.
+        reduction: of `keras.losses.Loss`; others than the default need the logits.
         name: of the loss.
         dtype: of `keras.losses.Loss`.
 
@@ -26,28 +29,28 @@ class TokenCrossEntropy(keras.losses.Loss):
 
     def __init__(
         self,
-        label_smoothing=0.0,
-        z_loss=0.0,
-        reduction="mean_with_sample_weight",
-        name="token_cross_entropy",
-        dtype=None,
-    ):
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "token_cross_entropy",
+        dtype: Any = None,
+    ) -> None:
         number(label_smoothing, "label_smoothing", at_least=0, below=1)
         number(z_loss, "z_loss", at_least=0)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Losses `(B, T)` of labels `(B, T)`, from logits `(B, T, V)`."""
         labels = ops.cast(y_true, "int32")[..., None]
-        normalizer = ops.logsumexp(y_pred, axis=-1)
+        log_z = ops.logsumexp(y_pred, axis=-1)
         chosen = ops.take_along_axis(y_pred, labels, axis=-1)[..., 0]
-        losses = normalizer - (1 - self.label_smoothing) * chosen
+        losses = log_z - (1 - self.label_smoothing) * chosen
         losses = losses - self.label_smoothing * ops.mean(y_pred, axis=-1)
-        return losses + self.z_loss * ops.square(normalizer)
+        return losses + self.z_loss * ops.square(log_z)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "label_smoothing": self.label_smoothing,
@@ -59,8 +62,8 @@ class TokenCrossEntropy(keras.losses.Loss):
 class Perplexity(keras.metrics.Mean):
     """`exp` of the mean negative log-probability of all tokens so far."""
 
-    def __init__(self, name="perplexity", dtype=None):
+    def __init__(self, name: str = "perplexity", dtype: Any = None) -> None:
         super().__init__(name=name, dtype=dtype)
 
-    def result(self):
+    def result(self) -> Tensor:
         return ops.exp(super().result())

@@ -1,4 +1,4 @@
-"""What an optimizer must be able to do for a model, and do without copies of it."""
+"""Optimizers: checks for bfloat16 weights, fused updates without copies."""
 
 import functools
 
@@ -15,7 +15,7 @@ OPTIMIZERS = {
 }
 
 
-def check_optimizer(optimizer, dtype):
+def check_optimizer(optimizer: keras.optimizers.Optimizer, dtype: str) -> None:
     """Raise `ValueError` for an Adam whose variance cannot be held in `dtype`.
 
     In bfloat16, 0.999 rounds to 1: the second moment never changes and the
@@ -35,11 +35,11 @@ def check_optimizer(optimizer, dtype):
         )
 
 
-def update_in_place(optimizer):
-    """Let the backend's fused kernel do the arithmetic of Keras's Adam and AdamW.
+def update_in_place(optimizer: keras.optimizers.Optimizer) -> None:
+    """Use the backend's fused kernel for Keras's Adam and AdamW.
 
     Keras's own step makes several copies of the weights: on PyTorch of all of them, on
-    TensorFlow of one after the other. XLA fuses them by itself on JAX.
+    TensorFlow of one variable at a time. On JAX the compiler fuses the step.
     """
     # Not a subclass's: its step may be another.
     if not _compat.is_plain_adam(optimizer) or optimizer.amsgrad:
@@ -94,11 +94,11 @@ def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
     )
 
 
-def separate_averages(optimizer):
-    """After `fit`: give moving averages arrays of their own again.
+def separate_averages(optimizer: keras.optimizers.Optimizer) -> None:
+    """Copy moving averages after `fit`, so that they share no array with the weights.
 
-    Keras ends with one array for a weight and its average. On JAX the next `fit`
-    would give both away to be overwritten, which fails.
+    Keras ends with one array for a weight and its average. On JAX the next `fit` would
+    donate that array twice, which fails.
     """
     for variable in _compat.moving_averages(optimizer):
         variable.assign(ops.copy(variable.value))

@@ -1,29 +1,34 @@
-"""Curves of a training, as a picture."""
+"""Plot training curves."""
 
 import csv
 import math
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = 4
 _FAMILIES = ("rouge",)
 _SPEED = ("tokens_per_second", "padding")
 
 
-def plot_history(history, path=None):
-    """Draw what was logged: the loss first, then a panel for every other metric.
+def plot_history(history: Any, path: str | os.PathLike | None = None) -> "Figure":
+    """Plot logged metrics: the loss first, then a panel for every other metric.
 
     Args:
-        history: what `fit` returns, its `history` dict, or the path of a file that
-            `keras.callbacks.CSVLogger` wrote (of an epoch that is there twice, as
-            after a resumed run, the later row counts).
-        path: file to write, `.png`, `.svg`, `.pdf` or another suffix that matplotlib
-            knows; `None` writes nothing.
+        history: the result of `fit`, its `history` dict, or the path of a file written
+            by `keras.callbacks.CSVLogger` (when an epoch has two rows, as after a
+            resumed run, the later one counts).
+        path: file to write, `.png`, `.svg`, `.pdf` or another suffix supported by
+            matplotlib; `None` writes nothing.
 
     Returns:
         A `matplotlib.figure.Figure`. Epochs are counted from 1, as in the progress bar.
 
     Raises:
-        ValueError: for no epochs, a file that is no such log, a metric that lacks
+        ValueError: for no epochs, a file that is not such a log, a metric with missing
             epochs in a dict, or an unknown suffix.
         ImportError: without matplotlib.
     """
@@ -38,7 +43,7 @@ def plot_history(history, path=None):
     families = _group(curves)
     columns = min(len(families), _COLUMNS)
     rows = math.ceil(len(families) / columns)
-    # A figure of its own, not pyplot's: no window, no state, no display needed.
+    # Not pyplot: no window, no global state, no display needed.
     figure = Figure(figsize=(3.8 * columns, 3.0 * rows), layout="constrained")
     for i, (family, names) in enumerate(families.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -49,7 +54,7 @@ def plot_history(history, path=None):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if family in _SPEED:
-            axes.set_ylim(bottom=0)  # Small changes are noise: they should look it.
+            axes.set_ylim(bottom=0)  # Small changes are noise.
         axes.grid(alpha=0.3)
         axes.legend()
     if path is not None:
@@ -83,7 +88,7 @@ def _read(history):
         if len(values) != len(epochs):
             raise ValueError(
                 f"`history` has {len(values)} values of {name!r} for {len(epochs)} "
-                "epochs and does not say for which; plot the file of a CSVLogger."
+                "epochs, without their numbers; plot the file of a CSVLogger."
             )
     return [epoch + 1 for epoch in epochs], curves
 

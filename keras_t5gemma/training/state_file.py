@@ -1,12 +1,15 @@
-"""The state of a training in files: each process writes what its devices hold.
+"""Sharded training state in HDF5 files: each process writes its devices' shards.
 
-A file has a group for every variable, with its path and shape, and in it the slices
-that the process holds first, each with the place where it starts. All files together
-hold every value once; any mesh can read them.
+A file has a group for every variable, with its path and shape, and in it the shards
+that this process is the first to hold, each with its start. All files together have
+every value once; they can be read on any mesh.
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
@@ -17,16 +20,16 @@ from keras_t5gemma.distribution.shared_arrays import is_shared
 from keras_t5gemma.modeling.deferred_init import read_onto_devices
 
 
-def names():
-    """Of the files of all processes, in their order."""
+def names() -> list[str]:
+    """File names of all processes, in their order."""
     count = process_group.process_count()
     if count == 1:
         return ["state.h5"]
     return [f"state-{i:05}-of-{count:05}.h5" for i in range(count)]
 
 
-def write(group, variables):
-    """Write what this process holds of variables into a group of an HDF5 file."""
+def write(group: h5py.Group, variables: Iterable[keras.Variable]) -> None:
+    """Write this process's shards of variables into a group of an HDF5 file."""
     for i, variable in enumerate(variables):
         item = group.create_group(str(i))
         item.attrs["path"] = _path(variable)
@@ -40,37 +43,37 @@ def write(group, variables):
 
 
 def _held(variable):
-    """`(start, value)` of every slice that is this process's to write."""
+    """`(start, value)` of every shard that this process writes."""
     if not is_shared(variable):
-        # Other processes have it too, where there are any.
+        # Every process has a copy.
         if process_group.process_index() == 0:
             yield (0,) * len(variable.shape), variable.value
         return
     for shard in variable.value.addressable_shards:
         if shard.replica_id == 0:
             parts = bounds(shard.index, variable.shape)
-            # The host's copy stays with the array it was made of.
+            # A copy, because JAX caches the host's array with the shard.
             yield [low for low, _ in parts], shard.data.copy()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slices(LazyTensor):
-    """A variable in the files, not read yet.
+    """A variable in the files, lazily loaded.
 
     Args:
         shape: tuple.
-        pieces: `[(start, dataset)]`.
+        pieces: `[(start, dataset)]`, one per shard.
     """
 
     shape: tuple
     pieces: list
 
     def read(self):
-        """All of it."""
+        """Read all of it."""
         return self.read_slice(())
 
     def read_slice(self, index):
-        """A part of it, from the slices that have some of it."""
+        """Read a part of it, from the shards that overlap it."""
         wanted = bounds(index, self.shape)
         result = None
         for start, dataset in self.pieces:
@@ -87,14 +90,19 @@ class _Slices(LazyTensor):
         return result
 
 
-def restore(folder, files, name, variables):
-    """Give variables the values in the files, each device what it holds.
+def restore(
+    folder: Any,
+    files: Sequence[h5py.File],
+    name: str,
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Assign the values in the files to variables; each device reads its shards.
 
     Args:
         folder: for messages.
-        files: open HDF5 files, those of all processes that wrote.
+        files: the open HDF5 files of all processes.
         name: of the group.
-        variables: as many as were written.
+        variables: the variables that were written, in the same order.
 
     Raises:
         ValueError: for the variables of another model.
@@ -106,7 +114,7 @@ def restore(folder, files, name, variables):
         other = [p for p, _ in set(there) ^ set(here)][:3]
         raise ValueError(
             f"{folder} is the backup of another model or optimizer: {other} differ. "
-            "Remove the folder to start anew."
+            "Remove the folder to start over."
         )
     for variable, (_, tensor) in zip(variables, saved, strict=True):
         if is_shared(variable):
@@ -116,13 +124,13 @@ def restore(folder, files, name, variables):
             variable.assign(tensor.read())
 
 
-def read_values(files, name):
-    """The values of a group, whole, in the order they were written."""
+def read_values(files: Sequence[h5py.File], name: str) -> list[np.ndarray]:
+    """The whole values of a group, in the order in which they were written."""
     return [tensor.read() for _, tensor in _read(files, name)]
 
 
 def _read(files, name):
-    """`(path, unread tensor)` of every variable, in the order they were written."""
+    """`(path, lazy tensor)` of every variable, in the order of writing."""
     tensors = []
     for key in sorted(files[0][name], key=int):
         items = [file[name][key] for file in files]
@@ -137,5 +145,5 @@ def _read(files, name):
 
 
 def _path(variable):
-    """Without its first part: Keras numbers the optimizers of a process."""
+    """Path without its first part: Keras numbers the optimizers of a process."""
     return variable.path.partition("/")[2]

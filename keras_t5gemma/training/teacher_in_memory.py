@@ -1,7 +1,8 @@
-"""A decoder-only model that reads the texts of each batch."""
+"""Distillation teacher in memory: a causal LM that reads the texts of each batch."""
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import keras
 import keras_hub
@@ -12,6 +13,8 @@ from keras_t5gemma.checkpoints import hub, presets
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.utils.buckets import round_up
+from keras_t5gemma.utils.ragged import Ragged
+from keras_t5gemma.utils.types import Tensor
 
 
 class TeacherInMemory:
@@ -19,29 +22,30 @@ class TeacherInMemory:
 
     Args:
         model: the `keras_hub.models.CausalLM`.
-        proto: bytes of its SentencePiece model, where the model has no preprocessor.
+        proto: bytes of its SentencePiece model, when the model has no preprocessor.
 
     Raises:
-        ValueError: for another model, or one whose logits are no product with a table.
+        ValueError: for another model, or one whose logits are not a product with an
+            embedding table.
     """
 
-    most_choices = None  # All.
+    top_k = None  # It gives the whole distribution.
 
-    def __init__(self, model, proto=None):
+    def __init__(self, model: keras.Model, proto: bytes | None = None) -> None:
         is_causal = isinstance(model, keras_hub.models.CausalLM)
         if not is_causal or isinstance(model, keras_hub.models.Seq2SeqLM):
             raise ValueError(
-                "`teacher` must be a keras_hub.models.CausalLM, which reads from left "
-                f"to right; got {type(model).__name__}."
+                "`teacher` must be a keras_hub.models.CausalLM that is decoder-only; "
+                f"got {type(model).__name__}."
             )
         embedding = getattr(model.backbone, "token_embedding", None)
         if not isinstance(embedding, keras.layers.ReversibleEmbedding) or (
             embedding.quantization_mode or embedding.lora_enabled
         ):
             raise ValueError(
-                "`teacher` must have a `backbone.token_embedding` that makes the "
-                "logits, a ReversibleEmbedding, neither quantized nor with adapters; "
-                f"{model.name} has none."
+                "`teacher` must compute its logits with `backbone.token_embedding`, a "
+                "ReversibleEmbedding that is neither quantized nor has adapters; "
+                f"{model.name} does not."
             )
         self.model = model
         self.embedding = embedding
@@ -49,25 +53,25 @@ class TeacherInMemory:
         self.proto = proto or getattr(tokenizer, "proto", None)
 
     @classmethod
-    def from_preset(cls, preset):
-        """Of a name, folder or handle that KerasHub knows; without TensorFlow."""
+    def from_preset(cls, preset: str) -> "TeacherInMemory":
+        """Load a KerasHub preset by name, folder or handle; needs no TensorFlow."""
         model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None)
         try:
             known = keras_hub.models.CausalLM.presets.get(preset, {})
             location = known.get("kaggle_handle", preset)
-            path = hub.get_file(
-                location, f"assets/tokenizer/{presets.VOCABULARY_FILE}"
-            )
+            path = hub.get_file(location, f"assets/tokenizer/{presets.VOCABULARY_FILE}")
         except Exception:  # KerasHub raises what the hub's library does.
             return cls(model)
         return cls(model, Path(path).read_bytes())
 
     @property
-    def variables(self):
-        """All of the model, none of which moves."""
+    def variables(self) -> list:
+        """All variables of the model; none is trained."""
         return self.model.backbone.variables
 
-    def read(self, token_ids, padding_mask):
+    def read(
+        self, token_ids: Tensor, padding_mask: Tensor
+    ) -> tuple[Tensor, Tensor, float | None]:
         """States `(rows, length, E)`, logit table `(V, E)` and soft cap."""
         with no_gradients():
             states = self.model.backbone(
@@ -81,12 +85,12 @@ class TeacherInMemory:
         states, table = ops.stop_gradient(states), ops.stop_gradient(table)
         return states, table, self.embedding.logit_soft_cap
 
-    def check(self, batches):
-        """Raise `ValueError` when it does not write the tokens of some batches."""
+    def check(self, batches: Any) -> None:
+        """Raise `ValueError` when the vocabulary of a dataset is another one."""
         self.check_vocabulary(batches.preprocessor.tokenizer)
 
-    def check_vocabulary(self, tokenizer):
-        """Raise `ValueError` when it does not write the tokens of a `Tokenizer`."""
+    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Raise `ValueError` when the vocabulary of a tokenizer is another one."""
         size, own = self.embedding.input_dim, tokenizer.vocabulary_size()
         differs = size < own
         if not differs and self.proto not in (None, tokenizer.proto):
@@ -98,23 +102,30 @@ class TeacherInMemory:
                 f"{self.model.name} has another one, of {size}."
             )
 
-    def inputs(self, batches, pairs, places, mask, width):
-        """What it reads for a batch, and where in that each label's state is.
+    def inputs(
+        self,
+        batches: Any,
+        pairs: np.ndarray,
+        places: Ragged,
+        mask: np.ndarray,
+        width: int,
+    ) -> dict[str, np.ndarray]:
+        """The teacher's inputs for a batch, and the position of each label's state.
 
         Args:
             batches: a `DocumentDataset`.
-            pairs: the numbers of the pieces in the batch, in their order.
-            places: a `Ragged` of their `objective_pairs.places`.
+            pairs: numbers of the pieces in the batch, in their order.
+            places: their `objective_pairs.places`.
             mask: the decoder's padding mask, `(rows, length)`.
-            width: most tokens of a piece of this batch.
+            width: maximum number of tokens in a piece of this batch.
 
         Returns:
             `teacher_token_ids` and `teacher_padding_mask`, int32 `(texts, width + 1)`,
-            and `teacher_places`, int32 `(rows, length)`: positions in the former,
-            those of all processes, flattened, or -1.
+            and `teacher_places`, int32 `(rows, length)`: flat positions in the token
+            ids of all processes, or -1.
         """
         pieces = batches.pieces.take(pairs)
-        before, texts = mesh.rows_for(batches.most_pieces(len(mask)))
+        before, texts = mesh.rows_for(batches.max_pieces(len(mask)))
         shape = (texts, round_up(width + 1, 8))
         ids, read = np.zeros(shape, "int32"), np.zeros(shape, "int32")
         ids[: len(pieces), 0] = batches.preprocessor.tokenizer.start_token_id
@@ -131,21 +142,21 @@ class TeacherInMemory:
         }
 
 
-def spread(values, mask, fill):
-    """One value a token into an array of rows: `(rows, length, ...)`.
+def spread(values: np.ndarray, mask: np.ndarray, fill: float) -> np.ndarray:
+    """Scatter one value per token into an array of rows, `(rows, length, ...)`.
 
     Args:
         values: `(tokens, ...)`, row after row.
-        mask: `(rows, length)`, above 0 where a token is.
-        fill: what is elsewhere.
+        mask: `(rows, length)`, above 0 at tokens.
+        fill: the value of padding.
     """
     out = np.full((*mask.shape, *values.shape[1:]), fill, values.dtype)
     out[mask > 0] = values
     return out
 
 
-def no_gradients():
-    """A context in which PyTorch keeps nothing for a backward pass."""
+def no_gradients() -> contextlib.AbstractContextManager:
+    """`torch.no_grad()` on PyTorch, else a null context."""
     if keras.config.backend() == "torch":
         import torch
 

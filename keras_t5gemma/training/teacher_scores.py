@@ -1,8 +1,10 @@
-"""What a teacher thinks of texts, on disk."""
+"""Precomputed top-k teacher log-probabilities."""
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,30 +17,31 @@ from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, spread
 from keras_t5gemma.utils.buckets import round_up
 from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.ragged import Ragged
 
 IDS, LOG_PROBS, ABOUT = "ids.npy", "log_probs.npy", "teacher.json"
-_BLOCK = 2**24  # Bytes that are hashed at once.
+_BLOCK = 2**24  # Bytes to hash at a time.
 
 
 class TeacherScores:
-    """The most likely next tokens of a teacher, for every token of some texts.
+    """Precomputed top-k log-probabilities of a teacher, for every token of some texts.
 
-    They belong to the texts, not to an objective: whatever is drawn as a target, in
-    whatever epoch, finds its rows, as long as the texts are cut alike. Written by
-    `write_teacher_scores`; read from disk row by row, as they are needed.
+    They are independent of the objective: every target of every epoch has its rows, as
+    long as the texts are cut at the same lengths. Written by `write_teacher_scores`;
+    memory-mapped and read row by row.
 
     Args:
         folder: path.
-        check: compare the files with their checksums first, which reads them once.
+        check: verify the checksums of the files, which reads them once.
 
     Attributes:
-        most_choices: tokens in a row.
+        top_k: number of tokens per position.
 
     Raises:
-        ValueError: when the folder holds no scores, or others than were written.
+        ValueError: when the folder has no scores, or files with other checksums.
     """
 
-    def __init__(self, folder, check=True):
+    def __init__(self, folder: str | os.PathLike, check: bool = True) -> None:
         self.folder = Path(folder)
         try:
             about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
@@ -46,19 +49,19 @@ class TeacherScores:
             self.log_probs = np.load(self.folder / LOG_PROBS, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"{folder} holds no teacher's scores: {error}. Write them with "
+                f"{folder} has no teacher scores: {error}. Write them with "
                 "`keras_t5gemma.write_teacher_scores`."
             ) from error
         for name, digest in about["sha256"].items() if check else ():
             if digest != _sha256(self.folder / name):
                 raise ValueError(
-                    f"{self.folder / name} is not what was written: its checksum "
-                    "differs. Write the scores again."
+                    f"{self.folder / name} has changed: its checksum differs. Write "
+                    "the scores again."
                 )
         self.texts = about["texts"]
-        self.most_choices = self.ids.shape[1]
+        self.top_k = self.ids.shape[1]
 
-    def check(self, batches):
+    def check(self, batches: Any) -> None:
         """Raise `ValueError` when these are the scores of other texts."""
         if fingerprint(batches.pieces) != self.texts:
             raise ValueError(
@@ -67,12 +70,19 @@ class TeacherScores:
                 "written with, in the same order."
             )
 
-    def inputs(self, batches, pairs, places, mask, width):
+    def inputs(
+        self,
+        batches: Any,
+        pairs: np.ndarray,
+        places: Ragged,
+        mask: np.ndarray,
+        width: int,
+    ) -> dict[str, np.ndarray]:
         """Scores of a batch; see `TeacherInMemory.inputs` for the arguments.
 
         Returns:
             `teacher_ids`, int32, and `teacher_log_probs`, float32, `(rows, length, K)`;
-            and `teacher_places`, int32 `(rows, length)`, -1 where there are none.
+            and `teacher_places`, int32 `(rows, length)`, -1 at tokens without scores.
         """
         first = (batches.pieces.starts[pairs] + pairs)[places.row_numbers()]
         rows = first + np.maximum(places.values, 0)
@@ -86,30 +96,36 @@ class TeacherScores:
 
 
 def write_teacher_scores(
-    folder, teacher, preprocessor, texts, top_k=64, batch_size=8, verbose="auto"
-):
-    """Let a teacher read texts once, and keep its most likely next tokens.
+    folder: str | os.PathLike,
+    teacher: Any,
+    preprocessor: Any,
+    texts: Any,
+    top_k: int = 64,
+    batch_size: int = 8,
+    verbose: str | int = "auto",
+) -> TeacherScores:
+    """Precompute a teacher's top-k log-probabilities of texts, for distillation.
 
-    On disk 6 bytes a choice: 384 bytes a token for 64 of them. The folder appears when
-    all is written.
+    They take 6 bytes per token and choice: 384 bytes per token for the top 64. The
+    folder is written atomically.
 
     Args:
         folder: path; an earlier one is replaced.
-        teacher: a `keras_hub.models.CausalLM` of the same vocabulary.
+        teacher: a `keras_hub.models.CausalLM` with the same vocabulary.
         preprocessor: the `Seq2SeqLMPreprocessor` of the training, with its objective:
-            its lengths say how texts are cut.
-        texts: what `fit` will get: a list of strings, or a dict or
+            its lengths decide how texts are cut.
+        texts: the training texts of `fit`: a list of strings, or a dict or
             `datasets.Dataset` with `"text"`, or a `pathlib.Path`.
-        top_k: choices a token.
-        batch_size: texts that the teacher reads at once.
+        top_k: number of tokens to keep per position.
+        batch_size: texts in a batch of the teacher.
         verbose: 0 silent, 1 a progress bar, "auto" is 1 on a terminal.
 
     Returns:
         The `TeacherScores`.
 
     Raises:
-        ValueError: for a teacher of another vocabulary, or texts that `fit` would not
-            take.
+        ValueError: for a teacher with another vocabulary, or texts that `fit` does not
+            accept.
     """
     if preprocessor.objective is None:
         raise ValueError("`preprocessor` must have an `objective`; it has none.")
@@ -137,7 +153,8 @@ def write_teacher_scores(
                 numbers = order[first : first + batch_size]
                 _write(pieces, numbers, batch_size, start, choose, ids, log_probs)
                 advance(len(numbers))
-        ids.flush(), log_probs.flush()
+        ids.flush()
+        log_probs.flush()
         about = {
             "teacher": teacher.model.name,
             "texts": fingerprint(pieces),
@@ -148,7 +165,7 @@ def write_teacher_scores(
 
 
 class _Chooser(keras.Model):
-    """A teacher's most likely next tokens, compiled as any Keras model is."""
+    """A teacher's most likely next tokens, as a Keras model that `predict` compiles."""
 
     def __init__(self, teacher, top_k):
         super().__init__(name="chooser")
@@ -164,7 +181,7 @@ class _Chooser(keras.Model):
 
 
 def _write(pieces, numbers, batch_size, start, choose, ids, log_probs):
-    """Scores of some pieces, which are filled up to the size of a batch."""
+    """Write the scores of some pieces, computed in a batch of fixed size."""
     lengths = pieces.lengths[numbers]
     width = round_up(lengths.max() + 1, 64)
     token_ids = np.zeros((batch_size, width), "int32")
@@ -180,8 +197,8 @@ def _write(pieces, numbers, batch_size, start, choose, ids, log_probs):
         ids[here], log_probs[here] = (x[row, : lengths[row] + 1] for x in found)
 
 
-def fingerprint(pieces):
-    """What identifies texts as token ids, and how they are cut."""
+def fingerprint(pieces: Ragged) -> str:
+    """SHA-256 of texts as token ids and of the lengths at which they are cut."""
     digest = hashlib.sha256(np.asarray(pieces.lengths, "int64").tobytes())
     digest.update(np.asarray(pieces.values, "int32").tobytes())
     return digest.hexdigest()

@@ -1,20 +1,25 @@
-"""Numbers for what was written: ROUGE, BLEU, chrF, exact match, a user's own."""
+"""Text metrics: ROUGE, BLEU, chrF, exact match, and functions of the user."""
 
 import importlib
 import json
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 _RESAMPLES = 400
 
 
-def score_texts(predictions, references, metrics=("rouge",)):
-    """How good answers are, with the error of each number.
+def score_texts(
+    predictions: Iterable[str],
+    references: Iterable[str],
+    metrics: str | Callable | Iterable[str | Callable] = ("rouge",),
+) -> dict[str, dict[str, float | None]]:
+    """Score generated texts, with the standard error of each score.
 
     Args:
-        predictions: list of strings, what a model wrote.
-        references: list of as many strings, what it should have written.
+        predictions: list of strings, the generated texts.
+        references: list of strings, one for each prediction.
         metrics: a metric or a list of them, as in `text_metric`.
 
     Returns:
@@ -29,8 +34,8 @@ def score_texts(predictions, references, metrics=("rouge",)):
     predictions, references = list(predictions), list(references)
     if not predictions or len(predictions) != len(references):
         raise ValueError(
-            "`predictions` and `references` must have as many rows, and at least one; "
-            f"got {len(predictions)} and {len(references)}."
+            "`predictions` and `references` must have the same number of rows, at "
+            f"least one; got {len(predictions)} and {len(references)}."
         )
     scores = {}
     for function in text_metrics(metrics).values():
@@ -38,30 +43,33 @@ def score_texts(predictions, references, metrics=("rouge",)):
     return scores
 
 
-def text_metrics(metrics):
+def text_metrics(
+    metrics: str | Callable | Iterable[str | Callable],
+) -> dict[str, Callable]:
     """`{name: text_metric(metric)}` of a metric or a list of them.
 
     Raises:
         ValueError: for none, an unknown one, or two of one name.
         ImportError: see `text_metric`.
     """
-    if isinstance(metrics, str) or callable(metrics):
-        metrics = [metrics]
+    metrics = (
+        [metrics] if isinstance(metrics, str) or callable(metrics) else list(metrics)
+    )
     names = [_name(metric) for metric in metrics]
     if not names or len(set(names)) < len(names):
         raise ValueError(
-            f"`metrics` must be one or more of different names; got {names}."
+            f"`metrics` must be one or more with different names; got {names}."
         )
     return {n: text_metric(m) for n, m in zip(names, metrics, strict=True)}
 
 
-def text_metric(metric):
-    """A metric by its name, or a user's function, in one form.
+def text_metric(metric: str | Callable) -> Callable:
+    """A metric by its name, or a user's function, as one kind of function.
 
     Args:
         metric: `"rouge"` (rouge1, rouge2, rougeL: F1 x 100 with stemmer, the mean over
             rows, by rouge-score), `"bleu"`, `"chrf"` (of the corpus, by sacrebleu),
-            `"exact_match"` (x 100, white space around the text ignored); or a
+            `"exact_match"` (x 100, surrounding white space ignored); or a
             function `f(predictions, references)` of two lists of strings that
             returns a number or a dict of numbers.
 
@@ -103,7 +111,7 @@ def _of_user(function):
 
 
 def _mean(shares):
-    """Of one share a row, x 100, with its standard error."""
+    """Mean of one share per row, x 100, with its standard error."""
     shares = 100 * np.asarray(shares, "float64")
     error = None
     if len(shares) > 1:

@@ -1,4 +1,4 @@
-"""The cross-attention of an unbalanced pair learns first (arXiv 2504.06225, 3.2)."""
+"""Cross-attention warm-up of unbalanced pairs (arXiv 2504.06225, section 3.2)."""
 
 import functools
 
@@ -9,26 +9,26 @@ from keras_t5gemma.utils.checks import whole_number
 
 
 class CrossAttentionWarmUp(keras.callbacks.Callback):
-    """Train only the cross-attention for the first steps of `fit`, then everything.
+    """Train only the cross-attention for the first steps of `fit`, then all weights.
 
-    The cross-attention of an adapted pair of unequal towers begins at random; the paper
-    trains it alone for K = 1000 steps. Whether the two norms around it train with it is
-    not published. One more program is compiled, once, and the optimizer stays the same:
-    what it knows of the cross-attention it keeps, of the rest it begins to learn at
-    step K. Until then the rest is neither moved nor decayed, and its gradients are not
-    computed (on JAX and TensorFlow as far as the compiler sees it).
+    The cross-attention of an adapted pair of unequal towers starts random; the paper
+    trains it alone for K = 1000 steps. Whether the two norms around it are trained with
+    it is not published. One more program is compiled, once. The optimizer keeps its
+    state for the cross-attention; for the other weights its state starts at step K.
+    Until then they are neither updated nor decayed, and their gradients are not
+    computed (on JAX and TensorFlow as far as the compiler removes them).
 
     Args:
-        steps: K; 0 is none. Counted from the optimizer's first step, so that a run that
-            goes on after a stop goes on with it.
-        norms: whether the two norms around the cross-attention train with it.
+        steps: K; 0 turns it off. Counted from the optimizer's first step, so that a
+            resumed run continues the warm-up.
+        norms: whether the two norms around the cross-attention are trained with it.
 
     Raises:
-        ValueError: for `steps` below 0; when the training begins, for a model without
-            cross-attention that learns.
+        ValueError: for `steps` below 0; when training begins, for a model without
+            trainable cross-attention.
     """
 
-    def __init__(self, steps=1000, norms=True):
+    def __init__(self, steps: int = 1000, norms: bool = True) -> None:
         super().__init__()
         self.steps = whole_number(steps, "steps", 0)
         self.norms = norms
@@ -58,12 +58,12 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         alone = [v for v in every if any(name in v.path for name in names)]
         if not alone:
             raise ValueError(
-                "CrossAttentionWarmUp needs cross-attention that is trainable; the "
-                f"model's {len(every)} trainable variables hold none."
+                "CrossAttentionWarmUp needs trainable cross-attention; none is among "
+                f"the model's {len(every)} trainable variables."
             )
         optimizer = self.model.optimizer
         optimizer.build(every)
-        # Mixed float16 wraps the one that moves the weights.
+        # Mixed float16 wraps the optimizer that updates the weights.
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         ids = {id(variable) for variable in alone}
         apply = functools.partial(_apply_to, optimizer, every, ids)
@@ -85,7 +85,7 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
 
 
 def _apply_to(optimizer, every, ids, grads, trainable_variables=None):
-    """`optimizer.apply`, of the variables with these identities alone."""
+    """`optimizer.apply` for the variables with these identities only."""
     variables = every if trainable_variables is None else trainable_variables
     pairs = zip(grads, variables, strict=True)
     chosen = [(g, v) for g, v in pairs if id(v) in ids]

@@ -126,7 +126,7 @@ def test_paths_and_datasets_are_data_for_fit(tmp_path):
 
     assert as_columns(Dataset()) == PAIRS
     Dataset.column_names = ["en", "it"]
-    with pytest.raises(ValueError, match=r"columns.*there are \['en', 'it'\]"):
+    with pytest.raises(ValueError, match=r"columns.*it has \['en', 'it'\]"):
         as_columns(Dataset())
 
 

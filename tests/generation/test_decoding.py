@@ -250,7 +250,7 @@ def test_rounding_changes_nothing(shared_model, monkeypatch):
 )
 def test_what_is_done_is_left_behind(shared_model, monkeypatch, options):
     generator = "keras_t5gemma.generation.generator."
-    monkeypatch.setattr(generator + "_TOKENS_AT_A_TIME", 2)
+    monkeypatch.setattr(generator + "_TOKENS_PER_CALL", 2)
     monkeypatch.setattr(generator + "_MANY_BATCHES", 1)
     left = []
 
@@ -264,7 +264,7 @@ def test_what_is_done_is_left_behind(shared_model, monkeypatch, options):
     together = shared_model.generate(sources, LENGTH, **options)
     assert left
     assert all(size < count for size, count in left)
-    monkeypatch.setattr(generator + "_TOKENS_AT_A_TIME", LENGTH)
+    monkeypatch.setattr(generator + "_TOKENS_PER_CALL", LENGTH)
     left.clear()
     whole = shared_model.generate(sources, LENGTH, **options)
     assert not left
@@ -349,7 +349,7 @@ def test_a_source_that_is_done_takes_no_more_beams():
         "index": ops.convert_to_tensor(1, "int32"),
         "prompt_lengths": ops.ones((4,), "int32"),
         "max_length": ops.convert_to_tensor(6, "int32"),
-        "knobs": options.knobs(),
+        "traced_args": options.traced_args(),
         "cache": {"self": ()},
     }
     state = beam.start(state, 2)
@@ -454,7 +454,7 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
     expected = model.generate(pairs, LENGTH)
     model.compile(sampler=Own())
     assert model.generate(pairs, LENGTH) == expected
-    with pytest.raises(ValueError, match=r"sampler Own.*none of \['num_beams'\]"):
+    with pytest.raises(ValueError, match=r"sampler Own.*not support.*\['num_beams'\]"):
         model.generate(pairs, LENGTH, num_beams=2)
     with pytest.raises(ValueError, match="`stream`.*got Own"):
         model.stream("a", LENGTH)
@@ -468,12 +468,12 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
         ({"top_k": 0}, "`top_k` must be a whole number from 1; got 0"),
         ({"top_k": 481}, "`top_k` of 481 is more than the 480 tokens"),
         ({"num_beams": 481}, "`num_beams` of 481 is more than the 480 tokens"),
-        ({"num_beams": 2, "top_k": 3}, "one or the other"),
-        ({"num_return_sequences": 2}, "needs as many `num_beams`"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "needs as many `num_beams`"),
-        ({"banned_token_ids": range(480)}, "holds all 480 ids"),
+        ({"num_beams": 2, "top_k": 3}, "`num_beams` must be 1 with.*`top_k`"),
+        ({"num_return_sequences": 2}, "at most `num_beams`.*2 answers of 1 beams"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "3 answers of 2 beams"),
+        ({"banned_token_ids": range(480)}, "must leave one of 480 ids; got all"),
         ({"banned_token_ids": [480]}, r"`banned_token_ids`.*\[0, 480\).*480"),
-        ({"forced_token_ids": {9: 3}}, "places.*beyond the `max_length` of 8"),
+        ({"forced_token_ids": {9: 3}}, "positions.*beyond the `max_length` of 8"),
         (
             {"forced_token_ids": [3], "banned_token_ids": [3]},
             r"share the ids \[3\]",

@@ -35,7 +35,7 @@ def draw(logits, options, index=3, rows=4000):
     state = {
         "seeds": keras.ops.convert_to_tensor(seeds.astype("int32")),
         "index": keras.ops.convert_to_tensor(index, "int32"),
-        "knobs": options.knobs(),
+        "traced_args": options.traced_args(),
     }
     logits = keras.ops.convert_to_tensor(np.tile(logits, (rows, 1)).astype("float32"))
     return numpy(sample(logits, state, options))

@@ -96,6 +96,6 @@ def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     model.compile(jit_compile=True)
     model._generator().engines.clear()
-    with pytest.warns(UserWarning, match="decoding goes on uncompiled.*no compiler"):
+    with pytest.warns(UserWarning, match="decoding continues uncompiled.*no compiler"):
         got = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
     assert got == rows

@@ -309,7 +309,7 @@ def test_refusals(embedder, model, tokenizer):
     with pytest.raises(ValueError, match="must divide `batch_size` 32; got 5"):
         embedder.fit(PAIRS)
     embedder.compile(loss=kt.InfoNCE(dimensions=[64]))
-    with pytest.raises(ValueError, match="`dimensions` must be a whole number from 1 to 32"):
+    with pytest.raises(ValueError, match="`dimensions` must be.*from 1 to 32"):
         embedder.fit(PAIRS, batch_size=4)
     with pytest.raises(ValueError, match="`k` must be a whole number from 1 to 3"):
         kt.nearest(np.ones((2, 4)), np.ones((3, 4)), k=4)

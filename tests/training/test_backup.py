@@ -154,7 +154,7 @@ def test_full_disk_keeps_the_last_backup(proto, uninterrupted, tmp_path, monkeyp
         write(group, variables)
 
     monkeypatch.setattr(backup, "_write", full)
-    with pytest.warns(UserWarning, match="No space left.*training goes on"):
+    with pytest.warns(UserWarning, match="No space left.*training continues"):
         with pytest.raises(KeyboardInterrupt):
             fit(make_model(proto), tmp_path, [Stop(0, 7)])
     monkeypatch.undo()
@@ -181,6 +181,6 @@ def test_refuses(proto, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be a folder.*file is a file"):
         fit(make_model(proto), tmp_path / "file")
-    with pytest.raises(ValueError, match="known places.*generator"):
+    with pytest.raises(ValueError, match="resumable dataset.*generator"):
         batches = ((s, t) for s, t in [(SOURCES, TARGETS)])
         make_model(proto).fit(batches, callbacks=[backup], steps_per_epoch=1)

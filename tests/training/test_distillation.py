@@ -14,7 +14,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.data import objective_pairs
 from keras_t5gemma.data.document_dataset import DocumentDataset
 from keras_t5gemma.data.objectives import UL2, PrefixLM
-from keras_t5gemma.tokenization.preprocessor import pad
+from keras_t5gemma.tokenization.token_ids import pad
 from keras_t5gemma.training import chunked_cross_entropy
 from keras_t5gemma.training.chunked_cross_entropy import TeacherTargets, top_choices
 
@@ -107,7 +107,7 @@ def step_loss(model, loss, texts=TEXTS, batching="packed", batch_size=64):
 @pytest.mark.parametrize("heat", [1.0, 2.5])
 @pytest.mark.parametrize("few", [False, True])
 def test_values_and_gradients_are_the_definition(monkeypatch, part, heat, few):
-    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: part)
+    monkeypatch.setattr(chunked_cross_entropy, "logits_at_once", lambda _: part)
     theirs = np.tanh(THEIR_STATES @ THEIR_TABLE.T / 9.0) * 9.0 / heat
     ids = np.argsort(-theirs, axis=1)[:, :4].astype("int32")
     ids[0] = ids[0, 0]  # The same row of the table more than once.
@@ -154,9 +154,9 @@ def test_values_and_gradients_are_the_definition(monkeypatch, part, heat, few):
 
 @pytest.mark.parametrize("part", [2**24, TOKENS * 6])
 def test_choices_are_the_largest(monkeypatch, part):
-    parts = chunked_cross_entropy._parts
+    parts = chunked_cross_entropy.chunk_count
     monkeypatch.setattr(
-        chunked_cross_entropy, "_parts", lambda v, n, _: parts(v, n, part)
+        chunked_cross_entropy, "chunk_count", lambda v, n, _: parts(v, n, part)
     )
     arrays = [ops.convert_to_tensor(x) for x in (THEIR_STATES, THEIR_TABLE)]
     ids, log_probs = (numpy(x) for x in top_choices(*arrays, 9.0, 7))
@@ -308,7 +308,7 @@ def test_scores_of_other_texts_or_files_are_refused(tokenizer, tmp_path):
     arguments = (make_teacher(), model.preprocessor)
     with pytest.raises(ValueError, match="top_k"):
         kt.write_teacher_scores(folder, *arguments, TEXTS, top_k=0)
-    with pytest.raises(ValueError, match="holds no teacher's scores"):
+    with pytest.raises(ValueError, match="has no teacher scores"):
         kt.TeacherScores(folder)
     scores = kt.write_teacher_scores(folder, *arguments, TEXTS, top_k=4)
     with pytest.raises(ValueError, match="top_k"):

@@ -43,7 +43,7 @@ def plain(states, table, labels, cap=None, label_smoothing=0.0, z_loss=0.0):
     ],
 )
 def test_values_and_gradients_are_the_plain_losses(monkeypatch, part, options):
-    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: part)
+    monkeypatch.setattr(chunked_cross_entropy, "logits_at_once", lambda _: part)
     arrays = [ops.convert_to_tensor(a) for a in (STATES, TABLE)]
     got = value_and_gradients(chunked_cross_entropy.token_losses, *arrays, **options)
     expected = value_and_gradients(plain, *arrays, **options)
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_the_plain_losses(monkeypatch, part, options):
 
 
 def test_bfloat16_to_its_precision(monkeypatch):
-    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: TOKENS * 32)
+    monkeypatch.setattr(chunked_cross_entropy, "logits_at_once", lambda _: TOKENS * 32)
     exact = [ops.convert_to_tensor(a) for a in (STATES, TABLE)]
     rounded = [ops.cast(a, "bfloat16") for a in exact]
     got = value_and_gradients(chunked_cross_entropy.token_losses, *rounded, cap=5.0)
@@ -84,7 +84,7 @@ def test_a_frozen_table_gets_no_gradient():
     [(256_000, 512, 8), (256_000, 65_536, 1024), (480, 16, 1), (8191, 2**20, 1)],
 )
 def test_parts_divide_the_vocabulary(size, tokens, parts):
-    assert chunked_cross_entropy._parts(size, tokens, 2**24) == parts
+    assert chunked_cross_entropy.chunk_count(size, tokens, 2**24) == parts
     assert size % parts == 0
 
 
@@ -94,7 +94,7 @@ def test_the_logits_are_never_whole(monkeypatch):
         pytest.skip("JAX tells what a program makes.")
     import jax
 
-    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: TOKENS * 6)
+    monkeypatch.setattr(chunked_cross_entropy, "logits_at_once", lambda _: TOKENS * 6)
 
     def total(states, table):
         return chunked_cross_entropy.token_losses(states, table, LABELS, cap=5.0)[
@@ -110,7 +110,7 @@ def test_the_logits_are_never_whole(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing": 1.0}, "`label_smoothing` must be.*at least 0 and below 1; got 1.0"),
+        ({"label_smoothing": 1.0}, "`label_smoothing`.*0 and below 1; got 1.0"),
         ({"label_smoothing": "0.1"}, r"`label_smoothing` must be .* got '0.1'"),
         ({"z_loss": -1e-4}, "`z_loss` must be a number at least 0; got -0.0001"),
     ],
@@ -152,7 +152,7 @@ def test_fit_and_evaluate_are_those_with_logits(make, monkeypatch, options, prep
     class OnLogits(kt.TokenCrossEntropy):
         """Of the same numbers; the task hands it the logits."""
 
-    monkeypatch.setattr(chunked_cross_entropy, "_logits_at_once", lambda _: 2000)
+    monkeypatch.setattr(chunked_cross_entropy, "logits_at_once", lambda _: 2000)
     results = []
     for loss in (kt.TokenCrossEntropy(**options), OnLogits(**options)):
         model = make(loss, prepare)

@@ -121,13 +121,13 @@ def test_mixed_float16():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="`steps` must be a whole number from 0; got -1"):
+    with pytest.raises(ValueError, match="`steps` must be.*from 0; got -1"):
         CrossAttentionWarmUp(-1)
     model = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
     model.backbone.decoder.trainable = False
     model.compile(optimizer="sgd")
     x = random_inputs()
-    with pytest.raises(ValueError, match="trainable variables hold none"):
+    with pytest.raises(ValueError, match="needs trainable cross-attention"):
         model.fit(
             x, x["decoder_token_ids"], callbacks=[CrossAttentionWarmUp()], verbose=0
         )
