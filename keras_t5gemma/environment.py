@@ -1,22 +1,53 @@
-"""What must be installed, looked at before Keras is imported."""
+"""Checks of the installation, made before Keras is imported."""
 
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 BACKENDS = ("tensorflow", "jax", "torch")
+COMMAND, COMMAND_MODULE = "keras-t5gemma", "keras_t5gemma.cli"
 
 
-def choose_backend():
-    """Set KERAS_BACKEND to an installed backend where Keras would pick another.
+def defers_imports() -> bool:
+    """Whether `import keras_t5gemma` may leave out the package's modules.
 
-    Keras takes KERAS_BACKEND, else what its keras.json says, else TensorFlow.
+    Only the command line may, to show its help without Keras: the process was started
+    as `keras-t5gemma` or `python -m keras_t5gemma.cli`, and Keras is not loaded yet.
+    """
+    return "keras" not in sys.modules and is_command_line()
+
+
+def is_command_line() -> bool:
+    """Whether this process was started as the `keras-t5gemma` command.
+
+    `sys.orig_argv` tells it from a child of the command, e.g. of a data loader, in
+    which `multiprocessing` restores the parent's `sys.argv`.
+    """
+    program, arguments = sys.argv[0] if sys.argv else "", sys.orig_argv
+    if program == "-m" and "-m" in arguments[:-1]:  # The module is not found yet.
+        module = arguments[arguments.index("-m") + 1]
+        return module == COMMAND_MODULE or module.startswith(f"{COMMAND_MODULE}.")
+    return program in arguments and Path(program).stem == COMMAND
+
+
+def choose_backend(backend: str | None = None) -> None:
+    """Set KERAS_BACKEND, before Keras is imported.
+
+    Keras takes KERAS_BACKEND, else the backend in its keras.json, else TensorFlow. An
+    installed backend is set where Keras would take one that is missing.
+
+    Args:
+        backend: one of `BACKENDS` to use; `None` leaves the choice to Keras.
 
     Raises:
         ModuleNotFoundError: when no backend is installed.
+        ValueError: when Keras is already loaded with a backend other than `backend`.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if backend is not None:
+        _set_backend(backend)
     if os.environ.get("KERAS_BACKEND"):
         return
     home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
@@ -34,8 +65,24 @@ def choose_backend():
         os.environ["KERAS_BACKEND"] = installed[0]
 
 
-def require_keras_hub():
-    """Import KerasHub, or say how to install it."""
+def _set_backend(backend: str) -> None:
+    if "keras" in sys.modules:
+        import keras
+
+        if keras.config.backend() != backend:
+            raise ValueError(
+                f"Keras is already loaded with the backend {keras.config.backend()!r}; "
+                f"got {backend!r}. Set KERAS_BACKEND before importing Keras."
+            )
+    os.environ["KERAS_BACKEND"] = backend
+
+
+def require_keras_hub() -> None:
+    """Import KerasHub.
+
+    Raises:
+        ModuleNotFoundError: with the command that installs it.
+    """
     try:
         import keras_hub  # noqa: F401
     except ModuleNotFoundError as error:

@@ -28,7 +28,7 @@ def load_package() -> Any:
     """
     import keras_t5gemma
 
-    if "keras" not in sys.modules:
+    if not hasattr(keras_t5gemma, "Seq2SeqLM"):
         environment.require_keras_hub()
         importlib.reload(keras_t5gemma)  # Keras is loaded: nothing is deferred now.
     return keras_t5gemma
@@ -119,6 +119,7 @@ def _run_resumable(function: Callable[..., Any], keywords: dict[str, Any]) -> No
 
 def run_presets(o: options.Presets) -> None:
     """Print a table on a terminal, tab-separated lines in a pipe."""
+    environment.require_keras_hub()
     from keras_t5gemma.checkpoints.presets import presets
 
     rows = [
@@ -138,6 +139,7 @@ def run_presets(o: options.Presets) -> None:
 
 def run_info(o: options.Info) -> None:
     """Print what a preset's configuration and file headers say."""
+    environment.require_keras_hub()
     from keras_t5gemma.checkpoints import presets
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 

@@ -1,103 +1,92 @@
-"""Encoders compared: several models, several tasks, several seeds, one table."""
+"""Encoder evaluation: models x tasks x seeds, with resumable results and a table."""
 
 import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from keras_t5gemma.checkpoints.atomic import atomic_file
 from keras_t5gemma.evaluation.candidates import Model, Recipe, TfIdf
 from keras_t5gemma.evaluation.measures import mean_and_error
-from keras_t5gemma.evaluation.tasks import CLASSES, read_task
-from keras_t5gemma.modeling.heads import POOLINGS
+from keras_t5gemma.evaluation.options import EvaluateOptions
+from keras_t5gemma.evaluation.tasks import CLASSES, Task, read_task
+from keras_t5gemma.utils.options import PathsOrNames, as_yaml, takes_options
 from keras_t5gemma.utils.progress import progress_bar
 
-RESULTS, TABLE = "results.json", "results.md"
+RESULTS, TABLE, OPTIONS = "results.json", "results.md", "run.yaml"
+
+Scores = dict[str, dict[str, dict[str, dict[str, float | None]]]]
 
 
-def evaluate_encoders(
-    tasks: list,
-    data: str,
-    output: str,
-    presets: list = (),
-    scratch: list = (),
-    decoder_only: list = (),
-    tfidf: bool = False,
-    frozen: bool = False,
-    seeds: int = 3,
-    learning_rates: list = ("1e-4",),
-    epochs: int = 3,
-    batch_size: int = 32,
-    retrieval_batch_size: int = 64,
-    lexical_dim: int = None,
-    pooling: str = "last",
-    dropout: float = 0.0,
-    encoder_sequence_length: int = 256,
-    train_rows: int = None,
-    dtype: str = None,
-):
-    """Train encoders for tasks, and measure them on test rows.
+@takes_options(EvaluateOptions)
+def evaluate_encoders(o: EvaluateOptions) -> Scores:
+    """Fine-tune encoders on tasks and compare their test scores.
 
-    Each model is trained once a seed with AdamW. Of several learning rates the first
-    seed tries all, and the best by the validation rows is taken. What is done is kept:
-    the same call goes on after a stop, and adds models and tasks.
-
-    Args:
-        tasks: of supersense, section, synopsis, boolq, cb, copa, multirc, rte, wic,
-            wsc; or folders of `data` with rows of text (and text_pair) and label, or
-            of query and document.
-        data: folder that the tasks' folders are in.
-        output: folder for results.json and results.md.
-        presets: T5Gemma presets whose encoders are measured.
-        scratch: presets whose encoders are measured with random weights.
-        decoder_only: Gemma 2 presets of KerasHub, with the same head.
-        tfidf: measure TF-IDF with a linear model too.
-        frozen: train no encoder, only a linear model on its states; search with them
-            as they are.
-        seeds: trainings of each model.
-        learning_rates: to choose among.
-        epochs: passes over the training rows; kept is the best by validation.
-        batch_size: texts a step.
-        retrieval_batch_size: pairs a step of a retrieval.
-        lexical_dim: in a retrieval so many numbers of a vector say which tokens a text
-            has, see `TextEmbedder`.
-        pooling: last, mean, first or weighted, of the classifiers.
-        dropout: of what the classifier's head reads.
-        encoder_sequence_length: tokens that are read, the same for all models.
-        train_rows: use so many training rows of each task, the first ones of a
-            shuffle that is the same for all.
-        dtype: policy of the models.
+    Each model is trained with AdamW once per seed. The first seed tries all learning
+    rates, and the other seeds use the one that is best on validation. Finished runs are
+    kept in `output`: repeating the call resumes, and a call with more models or tasks
+    adds them. `run.yaml` there holds all options, which repeat the call.
 
     Returns:
-        `{task: {model: {measure: {"mean": ..., "standard_error": ...}}}}`, percents.
+        `{task: {model: {measure: {"mean": ..., "standard_error": ...}}}}`, in percent.
 
     Raises:
-        ValueError: for an unknown task, nothing to measure, options out of range, or
-            an `output` of other options; as `from_preset` for a preset.
-        FileNotFoundError: naming the file that is not there.
+        ValueError: for an unknown task, nothing to measure, an option out of range, or
+            an `output` with other options; and as `from_preset` does for a preset.
+        FileNotFoundError: naming the missing file.
         ImportError: without scikit-learn.
     """
     _require_scikit_learn()
-    tasks, presets, scratch, decoder_only = (
-        [names] if isinstance(names, str | os.PathLike) else list(names)
-        for names in (tasks, presets, scratch, decoder_only)
+    o.check()
+    rates = _numbers(o.learning_rates)
+    models = _models(o)
+    recipe = Recipe(
+        **{field.name: getattr(o, field.name) for field in dataclasses.fields(Recipe)}
     )
-    rates = _numbers(learning_rates)
-    counts = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size}
-    counts |= {"retrieval_batch_size": retrieval_batch_size, "train_rows": train_rows}
-    counts |= {"encoder_sequence_length": encoder_sequence_length}
-    counts |= {"lexical_dim": lexical_dim}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be 1 or more; got {value!r}.")
-    if pooling not in POOLINGS:
-        raise ValueError(f"`pooling` must be one of {POOLINGS}; got {pooling!r}.")
-    models = [Model(str(preset), "preset") for preset in presets]
-    models += [Model(str(preset), "scratch") for preset in scratch]
-    models += [Model(str(preset), "decoder_only") for preset in decoder_only]
-    models += [TfIdf()] if tfidf else []
+    for model in models:
+        model.check()
+    tasks = {
+        name: _shortened(read_task(name, o.data), o.train_rows)
+        for name in _names(o.tasks)
+    }
+    options = {**dataclasses.asdict(recipe), "train_rows": o.train_rows}
+    runs = Runs(o.output, {**options, "learning_rates": rates})
+    runs.write(OPTIONS, as_yaml("evaluate", vars(o)))
+    total = sum(o.seeds if model.has_seeds else 1 for model in models) * len(tasks)
+    with progress_bar("Measuring", total) as advance:
+        for task in tasks.values():
+            for model in models:
+                chosen = rates
+                for seed in range(o.seeds if model.has_seeds else 1):
+                    name = f"{task.name}/{model.name}/{seed}"
+                    if name not in runs:
+                        runs[name] = _best(model, task, recipe, seed, chosen)
+                        print(f"{name}: {_short(runs[name]['measures'])}", flush=True)
+                    chosen = [runs[name]["learning_rate"]]
+                    advance(1)
+    table = runs.table({name: task.measures for name, task in tasks.items()})
+    print(table)
+    return runs.summary()
+
+
+def _names(names: PathsOrNames) -> list[str]:
+    if isinstance(names, str | os.PathLike):
+        return [str(names)]
+    return [str(name) for name in names]
+
+
+def _models(o: EvaluateOptions) -> list[Model | TfIdf]:
+    """Models to compare, which must have different names."""
+    models: list[Model | TfIdf] = []
+    for kind in ("preset", "scratch", "decoder_only"):
+        presets = getattr(o, "presets" if kind == "preset" else kind)
+        models += [Model(preset, kind) for preset in _names(presets)]
+    models += [TfIdf()] if o.tfidf else []
     if not models:
         raise ValueError(
             "There is nothing to measure: pass `presets`, `scratch`, `decoder_only` or "
@@ -106,41 +95,13 @@ def evaluate_encoders(
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"Models must have different names; got {names}.")
-    recipe = Recipe(
-        epochs=epochs,
-        batch_size=batch_size,
-        retrieval_batch_size=retrieval_batch_size,
-        lexical_dim=lexical_dim,
-        pooling=pooling,
-        dropout=dropout,
-        encoder_sequence_length=encoder_sequence_length,
-        dtype=dtype,
-        frozen=frozen,
-    )
-    for model in models:
-        model.check()
-    read = {name: _shortened(read_task(name, data), train_rows) for name in tasks}
-    options = {**dataclasses.asdict(recipe), "train_rows": train_rows}
-    runs = Runs(output, {**options, "learning_rates": rates})
-    total = sum(seeds if model.has_seeds else 1 for model in models) * len(read)
-    with progress_bar("Measuring", total) as advance:
-        for task in read.values():
-            for model in models:
-                chosen = rates
-                for seed in range(seeds if model.has_seeds else 1):
-                    name = f"{task.name}/{model.name}/{seed}"
-                    if name not in runs:
-                        runs[name] = _best(model, task, recipe, seed, chosen)
-                        print(f"{name}: {_short(runs[name]['measures'])}", flush=True)
-                    chosen = [runs[name]["learning_rate"]]
-                    advance(1)
-    table = runs.table({name: task.measures for name, task in read.items()})
-    print(table)
-    return runs.summary()
+    return models
 
 
-def _best(model, task, recipe, seed, rates):
-    """The run of the learning rate that does best on the validation rows."""
+def _best(
+    model: Model | TfIdf, task: Task, recipe: Recipe, seed: int, rates: Sequence[float]
+) -> dict[str, Any]:
+    """Run with the learning rate that is best on the validation rows."""
     tried = []
     needs_no_rate = not model.has_seeds or recipe.frozen
     for rate in rates[:1] if needs_no_rate else rates:
@@ -149,11 +110,11 @@ def _best(model, task, recipe, seed, rates):
     return max(tried, key=lambda run: run["valid"])
 
 
-def _shortened(task, rows):
+def _shortened(task: Task, rows: int | None) -> Task:
     if rows is None or rows >= len(task.train):
         return task
     chosen = np.random.default_rng(0).permutation(len(task.train))
-    if task.kind == CLASSES:  # No class may be lost.
+    if task.kind == CLASSES:  # Keep a row of every class.
         _, first = np.unique(np.array(task.train.y)[chosen], return_index=True)
         if len(first) > rows:
             raise ValueError(
@@ -161,41 +122,42 @@ def _shortened(task, rows):
                 f"{task.name!r}; got {rows}."
             )
         chosen = np.concatenate([chosen[first], np.delete(chosen, first)])
-    return dataclasses.replace(task, train=task.train.take(chosen[:rows]))
+    return dataclasses.replace(task, train=task.train.take(chosen[:rows].tolist()))
 
 
-def _require_scikit_learn():
+def _require_scikit_learn() -> None:
     if importlib.util.find_spec("sklearn") is None:
-        raise ImportError("Measuring needs scikit-learn: pip install scikit-learn")
+        raise ImportError("Evaluation needs scikit-learn: pip install scikit-learn")
 
 
-def _numbers(rates):
+def _numbers(rates: Any) -> list[float]:
     try:
-        rates = [float(rate) for rate in np.atleast_1d(rates)]
+        numbers = [float(rate) for rate in np.atleast_1d(rates)]
     except ValueError as error:
         raise ValueError(f"`learning_rates` must be numbers; {error}.") from error
-    if not rates or min(rates) <= 0:
-        raise ValueError(f"`learning_rates` must be above 0; got {rates}.")
-    return rates
+    if not numbers or min(numbers) <= 0:
+        raise ValueError(f"`learning_rates` must be above 0; got {numbers}.")
+    return numbers
 
 
-def _short(measures):
+def _short(measures: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in measures.items())
 
 
 class Runs:
-    """Runs that are done, kept in a file.
+    """Finished runs, saved in results.json.
 
     Args:
-        folder: path.
-        options: of all runs of the folder.
+        folder: of the file.
+        options: options that all runs in the folder share.
 
     Raises:
-        ValueError: when the folder has runs of other options.
+        ValueError: when the folder has runs with other options.
     """
 
-    def __init__(self, folder, options):
-        self.folder, self.options, self.runs = Path(folder), options, {}
+    def __init__(self, folder: str | os.PathLike[str], options: dict[str, Any]) -> None:
+        self.folder, self.options = Path(folder), options
+        self.runs: dict[str, dict[str, Any]] = {}
         file = self.folder / RESULTS
         if not file.exists():
             return
@@ -203,54 +165,54 @@ class Runs:
         other = {k: v for k, v in found["options"].items() if options.get(k) != v}
         if other:
             raise ValueError(
-                f"`output` {self.folder} has results of other options: {other}; take "
-                "another folder."
+                f"`output` {self.folder} has results with other options: {other}; "
+                "choose another folder."
             )
         self.runs = found["runs"]
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return name in self.runs
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> dict[str, Any]:
         return self.runs[name]
 
-    def __setitem__(self, name, run):
+    def __setitem__(self, name: str, run: dict[str, Any]) -> None:
         self.runs[name] = run
         content = {
             "options": self.options,
             "summary": self.summary(),
             "runs": self.runs,
         }
-        self._write(RESULTS, json.dumps(content, indent=1) + "\n")
+        self.write(RESULTS, json.dumps(content, indent=1) + "\n")
 
-    def _write(self, name, text):
+    def write(self, name: str, text: str) -> None:
+        """Write a file in the folder atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = self.folder / f"{name}.new"
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, self.folder / name)
+        with atomic_file(self.folder / name) as staged:
+            staged.write_text(text, encoding="utf-8")
 
-    def summary(self):
+    def summary(self) -> Scores:
         """Mean and standard error of each measure over the seeds."""
-        found = {}
+        values: dict[str, dict[str, dict[str, list[float]]]] = {}
         for name, run in self.runs.items():
             task, model, _ = name.split("/")
-            measures = found.setdefault(task, {}).setdefault(model, {})
+            measures = values.setdefault(task, {}).setdefault(model, {})
             for measure, value in run["measures"].items():
                 measures.setdefault(measure, []).append(value)
-        for task in found.values():
-            for model, measures in task.items():
-                rows = {m: mean_and_error(values) for m, values in measures.items()}
-                task[model] = {
-                    measure: {"mean": mean, "standard_error": error}
-                    for measure, (mean, error) in rows.items()
-                }
-        return found
+        scores: Scores = {}
+        for task, models in values.items():
+            for model, measures in models.items():
+                row = scores.setdefault(task, {}).setdefault(model, {})
+                for measure, found in measures.items():
+                    mean, error = mean_and_error(found)
+                    row[measure] = {"mean": mean, "standard_error": error}
+        return scores
 
-    def table(self, measures):
-        """A Markdown table of models and tasks, written to results.md too.
+    def table(self, measures: Mapping[str, Sequence[str]]) -> str:
+        """Markdown table of models and tasks, also written to results.md.
 
         Args:
-            measures: `{task: its measures}`; of several the mean is shown.
+            measures: `{task: its measures}`; the table shows the mean of several.
         """
         found = self.summary()
         heads = [f"{task} ({', '.join(names)})" for task, names in measures.items()]
@@ -263,15 +225,16 @@ class Runs:
             )
         lines.insert(1, ["---"] * len(lines[0]))
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        self._write(TABLE, text + "\n")
+        self.write(TABLE, text + "\n")
         return text
 
 
-def _cell(scores, names):
+def _cell(scores: Mapping[str, Mapping[str, Any]] | None, names: Sequence[str]) -> str:
     if scores is None:
         return ""
     mean = np.mean([scores[name]["mean"] for name in names])
     errors = [scores[name]["standard_error"] for name in names]
     if None in errors:
         return f"{mean:.1f}"
-    return f"{mean:.1f} ± {np.mean(errors):.1f}"  # At most: the measures go together.
+    # An upper bound of the error of the mean, reached when the measures correlate.
+    return f"{mean:.1f} ± {np.mean(errors):.1f}"

@@ -72,7 +72,9 @@ def model_variables(
     """
     dtype = keras.dtype_policies.get(dtype).variable_dtype
     small = dataclasses.replace(
-        config, encoder=_one_block(config.encoder), decoder=_one_block(config.decoder)
+        config,
+        encoder=_one_block(config.encoder),
+        decoder=config.decoder and _one_block(config.decoder),
     )
 
     def build() -> Backbone:
@@ -96,10 +98,9 @@ def model_variables(
     return tuple(found)
 
 
-def _one_block(stack: StackConfig | None) -> StackConfig | None:
-    if stack is None:
-        return None
-    return dataclasses.replace(stack, num_layers=1, layer_types=stack.layer_types[:1])
+def _one_block(stack: StackConfig) -> StackConfig:
+    kinds = stack.layer_types and stack.layer_types[:1]
+    return dataclasses.replace(stack, num_layers=1, layer_types=kinds)
 
 
 def _quantized(

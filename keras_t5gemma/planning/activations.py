@@ -117,7 +117,9 @@ def logits_chunk(
     """
     size, tokens = config.vocabulary_size // shards, s.batch * s.target
     rows = size / vocabulary_chunks(size, tokens, at_once, pieces)
-    gathered = rows * config.decoder.hidden_dim * s.itemsize if pieces > 1 else 0
+    gathered = 0.0
+    if pieces > 1 and config.decoder is not None:
+        gathered = rows * config.decoder.hidden_dim * s.itemsize
     return 3 * 4 * tokens * rows + gathered
 
 
@@ -130,10 +132,9 @@ def cache_bytes(config: T5GemmaConfig, s: Shape) -> float:
     stack = config.decoder
     if stack is None:
         return 0
-    own = sum(
-        min(s.target, stack.sliding_window) if kind == SLIDING else s.target
-        for kind in stack.layer_types
-    )
+    window = min(s.target, stack.sliding_window)
+    kinds = stack.layer_types or ()
+    own = sum(window if kind == SLIDING else s.target for kind in kinds)
     slots = own + stack.num_layers * s.source
     heads = stack.num_key_value_heads / _kv_split(stack, s.split)
     return 2 * s.batch * heads * slots * stack.head_dim * s.itemsize

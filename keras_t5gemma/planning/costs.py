@@ -58,8 +58,10 @@ class Plan:
         gradients: gradients of all trained weights.
         activations: activations that blocks keep for the backward pass.
         activations_rematerialized: the same when blocks keep only their input.
+        recomputed: activations of one block, recomputed from its input.
         working: backward pass of one block, with its gradients before the reduction.
-        copies: weights cast or gathered for use, in all blocks.
+        copies: weights cast or gathered for use.
+        copies_rematerialized: the same with rematerialization: logit table, one block.
         logits: one chunk of the logits, with its gradient.
         step: peak of a step on top of weights and optimizer: the largest sum of parts
             of the rows above that exist at the same time.
@@ -77,8 +79,10 @@ class Plan:
     gradients: int
     activations: int
     activations_rematerialized: int
+    recomputed: int
     working: int
     copies: int
+    copies_rematerialized: int
     logits: int
     step: int
     caches: int
@@ -168,13 +172,22 @@ def evaluate(job: Job, mesh: Mapping[str, int], strategy: str) -> Plan:
         gradients=math.ceil(sum(found.gradients.values())),
         activations=math.ceil(sum(p.kept for p in parts)),
         activations_rematerialized=math.ceil(sum(p.entered for p in parts)),
+        recomputed=math.ceil(max(p.kept - p.entered for p in parts)),
         working=math.ceil(max(p.working for p in parts)),
         copies=math.ceil(sum(found.copies.values())),
+        copies_rematerialized=math.ceil(_largest_copies(found.copies, parts)),
         logits=math.ceil(chunk),
         step=step,
         caches=math.ceil(activations.cache_bytes(job.config, s)),
         communication=_communication(job, s, found, data, model, strategy),
     )
+
+
+def _largest_copies(copies: dict[str, float], parts: list[activations.Part]) -> float:
+    """Bytes of the copies that exist at once with rematerialization."""
+    last = parts[-1].name.split("/")[0]
+    others = [count for name, count in copies.items() if name != last]
+    return copies.get(last, 0) + max(others, default=0)
 
 
 def _check_layout(job: Job, mesh: Mapping[str, int], strategy: str) -> None:

@@ -69,8 +69,9 @@ def _best(
     job: Job, strategy: str | None = None, mesh: Mapping[str, int] | None = None
 ) -> Plan:
     """The fitting plan with the least communication, else that with least memory."""
-    meshes = [mesh]
-    if mesh is None:
+    if mesh is not None:
+        meshes = [mesh]
+    else:
         factors = [m for m in range(1, job.devices + 1) if job.devices % m == 0]
         meshes = [{"data": job.devices // m, "model": m} for m in factors]
     found: list[Plan] = []
@@ -157,7 +158,7 @@ def read_config(preset: str | os.PathLike[str] | T5GemmaConfig) -> T5GemmaConfig
     """
     if isinstance(preset, T5GemmaConfig):
         return preset
-    config = presets.published_config(preset) or presets.pair_config(preset)
+    config = presets.published_config(preset) or presets.pair_config(str(preset))
     if config is not None:
         return config
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint

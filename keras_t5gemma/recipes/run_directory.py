@@ -1,16 +1,23 @@
-"""The folder of a training: what lies in it, and whether to go on in it."""
+"""Run directories: files of a training, and whether it can be resumed."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import keras
 
-from keras_t5gemma.checkpoints.atomic import atomic_folder, finish
+from keras_t5gemma.checkpoints.atomic import (
+    atomic_file,
+    atomic_folder,
+    finish_interrupted_save,
+)
 from keras_t5gemma.training.callbacks import SaveBest
+from keras_t5gemma.utils.options import as_json, as_yaml
 
 ADAPTERS_FILE = "adapters.lora.h5"
 
@@ -22,20 +29,22 @@ class RunDirectory:
         path: of the folder; it need not exist.
 
     Attributes:
-        config: JSON of the options, versions and data.
-        log: CSV, one row an epoch.
-        curves: picture of the log.
-        samples: JSON lines, answers to some of the validation pairs every epoch, and
-            to all pairs in the end.
-        backup: folder to go on from after a stop.
-        best: preset of the best epoch so far, or the mean of the last.
-        last: presets of the last epochs, until there is their mean.
-        preset: the result; there once the training is finished.
-        scores: JSON of what was measured; written last.
+        options: YAML of all options, which repeat the run: run.yaml.
+        config: JSON of the options, library versions and data.
+        log: CSV with one row per epoch.
+        curves: plot of the log.
+        samples: JSON lines, texts generated for some validation pairs each epoch, and
+            for all pairs after training.
+        backup: folder to resume from after an interruption.
+        best: preset of the best epoch so far, or the mean of the last epochs.
+        last: presets of the last epochs, until their mean is saved.
+        preset: the result, present once training has finished.
+        scores: JSON of the final scores, written last.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.options = self.path / "run.yaml"
         self.config = self.path / "config.json"
         self.log = self.path / "log.csv"
         self.curves = self.path / "curves.png"
@@ -46,22 +55,21 @@ class RunDirectory:
         self.preset = self.path / "preset"
         self.scores = self.path / "scores.json"
 
-    def is_trained(self):
-        """Whether the result is there."""
-        finish(self.preset)
+    def is_trained(self) -> bool:
+        """Whether the result has been saved."""
+        finish_interrupted_save(self.preset)
         return (self.preset / "config.json").exists()
 
-    def must_be_cleared(self, config, overwrite):
-        """Whether what is there has to go before this run can begin.
+    def must_be_cleared(self, config: dict[str, Any], overwrite: bool) -> bool:
+        """Whether existing results must be deleted before this run can begin.
 
         Args:
-            config: dict of the run, see `describe`.
-            overwrite: agree to that.
+            config: contents of config.json for this run, see `describe`.
+            overwrite: allow that.
 
         Raises:
-            ValueError: for a file, a folder of something else, a finished run, or a
-                run of other options, with their names; the last two unless
-                `overwrite`.
+            ValueError: for a file, a folder with other contents, a finished run, or a
+                run with other options, naming them; the last two unless `overwrite`.
         """
         if self.path.is_file():
             raise ValueError(f"`output` {self.path} is a file; it must be a folder.")
@@ -69,11 +77,11 @@ class RunDirectory:
             return False
         if "keras_t5gemma" not in _read_json(self.config):
             raise ValueError(
-                f"`output` {self.path} holds something else than a run of finetune "
-                "or pretrain; take another folder."
+                f"`output` {self.path} is not a run directory of finetune or "
+                "pretrain; choose another folder."
             )
         if not self._has_begun():
-            return False  # It was stopped before there was anything to lose.
+            return False  # Interrupted before there was anything to lose.
         differences = _differences(_read_json(self.config), config)
         if self.scores.exists() and not overwrite:
             raise ValueError(
@@ -82,36 +90,52 @@ class RunDirectory:
             )
         if differences and not overwrite:
             raise ValueError(
-                f"`output` {self.path} is a run of other options: "
-                f"{'; '.join(differences)}. Go on with those, take another folder, or "
+                f"`output` {self.path} is a run with other options: "
+                f"{'; '.join(differences)}. Repeat those, choose another folder, or "
                 "pass `overwrite` (--overwrite) to replace it."
             )
         return bool(differences) or self.scores.exists()
 
-    def _has_begun(self):
+    def _has_begun(self) -> bool:
         folders = (self.backup, self.best, self.preset)
         if any(folder.is_dir() and any(folder.iterdir()) for folder in folders):
             return True
         return self.log.exists() and self.log.stat().st_size > 0
 
-    def begin(self, config, clear):
-        """Make the folder, empty if it is to be cleared, and note the run in it."""
+    def begin(self, command: str, config: dict[str, Any], clear: bool) -> None:
+        """Create the folder, clear it where asked, and write its options.
+
+        Args:
+            command: name of the sub-command, for run.yaml.
+            config: contents of config.json.
+            clear: delete the results of an earlier run.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        if clear:  # What says that it is a run goes last.
+        if clear:  # config.json goes last: it marks the folder as a run directory.
             for folder in (self.backup, self.best, self.last, self.preset):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.scores, self.samples, self.curves, self.log, self.config):
+            for file in (
+                self.scores,
+                self.samples,
+                self.curves,
+                self.log,
+                self.options,
+                self.config,
+            ):
                 file.unlink(missing_ok=True)
         write_json(self.config, config)
-        self._forget_what_comes_again()
+        # Repeating a run must not delete it.
+        options = {k: v for k, v in config["options"].items() if k != "overwrite"}
+        _write(self.options, as_yaml(command, options))
+        self._truncate_logs()
 
-    def _forget_what_comes_again(self):
-        """Drop what was logged after the last backup, and a line that was cut off."""
+    def _truncate_logs(self) -> None:
+        """Delete log lines after the last backup, and incomplete lines."""
         if self.backup.is_dir():
-            finish(self.backup)
+            finish_interrupted_save(self.backup)
         epoch = _read_json(self.backup / "progress.json").get("epoch", 0)
 
-        def stays(line):
+        def is_kept(line: str) -> bool:
             try:
                 found = json.loads(line if line.startswith("{") else line.split(",")[0])
             except ValueError:
@@ -121,11 +145,11 @@ class RunDirectory:
         for path in (self.log, self.samples):
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                _write(path, "".join(filter(stays, lines)) if epoch else "")
+                _write(path, "".join(filter(is_kept, lines)) if epoch else "")
 
-    def make_preset(self, model):
-        """The result, all of it or none: the best model if one was kept, else this."""
-        finish(self.best)
+    def make_preset(self, model: keras.Model) -> None:
+        """Write the result atomically: the best model if one was kept, else `model`."""
+        finish_interrupted_save(self.best)
         with atomic_folder(self.preset) as staging:
             if not (self.best / "config.json").exists():
                 save_model(model, staging)
@@ -138,8 +162,8 @@ class RunDirectory:
                 dirs_exist_ok=True,
             )
 
-    def which_model(self):
-        """What the result is, in words."""
+    def which_model(self) -> str:
+        """Describe which epoch the result comes from."""
         best = _read_json(self.best / "best.json")
         if "mean_of" in best:
             return f"the mean of the models after epochs {best['mean_of']}"
@@ -150,8 +174,10 @@ class RunDirectory:
             f"{best['monitor']} ({best['value']:.4g})"
         )
 
-    def add_samples(self, split, pairs, answers):
-        """Append the answers to all pairs of a file."""
+    def add_samples(
+        self, split: str, pairs: Mapping[str, list[str]], answers: list[str]
+    ) -> None:
+        """Append the generated texts of all pairs of a file to samples.jsonl."""
         rows = zip(pairs["encoder_text"], pairs["decoder_text"], answers, strict=True)
         with open(self.samples, "a", encoding="utf-8") as file:
             for source, reference, answer in rows:
@@ -161,36 +187,38 @@ class RunDirectory:
 
 
 class MakePreset(keras.callbacks.Callback):
-    """Write the result at the end of `fit`, before the backup is removed."""
+    """Write the result at the end of `fit`, before the backup is deleted."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: RunDirectory) -> None:
         super().__init__()
         self.folder = folder
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self.folder.make_preset(self.model)
 
 
 class SaveBestOfRun(SaveBest):
-    """`SaveBest`, that keeps the adapters too."""
+    """`SaveBest` that also saves LoRA adapters."""
 
     def _save(self, folder):
         save_model(self.model, folder)
 
 
-def save_model(model, folder):
-    """A preset; of a model with adapters merged, and they beside it."""
+def save_model(model: keras.Model, folder: str | os.PathLike[str]) -> None:
+    """Save a preset; LoRA adapters are merged into it and also saved separately."""
     model.save_to_preset(folder)
     if any(getattr(v, "name", "").startswith("lora_") for v in model.variables):
         model.save_lora_weights(str(Path(folder) / ADAPTERS_FILE))
 
 
-def describe(options, files):
-    """What config.json says of a run.
+def describe(
+    options: dict[str, Any], files: Mapping[str, tuple[str | os.PathLike[str], int]]
+) -> dict[str, Any]:
+    """Contents of config.json: versions, options, and the data with its checksums.
 
     Args:
-        options: dict of all options.
-        files: `{"train": (path, rows), ...}`, what it reads.
+        options: all options.
+        files: `{"train": (path, number of rows), ...}`.
 
     Returns:
         A dict of JSON values.
@@ -199,35 +227,27 @@ def describe(options, files):
 
     import keras_t5gemma
 
-    config = {
+    return {
         "keras_t5gemma": keras_t5gemma.__version__,
         "keras": keras.__version__,
         "keras_hub": keras_hub.__version__,
         "backend": keras.config.backend(),
-        "options": options,
+        "options": as_json(options),
         "data": {split: _file(*file) for split, file in files.items()},
     }
-    return json.loads(json.dumps(config, default=_name))
 
 
-def write_json(path, value):
-    """A JSON file, replaced as a whole or not at all."""
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
     _write(path, json.dumps(value, indent=4, ensure_ascii=False) + "\n")
 
 
-def _write(path, text):
-    staged = path.with_name(f".{path.name}.saving")
-    try:
-        with open(staged, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
-def _read_json(path):
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -235,23 +255,18 @@ def _read_json(path):
     return value if isinstance(value, dict) else {}
 
 
-def _file(path, rows):
+def _file(path: str | os.PathLike[str], rows: int) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": Path(path).name, "rows": rows, "sha256": digest}
 
 
-def _name(value):
-    """Paths and functions among the options, as text."""
-    return str(getattr(value, "__name__", value))
-
-
-def _differences(old, new):
-    """What would make the rest of a run another training, as lines."""
-    # Where files lie and how a run is watched make no difference.
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Options and data that would make the rest of a run another training."""
+    # Neither the location of files nor what is printed changes the result.
     free = {"output", "overwrite", "verbose", "save_freq", "train", "valid", "test"}
 
-    def settings(config):
+    def settings(config: dict[str, Any]) -> dict[str, Any]:
         options = config.get("options", {})
         values = {k: v for k, v in options.items() if k not in free}
         values["backend"] = config.get("backend")
@@ -267,8 +282,8 @@ def _differences(old, new):
     ]
 
 
-def _link(source, target):
-    """A second name for a file that is never written again, where the disk can."""
+def _link(source: str, target: str) -> str:
+    """Hard link to a file that is never modified, or a copy where links fail."""
     with contextlib.suppress(OSError):
         os.link(source, target)
         return target

@@ -119,7 +119,7 @@ def choices(options: type) -> dict[str, tuple]:
 
 def check_choices(options: Any) -> None:
     """Raise `ValueError` for a value that its `Literal` annotation does not list."""
-    for name, accepted in choices(type(options)).items():
+    for name, accepted in choices(options.__class__).items():
         one_of(getattr(options, name), name, accepted)
 
 

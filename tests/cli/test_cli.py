@@ -1,12 +1,24 @@
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 
+import keras
 import pytest
 from helpers.models import tiny_config, tiny_model
 
 from keras_t5gemma import environment
-from keras_t5gemma.cli import main
+from keras_t5gemma.cli import main, options
+from keras_t5gemma.data import pair_dataset
+from keras_t5gemma.distribution import layouts
+from keras_t5gemma.evaluation.options import EvaluateOptions
+from keras_t5gemma.modeling import heads
+from keras_t5gemma.planning.abstract_variables import QUANTIZED
+from keras_t5gemma.planning.costs import COMPUTE_BYTES
+from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
+from keras_t5gemma.training.optimizers import OPTIMIZERS
+from keras_t5gemma.utils.options import choices, field_docs
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +77,7 @@ def test_generate_takes_the_options_of_python(preset, capsys):
     assert out == sampled + "\n"
     flags = ["--top-p", "2"]
     status, _, err = run(capsys, "generate", "A board", *options, *flags)
-    assert status == 1 and "`top_p` must be above 0 and at most 1.0; got 2.0" in err
+    assert status == 1 and "`top_p` must be a number above 0 and at most 1" in err
     status, _, err = run(capsys, "generate", "A", "B", "--stream", *options)
     assert status == 1 and "--stream takes one text; got 2" in err
 
@@ -90,7 +102,7 @@ def test_info(preset, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate", "a", "--preset", "nothing_like_it"], "no name and no folder"),
+        (["generate", "a", "--preset", "nothing_like_it"], "neither a name nor a folder"),
         (["generate", "a", "--file", "b"], "TEXT or --file, not both"),
         (["generate", "--file", "/does/not/exist"], "/does/not/exist"),
         (["info", "t5gemma_minis"], "Did you mean"),
@@ -125,18 +137,151 @@ def test_a_backend_is_chosen_when_keras_would_take_a_missing_one(monkeypatch, tm
         environment.choose_backend()
 
 
-def test_backend_option_starts_again_with_it(monkeypatch):
-    calls = []
-    monkeypatch.setattr(main.os, "execv", lambda *args: calls.append(args))
-    monkeypatch.setattr(main, "_loaded_backend", lambda: "jax")
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    main.main(["--backend", "jax", "presets"])
-    assert not calls
-    main.main(["--backend", "torch", "presets"])
-    assert os.environ["KERAS_BACKEND"] == "torch"
-    assert calls[0][1][1:] == ["-m", "keras_t5gemma.cli.main", "--backend", "torch"] + [
-        "presets"
-    ]
+def test_backend_option_must_come_before_keras(capsys, monkeypatch):
+    loaded = keras.config.backend()
+    monkeypatch.setenv("KERAS_BACKEND", loaded)
+    assert run(capsys, "--backend", loaded, "presets")[0] == 0
+    other = "torch" if loaded == "jax" else "jax"
+    status, _, err = run(capsys, "--backend", other, "presets")
+    assert status == 1 and err.count("\n") == 1
+    assert f"already loaded with the backend '{loaded}'" in err
+    assert os.environ["KERAS_BACKEND"] == loaded
+
+
+# As in `python -m keras_t5gemma.cli` while the package is imported.
+AS_COMMAND = """
+import sys
+sys.orig_argv, sys.argv = [sys.executable, "-m", "keras_t5gemma.cli"], ["-m"]
+"""
+
+
+def run_python(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_help_imports_neither_keras_nor_a_backend():
+    commands = ["", *main.COMMANDS]
+    code = f"""{AS_COMMAND}
+from keras_t5gemma.cli.main import main
+for command in {commands!r}:
+    try:
+        main([*filter(None, [command]), "--help"])
+    except SystemExit as stop:
+        assert not stop.code
+heavy = {{"keras", "keras_hub", "jax", "torch", "tensorflow", "numpy"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    out = run_python(code)
+    assert all(f"usage: keras-t5gemma {name}".strip() in out for name in commands)
+
+
+def test_the_command_registers_what_a_library_user_gets():
+    code = f"""{AS_COMMAND}
+import keras_t5gemma
+from keras_t5gemma.cli.commands import load_package
+assert "keras" not in sys.modules and not hasattr(keras_t5gemma, "Seq2SeqLM")
+assert load_package().Seq2SeqLM is keras_t5gemma.Seq2SeqLM
+import keras
+print(*keras.saving.get_custom_objects(), sep="\\n")
+"""
+    registered = keras.saving.get_custom_objects()
+    ours = {name for name in registered if name.startswith("keras_t5gemma>")}
+    assert "keras_t5gemma>Seq2SeqLM" in ours
+    assert ours <= set(run_python(code).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "expected"),
+    [
+        (["/bin/keras-t5gemma", "info"], ["python", "/bin/keras-t5gemma"], True),
+        (["-m", "info"], ["python", "-X", "dev", "-m", "keras_t5gemma.cli"], True),
+        (["-m"], ["python", "-m", "pytest"], False),
+        (["train.py", "keras-t5gemma"], ["python", "train.py"], False),
+        # A child process that `multiprocessing` has given its parent's arguments.
+        (["/bin/keras-t5gemma", "info"], ["python", "-c", "spawn_main()"], False),
+        ([""], ["python"], False),
+    ],
+)
+def test_the_command_line_is_recognized(monkeypatch, argv, orig_argv, expected):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", orig_argv)
+    assert environment.is_command_line() == expected
+    assert not environment.defers_imports()  # Keras is loaded here.
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("finetune --preset p", "Missing options: --train, --output"),
+        ("finetune --preset p --epoch 3", "Unrecognized options: --epoch$"),
+        ("generate a --max-length many", "--max-length: .*'many'"),
+        ("pretrain --objective mlm", "'mlm' for argument '--objective'.*ul2"),
+        (
+            "plan --preset p --memory 1 --length 3 --devices 8 --batch 3 --mesh 4",
+            "--mesh: .*'4'",
+        ),
+        ("teach", "teach"),
+        ("", "Expected one of .*generate"),
+        ("finetune --config nowhere.yaml", "nowhere.yaml: .*No such file"),
+        ("info --config nowhere.yaml", "info does not accept --config"),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(capsys, argv, message):
+    status, out, err = run(capsys, *argv.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("keras-t5gemma: ") and err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+def test_config_file(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "preset: p\ntrain: [a.txt, b.txt]\noutput: -o\nlearning_rate: 1e-4\n"
+        "rematerialize: true\nmax_steps: null\nwarmup_steps: 3\n"
+    )
+    command = main.parse(["pretrain", "--config", str(file), "--epochs", "7"]).command
+    assert (command.preset, command.train) == ("p", ("a.txt", "b.txt"))
+    assert (command.output, command.learning_rate) == ("-o", 1e-4)
+    assert (command.rematerialize, command.max_steps) == (True, None)
+    assert (command.warmup_steps, command.epochs) == (3, 7)
+    flags = [f"--config={file}", "--train", "c.txt", "--no-rematerialize"]
+    command = main.parse(["pretrain", *flags]).command
+    assert (command.train, command.rematerialize) == (("c.txt",), False)
+    for content, message in (
+        ("epoch: 3", "run.yaml: pretrain has no option 'epoch'"),
+        ("preset: p\ntrain: t\noutput: o\nepochs: many", "--epochs.*'many'"),
+        ("epochs", "must hold a mapping"),
+        ("epochs: [", "run.yaml: "),
+    ):
+        file.write_text(content)
+        status, _, err = run(capsys, "pretrain", "--config", str(file))
+        assert status == 2 and err.count("\n") == 1
+        assert re.search(message, err), err
+
+
+def test_choices_are_those_of_the_package():
+    finetune, pretrain = choices(FinetuneOptions), choices(PretrainOptions)
+    assert finetune["batching"] == pair_dataset.BATCHINGS
+    assert finetune["optimizer"] == pretrain["optimizer"] == tuple(OPTIMIZERS)
+    assert choices(EvaluateOptions)["pooling"] == heads.POOLINGS
+    plan = choices(options.Plan)
+    assert set(plan["dtype"]) == set(COMPUTE_BYTES)
+    assert set(plan["quantize"]) == {*QUANTIZED, None}
+    assert set(plan["strategy"]) == {*layouts.STRATEGIES, None}
+    assert plan["optimizer"] == tuple(OPTIMIZERS)
+    assert set(choices(main.Arguments)["backend"]) == {*environment.BACKENDS, None}
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_every_option_has_a_docstring(name):
+    kind = main.COMMANDS[name][0]
+    docs = field_docs(kind)
+    assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
+    assert [f.name for f in dataclasses.fields(kind) if not docs.get(f.name)] == []
 
 
 def test_info_of_a_published_name_needs_no_network(capsys):
@@ -160,7 +305,7 @@ def test_adapt_convert_verify_info(gemma2, capsys, tmp_path):
     ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
     status, out, err = run(capsys, "adapt", gemma2, "--output", ours)
     assert status == 0, err
-    assert "logits equal" in out and "all of it is trained from the start" in out
+    assert "logits equal" in out and "all weights are trained from the start" in out
     assert "keras-t5gemma pretrain --preset" in out
     assert run(capsys, "verify", ours)[1].startswith(f"{ours}: all ")
     status, out, err = run(

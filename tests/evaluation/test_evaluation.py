@@ -9,6 +9,7 @@ from helpers.gemma2 import make_gemma2
 from helpers.models import numpy, one_block_config
 
 import keras_t5gemma as kt
+from keras_t5gemma.cli import main
 from keras_t5gemma.evaluation import candidates, measures, superglue
 from keras_t5gemma.evaluation.tasks import Examples, read_task
 
@@ -195,12 +196,12 @@ def test_refusals(tmp_path):
     tfidf = {"tasks": ["one"], "data": tmp_path, "output": tmp_path, "tfidf": True}
     for options, message in (
         ({"tfidf": False}, "nothing to measure"),
-        ({"seeds": 0}, "`seeds` must be 1 or more; got 0"),
+        ({"seeds": 0}, "`seeds` must be a whole number from 1; got 0"),
         ({"learning_rates": ["fast"]}, "`learning_rates` must be numbers.*'fast'"),
         ({"learning_rates": [0]}, "`learning_rates` must be above 0"),
         ({"train_rows": 1}, "`train_rows` must be 2 or more.*got 1"),
-        ({"train_rows": 0}, "`train_rows` must be 1 or more; got 0"),
-        ({"lexical_dim": 0}, "`lexical_dim` must be 1 or more; got 0"),
+        ({"train_rows": 0}, "`train_rows` must be a whole number from 1; got 0"),
+        ({"lexical_dim": 0}, "`lexical_dim` must be a whole number from 1; got 0"),
         ({"pooling": "max"}, "`pooling` must be one of.*'max'"),
         ({"tasks": "nothing"}, "`tasks` must be of boolq.*'nothing'"),
         # Before anything is measured: there is no results.json.
@@ -285,7 +286,11 @@ def test_a_table_that_goes_on(data, presets, tmp_path, capsys):
         assert set(model) == {"recall@1", "recall@10", "mrr"}
     again = kt.evaluate_encoders(["kinds", "search"], **options, **more, tfidf=True)
     assert again == found
-    with pytest.raises(ValueError, match="results of other options: {'epochs': 6}"):
+    capsys.readouterr()
+    repeat = ["evaluate", "--config", str(tmp_path / "results/run.yaml")]
+    assert main.main(repeat) == 0
+    assert capsys.readouterr().out == table
+    with pytest.raises(ValueError, match="results with other options: {'epochs': 6}"):
         kt.evaluate_encoders(["kinds"], **{**options, "epochs": 5})
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from keras_t5gemma.planning.abstract_variables import (
     model_variables,
     optimizer_variables,
 )
+from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.planning.planner import plan, read_memory
 
 PARAMETERS = 20_333_401_088  # docs/facts.md, section 2: 9B-9B.
@@ -205,6 +207,7 @@ BAD = [
     ({"mesh": {"data": 5, "model": 2}}, "`mesh` .* has 10 devices; .* is 16"),
     ({"strategy": "tensor", "mesh": {"data": 16}}, "'tensor' splits nothing"),
     ({"mesh": {"rows": 16}}, "'rows'"),
+    ({"mesh": (16, 1, 1)}, "`mesh` must be the devices along.*(16, 1, 1)"),
     ({"devices": 0}, "`devices` must be a whole number from 1; got 0"),
     ({"devices": 7}, "No layout of 7 devices divides"),
     ({"batch": 2.5}, "`batch` must be"),
@@ -226,22 +229,61 @@ def test_bad_input_is_named(change, message):
         plan(**arguments)
 
 
+def rows(text):
+    """Cells of the aligned text that `plan` prints outside a terminal, by name."""
+    cells = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    return {row[0]: row[1:] for row in cells if len(row) > 1}
+
+
 def test_command_prints_a_table_and_json(capsys):
     command = ["plan", "--preset", "t5gemma_9b_9b", "--devices", "16"]
     command += ["--memory", "80GB", "--batch", "64", "--length", "4096"]
     assert main.main(command) == 0
-    table = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
-    found = plan(*TALL)
-    assert table["weights"] == f"{found.weights / 1e9:,.2f} GB"
-    assert table["of"] == "80.00 GB: fits"
+    text = capsys.readouterr().out
+    table, found = rows(text), plan(*TALL)
+    assert "20,333,401,088 parameters" in text
+    assert f"16 devices, mesh data {found.mesh['data']} x model" in text
+    assert "batch 64 " in text and "length 4096 + 4096 tokens, mixed_bfloat16" in text
+    assert table["weights"][0] == f"{found.weights / 1e9:,.2f} GB"
+    inputs = f"{found.activations_rematerialized / 1e9:,.2f} GB"
+    assert table["step: activations"][0] == inputs
+    assert "rematerialized" in table["step: activations"][1]
+    assert table["limit"] == ["80.00 GB", "fits"]
+    headroom = (found.memory - found.total) / 1e9
+    assert table["headroom"][0] == f"{headroom:,.2f} GB"
+    assert main.main([*command, "--no-rematerialize", "--devices", "64"]) == 1
+    table = rows(capsys.readouterr().out)
+    assert table["step: activations"][1].startswith("all kept")
+    assert "step: recomputation" not in table and "missing" in table
     assert main.main([*command, "--json", "--mesh", "16", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["mesh"] == {"data": 16, "model": 1}
     command[command.index("80GB")] = "8GB"
     assert main.main(command) == 1
-    assert "would fit" in capsys.readouterr().out
+    assert "Would fit" in capsys.readouterr().out
     command[command.index("8GB")] = "much"
     assert main.main(command) == 1
     assert "`memory` must be" in capsys.readouterr().err
+
+
+def test_the_parts_of_a_step_are_at_least_its_peak():
+    config = T5GemmaConfig(STACK, STACK, 2**10)
+    for options in (
+        {"rematerialize": True},
+        {"rematerialize": False},
+        {"mesh": (1, 2)},
+        {"mesh": (2, 1), "strategy": "fsdp"},
+    ):
+        options = PlanOptions(config, 2, "1GB", 4, (64, 32), **options)
+        found = plan(**vars(options))
+        copies = found.copies
+        parts = found.gradients + found.working + found.logits
+        if options.rematerialize:
+            parts += found.activations_rematerialized + found.recomputed
+            copies = found.copies_rematerialized
+        else:
+            parts += found.activations
+        assert found.step <= parts + copies
+    assert found.mesh == {"data": 2, "model": 1}
 
 
 @pytest.mark.one_backend

@@ -65,6 +65,9 @@ def test_a_run_and_its_folder(files, tmp_path, capsys):
     scores = json.loads((folder / "scores.json").read_text())["valid"]["loss"]
     assert abs(float(log[-1]["val_loss"]) - scores["mean"]) < 1e-4
     assert scores["mean"] < scores["before"]
+    repeated = main.parse(["pretrain", "--config", str(folder / "run.yaml")]).command
+    expected = main.parse([*arguments, "--learning-rate", "0.05"]).command
+    assert vars(repeated) | {"config": None, "verbose": "auto"} == vars(expected)
     config = json.loads((folder / "config.json").read_text())
     assert config["data"]["train"]["rows"] == len(TEXTS) - 4
     assert config["data"]["train 2"]["rows"] == 4
