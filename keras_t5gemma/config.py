@@ -1,6 +1,7 @@
-"""Sizes of one tower and of a pair, validated when they are made."""
+"""Model configurations: the sizes of a tower and of an encoder-decoder pair."""
 
 import dataclasses
+from typing import Any
 
 from keras_t5gemma.utils.checks import number, whole_number
 
@@ -29,9 +30,9 @@ class StackConfig:
         head_dim: H, even, because rotary embedding turns pairs.
         sliding_window: W, in tokens. A local decoder layer sees keys with
             `0 <= query - key < W`, a local encoder layer `|query - key| < W`.
-        layer_types: one of `"sliding_attention"`, `"full_attention"` a layer;
+        layer_types: `"sliding_attention"` or `"full_attention"` for each layer;
             `None` alternates them, starting with sliding.
-        query_scale: factor on the queries; `None` means `head_dim ** -0.5`.
+        query_scale: factor on the queries; `None` is `head_dim ** -0.5`.
         attention_soft_cap: `c * tanh(logits / c)` on the attention logits, or
             `None`.
         rope_base: base of the rotary frequencies.
@@ -48,8 +49,8 @@ class StackConfig:
     num_key_value_heads: int
     head_dim: int
     sliding_window: int = 4096
-    layer_types: tuple | None = None
-    query_scale: float | None = None
+    layer_types: tuple[str, ...] = None  # type: ignore[assignment]
+    query_scale: float = None  # type: ignore[assignment]
     attention_soft_cap: float | None = 50.0
     rope_base: float = 10_000.0
     rms_norm_epsilon: float = 1e-6
@@ -92,8 +93,8 @@ class StackConfig:
             )
         object.__setattr__(self, "layer_types", types)
 
-    def count_params(self):
-        """Parameters of the blocks and the final norm, no embedding."""
+    def count_params(self) -> int:
+        """Number of parameters of the blocks and the final norm, without embedding."""
         d, h = self.hidden_dim, self.head_dim
         attention = 2 * d * h * (self.num_query_heads + self.num_key_value_heads)
         block = attention + 3 * d * self.intermediate_dim + 4 * d
@@ -115,19 +116,19 @@ STACKS = {
 
 @dataclasses.dataclass(frozen=True)
 class T5GemmaConfig:
-    """An encoder tower, a decoder tower, and what the two share.
+    """Configuration of an encoder-decoder pair.
 
     Args:
         encoder: a `StackConfig`, or its dict.
-        decoder: a `StackConfig`, or its dict. It may differ in every size. `None`
-            is an encoder alone.
+        decoder: a `StackConfig`, or its dict; it may differ from the encoder in every
+            size. `None` is an encoder alone.
         vocabulary_size: V, rows of each of the two embedding tables.
         final_soft_cap: `c * tanh(logits / c)` on the vocabulary logits, or
             `None`.
         dropout: rate on embeddings, attention weights and sub-layer outputs
             while training, in [0, 1).
-        max_positions: longest sequence, in tokens, that the checkpoint is made
-            for; generation refuses to go beyond it.
+        max_positions: longest sequence, in tokens, that the checkpoint was trained
+            for; generation does not exceed it.
 
     Raises:
         ValueError: naming the field, its value, and what is accepted.
@@ -155,18 +156,20 @@ class T5GemmaConfig:
         number(self.dropout, "dropout", at_least=0, below=1)
 
     @classmethod
-    def pair(cls, encoder, decoder, **kwargs):
-        """A pair of released sizes: `T5GemmaConfig.pair("9b", "2b")`.
+    def pair(
+        cls, encoder: str | StackConfig, decoder: str | StackConfig, **kwargs: Any
+    ) -> "T5GemmaConfig":
+        """A pair of released sizes, e.g. `T5GemmaConfig.pair("9b", "2b")`.
 
         Args:
             encoder: a key of `STACKS`: s, b, l, ml, xl, 2b, 9b; or a `StackConfig`.
-            decoder: likewise. Any two go together: `pair("xl", "s")`.
+            decoder: likewise. Any two can be combined: `pair("xl", "s")`.
             **kwargs: other fields of the config.
 
         Raises:
             ValueError: for a size that was not released.
         """
-        stacks = []
+        stacks: list[StackConfig] = []
         for name, size in (("encoder", encoder), ("decoder", decoder)):
             if isinstance(size, StackConfig):
                 stacks.append(size)
@@ -177,18 +180,18 @@ class T5GemmaConfig:
                     f"`{name}` must be one of {', '.join(STACKS)}, or a StackConfig; "
                     f"got {size!r}."
                 )
-        return cls(*stacks, **kwargs)
+        return cls(stacks[0], stacks[1], **kwargs)
 
-    def count_params(self):
+    def count_params(self) -> int:
         """Exact number of parameters of the pair, embeddings included."""
         return sum(self.count_params_by_part().values())
 
-    def count_params_by_part(self):
-        """Exact number of parameters: embeddings, blocks, cross-attention.
+    def count_params_by_part(self) -> dict[str, int]:
+        """Exact number of parameters of embeddings, blocks and cross-attention.
 
         Returns:
-            dict of part to count, in forward order. The blocks include the final
-            norm, cross-attention its two norms a layer.
+            `{part: count}` in forward order. The blocks include the final norm,
+            cross-attention its two norms in each layer.
         """
         e, d = self.encoder, self.decoder
         parts = {
@@ -205,13 +208,13 @@ class T5GemmaConfig:
             parts["cross-attention"] = d.num_layers * (cross + 2 * d.hidden_dim)
         return parts
 
-    def to_dict(self):
-        """A JSON-ready dict; `from_dict` gives the same config back."""
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, which `from_dict` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, config):
-        """The config of a `to_dict()` result, lists or tuples alike."""
+    def from_dict(cls, config: dict[str, Any]) -> "T5GemmaConfig":
+        """The config of a `to_dict()` result, with lists or tuples."""
         return _from_dict(cls, config, "config")
 
 

@@ -1,6 +1,5 @@
 """Byte ranges for partial tensor reads."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -18,7 +17,8 @@ def bounds(index: Sequence[slice], shape: Sequence[int]) -> Bounds:
         shape: of the tensor that is sliced.
     """
     index = (*index, *[slice(None)] * (len(shape) - len(index)))
-    return [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    parts = zip(index, shape, strict=True)
+    return [(*part.indices(size)[:2],) for part, size in parts]
 
 
 def byte_runs(
@@ -40,8 +40,9 @@ def byte_runs(
     cut = [high - low < size for (low, high), size in zip(parts, shape, strict=True)]
     last = max(np.flatnonzero(cut), default=0)  # The axes after it are whole.
     strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-    steps = [np.arange(*parts[axis]) * strides[axis] for axis in range(last)]
-    starts = functools.reduce(np.add.outer, steps, np.int64(0))
     low, high = parts[last]
-    starts = np.ravel(starts) + low * strides[last]
+    starts = np.array([low * strides[last]])
+    for axis in range(last - 1, -1, -1):
+        steps = np.arange(*parts[axis]) * strides[axis]
+        starts = np.add.outer(steps, starts).ravel()
     return starts.tolist(), (high - low) * strides[last]

@@ -14,7 +14,7 @@ from keras_t5gemma.checkpoints import (
     weight_maps,
 )
 from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor
-from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 _TABLES = {
     presets.KERAS: weight_maps.KERAS,
@@ -80,7 +80,9 @@ class Checkpoint:
                 "can load, as they are."
             )
         folder = self.source.download()
-        dropped, rows, stacks = set(), {}, {}
+        dropped: set[str] = set()
+        rows: dict[str, Any] = {}
+        stacks: dict[str, StackConfig] = {}
         for side, templates in self._table().items():
             stack = getattr(self.config, side)
             if stack is None:

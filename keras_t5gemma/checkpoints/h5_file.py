@@ -1,18 +1,25 @@
-"""Keras weight files, whole or sharded: tensors found, then streamed.
+"""Keras weight files (HDF5), single or sharded, read and written tensor by tensor.
 
 Keras stores a variable as one contiguous HDF5 dataset, bfloat16 as two opaque bytes
-with an attribute. h5py finds where the bytes lie; they are then read like those of
-any other file.
+with an attribute. h5py only gives the offsets of the bytes, which are then read like
+those of any other file.
 """
 
 import contextlib
 import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, FileTensor, nbytes, to_bytes
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    DTYPES,
+    FileTensor,
+    LazyTensor,
+    nbytes,
+    to_bytes,
+)
 from keras_t5gemma.checkpoints.safetensors_file import plan_shards
 from keras_t5gemma.distribution import process_group
 
@@ -20,18 +27,20 @@ INDEX_FILE = "model.weights.json"
 SINGLE_FILE = "model.weights.h5"
 
 
-def read_folder(folder, wanted=None):
-    """Entries of a preset folder, one file or sharded with an index.
+def read_folder(
+    folder: str | Path, wanted: Collection[str] | None = None
+) -> dict[str, FileTensor]:
+    """Lazily loaded tensors of a preset folder, in one file or in shards.
 
     Args:
         folder: path of the folder.
         wanted: as in `safetensors_file.read_folder`.
 
     Returns:
-        dict of dataset path to `FileTensor`.
+        `{dataset path: tensor}`.
 
     Raises:
-        ValueError: naming the file, and the tensor, that is missing or broken.
+        ValueError: naming the file and the tensor that is missing or broken.
     """
     folder, index = Path(folder), weights_file(folder)
     if index.name == SINGLE_FILE:
@@ -92,12 +101,13 @@ def read_file(path: Path) -> dict[str, FileTensor]:
             file.visititems(visit)
     except OSError as error:
         raise ValueError(
-            f"{path} is truncated or no HDF5 file: {error}. Download or save it again."
+            f"{path} is truncated or not an HDF5 file: {error}. Download or save it "
+            "again."
         ) from error
     return entries
 
 
-def _entry(path, name, dataset):
+def _entry(path: Path, name: str, dataset: h5py.Dataset) -> FileTensor:
     dtype = dataset.dtype
     if dataset.attrs.get("dtype") == "bfloat16":
         dtype = DTYPES["bfloat16"]
@@ -108,29 +118,32 @@ def _entry(path, name, dataset):
     offset = dataset.id.get_offset()
     if offset is None or dataset.external or dataset.is_virtual:
         raise ValueError(
-            f"{path}: tensor {name!r} is not stored as plain contiguous values; load "
-            "the weights with Keras and save them again."
+            f"{path}: tensor {name!r} is not stored as contiguous values; load the "
+            "weights with Keras and save them again."
         )
     return FileTensor(path, name, dtype, dataset.shape, offset)
 
 
-def write_folder(folder, tensors, max_shard_bytes, written):
+def write_folder(
+    folder: str | Path,
+    tensors: Mapping[str, LazyTensor],
+    max_shard_bytes: float,
+    written: Callable[[list[str], np.ndarray], None],
+) -> None:
     """Write `model.weights.h5`, or shards with their index, as Keras does.
 
-    A tensor that goes to several places (an adapted model has a source's twice) is
-    read once and written to all of them.
+    A tensor that is stored under several paths, as in an adapted model, is read once.
+    With several processes all of them call it; the first one writes.
 
     Args:
         folder: an existing folder.
-        tensors: dict of dataset path to unread tensor; one is in memory at a time.
+        tensors: `{dataset path: tensor}`; one is in memory at a time.
         max_shard_bytes: largest size of a file.
         written: as in `safetensors_file.write_folder`.
     """
-    if (
-        process_group.process_index()
-    ):  # The first one writes; the others help it to gather.
+    if process_group.process_index():
         for tensor in tensors.values():
-            tensor.read()
+            tensor.read()  # Takes part in gathering it.
         return
     folder = Path(folder)
     shards = plan_shards(tensors, max_shard_bytes)
@@ -148,14 +161,14 @@ def write_folder(folder, tensors, max_shard_bytes, written):
             },
         }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=4), encoding="utf-8")
-    places = {}  # Equal tensors are one key.
+    paths: dict[LazyTensor, list[str]] = {}  # Equal tensors are one key.
     for name, tensor in tensors.items():
-        places.setdefault(tensor, []).append(name)
+        paths.setdefault(tensor, []).append(name)
     with contextlib.ExitStack() as stack:
         stores = {
             file: stack.enter_context(h5py.File(folder / file, "w")) for file in files
         }
-        for tensor, names in places.items():
+        for tensor, names in paths.items():
             array = np.ascontiguousarray(tensor.read())
             for name in names:
                 _write(stores[file_of[name]], name, array)

@@ -1,21 +1,26 @@
-"""transformers' T5Gemma folders: their configuration, both ways, and export."""
+"""transformers' T5Gemma format: configuration in both directions, and export."""
 
 import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from keras_t5gemma.checkpoints import safetensors_file, weight_maps
 from keras_t5gemma.checkpoints.atomic import atomic_folder
-from keras_t5gemma.checkpoints.lazy_tensors import CastTensor
+from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor
 from keras_t5gemma.checkpoints.presets import HUGGING_FACE_TOKENIZER
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 
-def read_config(config, source="config.json"):
-    """A `T5GemmaConfig` from transformers' dict, versions 4.53 to 5.x.
+def read_config(config: dict[str, Any], source: str = "config.json") -> T5GemmaConfig:
+    """A `T5GemmaConfig` from transformers' config.json, versions 4.53 to 5.x.
 
     Args:
         config: the parsed config.json.
-        source: what to call it in messages.
+        source: its name in messages.
 
     Raises:
         ValueError: for another model type, a missing field, or a variant of the
@@ -27,11 +32,11 @@ def read_config(config, source="config.json"):
         )
     if not config.get("tie_word_embeddings", True):
         raise ValueError(
-            f"{source} has a logit table of its own (tie_word_embeddings is false); "
+            f"{source} has a separate logit table (tie_word_embeddings is false); "
             "T5Gemma's is the decoder's embedding table."
         )
     try:
-        # Of an encoder alone, transformers' config has a decoder that is not there.
+        # transformers' config of an encoder alone has a decoder too, which is ignored.
         alone = config.get("is_encoder_decoder") is False
         encoder, last = config["encoder"], config["encoder" if alone else "decoder"]
         return T5GemmaConfig(
@@ -48,8 +53,8 @@ def read_config(config, source="config.json"):
         raise ValueError(f"{source} has a field of a wrong type: {error}.") from error
 
 
-def read_stack(stack, source):
-    """A `StackConfig` from the dict of one tower, or of a Gemma 2.
+def read_stack(stack: dict[str, Any], source: str) -> StackConfig:
+    """A `StackConfig` from transformers' dict of one tower, or of a Gemma 2.
 
     Raises:
         ValueError: for a variant of the network that Gemma 2 does not have.
@@ -65,6 +70,7 @@ def read_stack(stack, source):
                 f"{source} has {field} {stack[field]!r}; only {needed!r} is T5Gemma."
             )
     rope = stack.get("rope_parameters") or {}
+    layer_types: Any = stack.get("layer_types")
     return StackConfig(
         num_layers=stack["num_hidden_layers"],
         hidden_dim=stack["hidden_size"],
@@ -73,7 +79,7 @@ def read_stack(stack, source):
         num_key_value_heads=stack["num_key_value_heads"],
         head_dim=stack["head_dim"],
         sliding_window=stack.get("sliding_window") or 4096,
-        layer_types=stack.get("layer_types"),
+        layer_types=layer_types,
         query_scale=stack.get("query_pre_attn_scalar", stack["head_dim"]) ** -0.5,
         attention_soft_cap=stack.get("attn_logit_softcapping", 50.0),
         rope_base=float(rope.get("rope_theta", stack.get("rope_theta", 10_000.0))),
@@ -81,15 +87,36 @@ def read_stack(stack, source):
     )
 
 
-def write_config(config, dtype):
-    """The config.json of transformers, as a dict, of a `T5GemmaConfig`.
+def read_gemma2_config(
+    config: dict[str, Any], source: str
+) -> tuple[StackConfig, int, float | None]:
+    """Tower, vocabulary size and final soft cap of transformers' Gemma2Model.
 
     Args:
-        config: the model's; without a decoder it is that of `T5GemmaEncoderModel`.
+        config: the parsed config.json.
+        source: its name in messages.
+
+    Raises:
+        ValueError: for a missing field, or a variant that Gemma 2 does not have.
+    """
+    try:
+        stack, size = read_stack(config, source), config["vocab_size"]
+    except KeyError as error:
+        raise ValueError(f"{source} lacks the field {error}.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{source} has a field of a wrong type: {error}.") from error
+    return stack, size, config.get("final_logit_softcapping", 30.0)
+
+
+def write_config(config: T5GemmaConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of transformers, as a dict, from a `T5GemmaConfig`.
+
+    Args:
+        config: the model's; without a decoder the result is a `T5GemmaEncoderModel`'s.
         dtype: name of the dtype of the weights.
 
     Raises:
-        ValueError: for what transformers' T5Gemma cannot express.
+        ValueError: for a config that transformers' T5Gemma cannot express.
     """
     alone = config.decoder is None
     name = "T5GemmaEncoderModel" if alone else "T5GemmaForConditionalGeneration"
@@ -108,7 +135,7 @@ def write_config(config, dtype):
         "vocab_size": config.vocabulary_size,
         "encoder": {**_write_stack(config, "encoder"), **shared},
         "decoder": {
-            # Their config needs one even where the model has none.
+            # transformers requires it even for an encoder alone.
             **_write_stack(config, "encoder" if alone else "decoder"),
             **shared,
             "is_decoder": True,
@@ -117,13 +144,13 @@ def write_config(config, dtype):
     }
 
 
-def _write_stack(config, side):
+def _write_stack(config: T5GemmaConfig, side: str) -> dict[str, Any]:
     stack = getattr(config, side)
     scalar = round(stack.query_scale**-2)
     if abs(scalar**-0.5 - stack.query_scale) > 1e-9:
         raise ValueError(
-            f"`{side}.query_scale` must be 1 / sqrt(n) for a whole n: transformers "
-            f"stores n; got {stack.query_scale}."
+            f"`{side}.query_scale` must be 1 / sqrt(n) for a whole number n, which "
+            f"transformers stores; got {stack.query_scale}."
         )
     if stack.hidden_dim % stack.num_query_heads:
         raise ValueError(
@@ -159,26 +186,26 @@ def _write_stack(config, side):
 
 
 def save(
-    folder,
-    config,
-    tensors,
-    dtype,
-    tokenizer=None,
-    stop_ids=(1,),
-    max_shard_bytes=5_000_000_000,
-    progress=None,
-):
-    """Write a folder that transformers loads, one tensor at a time, atomically.
+    folder: str | os.PathLike[str],
+    config: T5GemmaConfig,
+    tensors: Mapping[str, LazyTensor],
+    dtype: np.dtype,
+    tokenizer: Any = None,
+    stop_ids: Sequence[int] = (1,),
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int], Any] | None = None,
+) -> None:
+    """Write a folder that transformers loads: atomic, one tensor in memory at a time.
 
     Args:
         folder: path.
         config: `T5GemmaConfig`.
-        tensors: `{our variable path: unread tensor}`.
-        dtype: numpy dtype that the weights are written in.
+        tensors: `{our variable path: tensor}`.
+        dtype: NumPy dtype of the written weights.
         tokenizer: a `Tokenizer`, or `None` to leave its files out.
         stop_ids: ids that end an answer, for generation_config.json.
-        max_shard_bytes: size of the largest file.
-        progress: called with the number of bytes of each tensor when it is written.
+        max_shard_bytes: size of the largest weight file.
+        progress: called with the number of bytes of each tensor that was written.
 
     Raises:
         ValueError: for a config that transformers cannot express.
@@ -215,7 +242,7 @@ def _save_tokenizer(folder, tokenizer):
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "GemmaTokenizer",
-            # The encoder reads a text without bos and eos.
+            # The encoder input has no bos and eos.
             "add_bos_token": False,
             "add_eos_token": False,
             "bos_token": "<bos>",

@@ -1,47 +1,52 @@
-"""Our own preset folders, written from unread tensors."""
+"""Presets of keras_t5gemma in Keras's format, written from lazily loaded tensors."""
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import keras
+import numpy as np
 
 from keras_t5gemma.checkpoints import h5_file, weight_maps
-from keras_t5gemma.checkpoints.lazy_tensors import CastTensor
+from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor
+from keras_t5gemma.config import T5GemmaConfig
 
 CHECKSUM_FILE = "checksums.json"
 
 
 def write(
-    folder,
-    config,
-    tensors,
-    dtype,
-    lineage=None,
-    preprocessor=None,
-    max_shard_bytes=5_000_000_000,
-    progress=None,
-):
+    folder: Path,
+    config: T5GemmaConfig,
+    tensors: Mapping[str, LazyTensor],
+    dtype: np.dtype,
+    lineage: dict[str, Any] | None = None,
+    preprocessor: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int], Any] | None = None,
+) -> None:
     """Write weights, checksums, tokenizer and, last, config.json.
 
     Args:
-        folder: an existing folder, as `atomic_folder` gives it.
+        folder: an existing folder, e.g. from `atomic_folder`.
         config: `T5GemmaConfig`.
-        tensors: `{our variable path: unread tensor}`; one is in memory at a time.
-        dtype: numpy dtype that the weights are written in.
+        tensors: `{our variable path: tensor}`; one is in memory at a time.
+        dtype: NumPy dtype of the written weights.
         lineage: dict, or `None`.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None`.
         max_shard_bytes: size of the largest weight file.
-        progress: called with the number of bytes of each tensor when it is written.
+        progress: called with the number of bytes of each tensor that was written.
     """
     names = dataset_names(config)
     paths = {name: path for path, name in names.items()}
     digests = {}
 
-    def written(places, data):
+    def written(names, data):
         digest = hashlib.sha256(data).hexdigest()
-        digests.update((paths[name], digest) for name in places)
+        digests.update((paths[name], digest) for name in names)
         if progress is not None:
-            progress(data.nbytes * len(places))
+            progress(data.nbytes * len(names))
 
     entries = {names[path]: CastTensor(t, dtype) for path, t in tensors.items()}
     h5_file.write_folder(folder, entries, max_shard_bytes, written)
@@ -51,19 +56,21 @@ def write(
     _write_json(folder / "config.json", serialize(config, dtype.name, lineage))
 
 
-def dataset_names(config):
-    """`{our variable path: its name in a weight file of Keras}`."""
-    names = {}
+def dataset_names(config: T5GemmaConfig) -> dict[str, str]:
+    """`{our variable path: dataset path in a Keras weight file}`."""
+    names: dict[str, str] = {}
     for side, rows in weight_maps.KERAS.items():
         stack = getattr(config, side)
         if stack is not None:
             expanded = weight_maps.expand(rows, stack.num_layers)
-            names |= {ours: name for ours, (name, _) in expanded.items()}
+            names |= {path: name for path, (name, _) in expanded.items()}
     return names
 
 
-def serialize(config, dtype, lineage=None):
-    """What `keras.saving.serialize_keras_object` gives for a built `Backbone`."""
+def serialize(
+    config: T5GemmaConfig, dtype: str, lineage: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Result of `keras.saving.serialize_keras_object` for a `Backbone`, without one."""
     policy = keras.dtype_policies.DTypePolicy(dtype)
     return {
         "module": "keras_t5gemma.modeling.backbone",
@@ -79,11 +86,11 @@ def serialize(config, dtype, lineage=None):
     }
 
 
-def read_checksums(folder):
-    """The sha256 of every tensor's bytes, noted when the folder was written.
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """The sha256 of every tensor's bytes, recorded when the folder was written.
 
     Returns:
-        `{our variable path: hex digest}`, or `None` when there are none.
+        `{our variable path: hex digest}`, or `None` without checksums.
     """
     path = folder / CHECKSUM_FILE
     if not path.exists():

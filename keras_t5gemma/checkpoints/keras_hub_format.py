@@ -1,16 +1,18 @@
-"""KerasHub's presets: the configurations of its T5Gemma and Gemma 2 backbones."""
+"""KerasHub's presets: configurations of its T5Gemma and Gemma 2 backbones."""
 
-from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from typing import Any
+
+from keras_t5gemma.config import FULL, StackConfig, T5GemmaConfig
 
 T5GEMMA, GEMMA = "keras_hub>T5GemmaBackbone", "keras_hub>GemmaBackbone"
 
 
-def read_config(config, source):
-    """A `T5GemmaConfig` from the `config` of KerasHub's T5GemmaBackbone.
+def read_config(config: dict[str, Any], source: str) -> T5GemmaConfig:
+    """A `T5GemmaConfig` from the configuration of KerasHub's T5GemmaBackbone.
 
     Args:
-        config: dict, as its `get_config()` gives it.
-        source: what to call it in messages.
+        config: result of its `get_config()`.
+        source: its name in messages.
 
     Raises:
         ValueError: for a missing field, or a variant that T5Gemma does not have.
@@ -25,7 +27,8 @@ def read_config(config, source):
             cross_attention_hidden_size=config["encoder_hidden_dim"],
         )
         return T5GemmaConfig(
-            *(_read_stack(config, side) for side in ("encoder", "decoder")),
+            _read_stack(config, "encoder"),
+            _read_stack(config, "decoder"),
             vocabulary_size=config["vocabulary_size"],
             final_soft_cap=config["final_logit_softcapping"],
             dropout=config["dropout_rate"],
@@ -36,7 +39,7 @@ def read_config(config, source):
         raise ValueError(f"{source} has a field of a wrong type: {error}.") from error
 
 
-def _read_stack(config, side):
+def _read_stack(config: dict[str, Any], side: str) -> StackConfig:
     return StackConfig(
         num_layers=config[f"{side}_num_layers"],
         hidden_dim=config[f"{side}_hidden_dim"],
@@ -53,12 +56,14 @@ def _read_stack(config, side):
     )
 
 
-def read_gemma2_config(config, source):
-    """Tower, vocabulary and final soft cap of KerasHub's GemmaBackbone.
+def read_gemma2_config(
+    config: dict[str, Any], source: str
+) -> tuple[StackConfig, int, float | None]:
+    """Tower, vocabulary size and final soft cap of KerasHub's GemmaBackbone.
 
     Args:
-        config: dict, as its `get_config()` gives it.
-        source: what to call it in messages.
+        config: result of its `get_config()`.
+        source: its name in messages.
 
     Returns:
         `(StackConfig, vocabulary_size, final_soft_cap)`.
@@ -69,25 +74,25 @@ def read_gemma2_config(config, source):
     try:
         if not (config["use_post_ffw_norm"] and config["use_post_attention_norm"]):
             raise ValueError(
-                f"{source} is Gemma 1: it has no norms after its sub-layers. Only "
+                f"{source} is Gemma 1, which has no norms after its sub-layers. Only "
                 "Gemma 2 can be adapted."
             )
         heads = config["num_query_heads"]
         by_head = config["query_head_dim_normalize"]
-        windows = config["use_sliding_window_attention"]
+        layer_types: Any = None
+        if not config["use_sliding_window_attention"]:
+            layer_types = (FULL,) * config["num_layers"]
         return (
             StackConfig(
                 num_layers=config["num_layers"],
                 hidden_dim=config["hidden_dim"],
-                # Theirs counts the gate and the up projection together.
+                # KerasHub counts the gate and the up projection together.
                 intermediate_dim=config["intermediate_dim"] // 2,
                 num_query_heads=heads,
                 num_key_value_heads=config["num_key_value_heads"],
                 head_dim=config["head_dim"],
                 sliding_window=config["sliding_window_size"],
-                layer_types=None
-                if windows
-                else ["full_attention"] * config["num_layers"],
+                layer_types=layer_types,
                 query_scale=(
                     config["head_dim"] if by_head else config["hidden_dim"] // heads
                 )

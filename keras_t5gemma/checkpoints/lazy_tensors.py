@@ -7,11 +7,12 @@ slices that it holds.
 """
 
 import dataclasses
+import io
 import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import keras
 import ml_dtypes
@@ -93,7 +94,7 @@ class FileTensor(LazyTensor):
         buffer = buffer[start : start + size]
         starts, length = byte_runs(parts, self.shape, self.dtype.itemsize)
         with open(self.file, "rb", buffering=0) as file:
-            view = memoryview(buffer)
+            view = memoryview(buffer.data)
             for first in starts if size else ():
                 run, view = view[:length], view[length:]
                 file.seek(self.offset + first)
@@ -101,7 +102,7 @@ class FileTensor(LazyTensor):
         return buffer.view(self.dtype).reshape(shape)
 
 
-def read_into(file: BinaryIO, view: memoryview, name: str) -> None:
+def read_into(file: io.FileIO | io.BufferedReader, view: memoryview, name: str) -> None:
     """Fill a view from the current position of an open file.
 
     Raises:
@@ -205,7 +206,7 @@ class VariableTensor(LazyTensor):
         value = self.value()
         if keras.config.backend() == "jax":
             value = gathered(value)
-        if keras.config.backend() == "torch":  # It cannot give NumPy a bfloat16 array.
+        if keras.config.backend() == "torch":  # It has no bfloat16 for NumPy.
             value = keras.ops.cast(value, "float32")
         array = keras.ops.convert_to_numpy(value)
         return np.asarray(array).astype(self.dtype, copy=False)

@@ -20,7 +20,7 @@ class AtomicSaveToPreset:
                 a unit, e.g. `"500MB"`.
 
         Raises:
-            ValueError: for a `max_shard_size` that is no size.
+            ValueError: for an invalid `max_shard_size`.
             OSError: when the disk is full; then nothing is left behind.
         """
         size = parse_shard_size(max_shard_size)

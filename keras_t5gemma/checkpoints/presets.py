@@ -95,15 +95,13 @@ def presets() -> list[Preset]:
 
 def _sources() -> dict[str, tuple[str, ...]]:
     """Folder or handles of every named preset, the default first."""
-    embedded = {name: (str(EMBEDDED_FOLDER / name),) for name in _EMBEDDED}
-    published = {
-        name: (
-            "hf://google/" + name.replace("_", "-"),
-            f"kaggle://keras/t5-gemma/keras/{name}/1",
-        )
-        for name in _published()
+    sources: dict[str, tuple[str, ...]] = {
+        name: (str(EMBEDDED_FOLDER / name),) for name in _EMBEDDED
     }
-    return embedded | published
+    for name in _published():
+        hugging_face = "hf://google/" + name.replace("_", "-")
+        sources[name] = (hugging_face, f"kaggle://keras/t5-gemma/keras/{name}/1")
+    return sources
 
 
 def _first_paragraph(card):
@@ -157,6 +155,9 @@ class Source:
     location: str
     format: str
     config: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.preset
 
     def read_json(self, name: str, default: Any = None) -> Any:
         """Another JSON file of the preset; see `read_json`."""
@@ -241,7 +242,7 @@ def locate(preset: Any, names: Mapping[str, str], accepted: str) -> str:
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise ValueError(
         f"`preset` must be {accepted}, a local folder, or an hf:// or kaggle:// "
-        f"handle; got {location!r}, which is no name and no folder.{hint}"
+        f"handle; got {location!r}, which is neither a name nor a folder.{hint}"
     )
 
 

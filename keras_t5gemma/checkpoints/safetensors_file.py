@@ -1,20 +1,28 @@
-"""Safetensors files and folders: headers read, tensors streamed.
+"""Safetensors files, single or sharded, read and written tensor by tensor.
 
-The safetensors library maps the whole file and copies what it hands out, which
-holds every tensor twice in resident memory, and writes from tensors that are all in
-memory at once. Here the header is checked against the file, each tensor is read
-straight into the array that is returned, and written as it comes.
+The safetensors library maps the whole file and returns copies, so that every tensor is
+in resident memory twice, and to write it needs all tensors in memory at once. Here the
+header is checked against the file, and each tensor is read directly into the array that
+is returned.
 """
 
 import json
 import math
 import os
 import struct
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, FileTensor, nbytes, to_bytes
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    DTYPES,
+    FileTensor,
+    LazyTensor,
+    nbytes,
+    to_bytes,
+)
 from keras_t5gemma.distribution import process_group
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,12 +32,14 @@ _CODES = {
     "F16": DTYPES["float16"],
     "BF16": DTYPES["bfloat16"],
 }
-_HEADER_LIMIT = 100_000_000  # The format's own.
+_HEADER_LIMIT = 100_000_000  # As in the specification of the format.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-def read_folder(folder, wanted=None):
-    """Entries of a checkpoint folder, one file or sharded with an index.
+def read_folder(
+    folder: str | Path, wanted: Collection[str] | None = None
+) -> dict[str, FileTensor]:
+    """Lazily loaded tensors of a checkpoint folder, in one file or in shards.
 
     Args:
         folder: path of the folder.
@@ -37,10 +47,10 @@ def read_folder(folder, wanted=None):
             are not opened. `None` opens all.
 
     Returns:
-        dict of tensor name to `FileTensor`.
+        `{tensor name: tensor}`.
 
     Raises:
-        ValueError: naming the file, and the tensor, that is missing or broken.
+        ValueError: naming the file and the tensor that is missing or broken.
     """
     folder = Path(folder)
     index = folder / INDEX_FILE
@@ -51,7 +61,7 @@ def read_folder(folder, wanted=None):
         hint = ""
         if pickles:
             hint = (
-                f" It holds {', '.join(pickles)}: a pickle can run code and is never "
+                f" It holds {', '.join(pickles)}: pickles can run code and are never "
                 "opened; save the model as safetensors."
             )
         raise ValueError(
@@ -80,25 +90,28 @@ def _read_sharded(folder, index, wanted):
         entries.update(held)
     lost = sorted(n for n, f in shards.items() if f in needed and n not in entries)
     if lost:
-        raise ValueError(f"{index} lists tensors that no shard holds: {lost}.")
+        raise ValueError(f"{index} lists tensors that are in no shard: {lost}.")
     return entries
 
 
-def read_header(path):
-    """Entries of one file; every offset is checked against the file's size."""
+def read_header(path: Path) -> dict[str, FileTensor]:
+    """Lazily loaded tensors of one file, whose offsets are checked against its size.
+
+    Raises:
+        ValueError: if the file is truncated or not a safetensors file.
+    """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size or length > _HEADER_LIMIT:
             kind = (
-                " It starts like a pickle or a zip archive of PyTorch's, which is "
-                "never opened."
+                " It starts like a pickle or a PyTorch archive, which are never opened."
                 if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")
                 else ""
             )
             raise ValueError(
-                f"{path} is truncated or no safetensors file: its header does not "
+                f"{path} is truncated or not a safetensors file: its header does not "
                 f"fit in {size} bytes.{kind}"
             )
         try:
@@ -109,15 +122,17 @@ def read_header(path):
                 for name, field in header.items()
             }
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} has a header that is not safetensors': "
+                f"{path} has an invalid safetensors header: "
                 f"{type(error).__name__} {error}"
             ) from error
 
 
-def _entry(path, name, field, base, size):
+def _entry(
+    path: Path, name: str, field: dict[str, Any], base: int, size: int
+) -> FileTensor:
     if field["dtype"] not in _CODES:
         raise ValueError(
             f"{path}: tensor {name!r} has dtype {field['dtype']}; accepted: "
@@ -138,12 +153,15 @@ def _entry(path, name, field, base, size):
     return FileTensor(path, name, dtype, shape, base + first)
 
 
-def plan_shards(tensors, max_shard_bytes):
-    """Lists of names, in order, each of at most `max_shard_bytes` bytes.
+def plan_shards(
+    tensors: Mapping[str, LazyTensor], max_shard_bytes: float
+) -> list[list[str]]:
+    """Names of the tensors in each shard, in order.
 
-    A tensor that is larger than that has a shard of its own.
+    A tensor that is larger than `max_shard_bytes` gets a separate shard.
     """
-    shards, room = [], 0
+    shards: list[list[str]] = []
+    room = 0.0
     for name, tensor in tensors.items():
         size = nbytes(tensor)
         if not shards or size > room:
@@ -154,21 +172,26 @@ def plan_shards(tensors, max_shard_bytes):
     return shards
 
 
-def write_folder(folder, tensors, max_shard_bytes, written):
+def write_folder(
+    folder: str | Path,
+    tensors: Mapping[str, LazyTensor],
+    max_shard_bytes: float,
+    written: Callable[[list[str], np.ndarray], None],
+) -> None:
     """Write `model.safetensors`, or shards with their index.
+
+    With several processes all of them call it; the first one writes.
 
     Args:
         folder: an existing folder.
-        tensors: dict of name to unread tensor; one is in memory at a time.
+        tensors: `{name: tensor}`; one is in memory at a time.
         max_shard_bytes: largest size of a file.
         written: called as `written(names, bytes)` with the flat uint8 array of each
             tensor and the names it was written under.
     """
-    if (
-        process_group.process_index()
-    ):  # The first one writes; the others help it to gather.
+    if process_group.process_index():
         for tensor in tensors.values():
-            tensor.read()
+            tensor.read()  # Takes part in gathering it.
         return
     shards = plan_shards(tensors, max_shard_bytes)
     files = [SINGLE_FILE]
@@ -192,9 +215,14 @@ def write_folder(folder, tensors, max_shard_bytes, written):
         _write_file(Path(folder) / file, part, written)
 
 
-def _write_file(path, tensors, written):
+def _write_file(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    written: Callable[[list[str], np.ndarray], None],
+) -> None:
     codes = {dtype: code for code, dtype in _CODES.items()}
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + nbytes(tensor)
         header[name] = {
@@ -210,5 +238,5 @@ def _write_file(path, tensors, written):
         file.write(text)
         for name, tensor in tensors.items():
             data = to_bytes(tensor.read())
-            file.write(memoryview(data))
+            file.write(data.data)
             written([name], data)

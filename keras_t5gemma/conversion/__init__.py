@@ -1,0 +1,7 @@
+"""Conversion from file to file: Gemma 2 to T5Gemma, formats, averages, verification.
+
+`adapt` turns decoder-only Gemma 2 models (`gemma2_reader`) into a T5Gemma, which
+`adaptation_checks` verifies; `convert` changes the format, `average` averages
+checkpoints, `compare` compares them. May import `data`, `tokenization`, `modeling` and
+the layers below them.
+"""

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,11 +46,11 @@ def average_presets(
         raise ValueError(
             f"`presets` must be a list of at least one preset; got {presets!r}."
         )
-    weights = _check_weights([1.0] * len(presets) if weights is None else weights)
-    if len(weights) != len(presets):
+    shares = _check_weights([1.0] * len(presets) if weights is None else weights)
+    if len(shares) != len(presets):
         raise ValueError(
             f"`weights` must be one number for each of the {len(presets)} presets; "
-            f"got {len(weights)}."
+            f"got {len(shares)}."
         )
     folder = Path(folder)
     atomic.check_overwrite(folder, overwrite)
@@ -64,7 +65,7 @@ def average_presets(
             )
     sources = [checkpoint.tensors() for checkpoint in opened]
     tensors = {
-        path: MeanTensor(tuple(source[path] for source in sources), weights)
+        path: MeanTensor(tuple(source[path] for source in sources), shares)
         for path in sources[0]
     }
     dtype = sources[0]["encoder/final_norm/scale"].dtype
@@ -98,7 +99,7 @@ def _check_weights(weights):
         fits = False
     if not fits:
         raise ValueError(
-            f"`weights` must be numbers from 0, not all of them 0; got {weights!r}."
+            f"`weights` must be numbers >= 0, not all of them 0; got {weights!r}."
         )
     return tuple(array.tolist())
 
@@ -127,7 +128,7 @@ class MeanTensor(LazyTensor):
 
     def read(self) -> np.ndarray:
         """The mean."""
-        total = None
+        total: Any = None
         for source, weight in zip(self.sources, self.weights, strict=True):
             if not weight:
                 continue

@@ -155,7 +155,7 @@ def check_checksums(folder: str | Path) -> int:
         path
         for path, tensor in tensors.items()
         if path in recorded
-        and hashlib.sha256(to_bytes(tensor.read())).hexdigest() != recorded[path]
+        and hashlib.sha256(to_bytes(tensor.read()).data).hexdigest() != recorded[path]
     ]
     if changed:
         raise ValueError(

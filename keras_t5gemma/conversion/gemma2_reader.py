@@ -1,9 +1,12 @@
-"""Decoder-only Gemma 2: KerasHub's presets and live models, transformers' folders."""
+"""Reader of decoder-only Gemma 2 sources, in KerasHub's or transformers' format."""
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import keras
 import keras_hub
 
 from keras_t5gemma.checkpoints import (
@@ -14,21 +17,23 @@ from keras_t5gemma.checkpoints import (
     safetensors_file,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.lazy_tensors import VariableTensor
+from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import StackConfig
+
+_MAX_POSITIONS = 8192  # Of all Gemma 2 models; KerasHub's config does not hold it.
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemma2:
-    """A source of `adapt_gemma2`, opened: its tensors are found, not read.
+    """An opened source of `adapt_gemma2`, with lazily loaded tensors.
 
     Args:
-        name: what it is called in messages and in the lineage; no path.
+        name: name in messages and in the lineage; not a path.
         stack: `StackConfig`.
         vocabulary_size: V.
         final_soft_cap: of the vocabulary logits.
         max_positions: longest sequence in tokens.
-        tensors: `{path in a tower of ours: unread tensor}`.
+        tensors: `{path in a tower of a Backbone: tensor}`.
         tokenizer_file: path of the SentencePiece model, or `None`.
         instruction_tuned: whether its name says so.
     """
@@ -38,24 +43,24 @@ class Gemma2:
     vocabulary_size: int
     final_soft_cap: float | None
     max_positions: int
-    tensors: dict
+    tensors: dict[str, LazyTensor]
     tokenizer_file: str | None
     instruction_tuned: bool
 
 
-def open_gemma2(source, argument="source"):
-    """Open a Gemma 2.
+def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
+    """Open a decoder-only Gemma 2; no weight is read.
 
     Args:
-        source: a KerasHub preset name such as `"gemma2_2b_en"`, a folder of
-            KerasHub's or transformers', an `hf://` or `kaggle://` handle, or a live
+        source: a KerasHub preset name, e.g. `"gemma2_2b_en"`, a folder in KerasHub's
+            or transformers' format, an `hf://` or `kaggle://` handle, or a live
             `keras_hub.models.GemmaBackbone` or `GemmaCausalLM`.
-        argument: what it is called in messages.
+        argument: name of the argument for messages.
 
     Raises:
-        ValueError: for another model (Gemma 1 and 3 among them), a quantized one, or
-            files that do not fit, naming the file and the tensors.
-        OSError: when a download fails, with what to do.
+        ValueError: for another model, e.g. Gemma 1 or 3, a quantized one, or files
+            that do not fit, naming the file and the tensors.
+        OSError: when a download fails, with instructions.
     """
     model = getattr(source, "backbone", source)
     if isinstance(model, keras_hub.models.GemmaBackbone):
@@ -71,37 +76,25 @@ def open_gemma2(source, argument="source"):
     }
     location = presets.locate(source, names, "a name of KerasHub's Gemma 2 presets")
     config = presets.read_json(location)
-    where = f"{location}: config.json"
+    file = f"{location}: config.json"
     registered, model_type = config.get("registered_name"), config.get("model_type")
+    dropped: tuple[str, ...] = ()
     if registered == keras_hub_format.GEMMA:
-        kind = presets.KERAS_HUB
-        rows = weight_maps.GEMMA2_KERAS_HUB
-        policy = config["config"].get("dtype") or {}
-        if not isinstance(policy, str) and policy.get("class_name") != "DTypePolicy":
+        kind, rows = presets.KERAS_HUB, weight_maps.GEMMA2_KERAS_HUB
+        if _is_quantized(config["config"]):
             raise ValueError(
                 f"`{argument}` {location} is quantized; adapt the float checkpoint "
                 "and quantize the result."
             )
-        stack, size, cap = keras_hub_format.read_gemma2_config(config["config"], where)
-        positions = 8192  # Gemma 2's; KerasHub's config does not say.
-        dropped = ()
+        stack, size, cap = keras_hub_format.read_gemma2_config(config["config"], file)
+        positions = _MAX_POSITIONS
     elif model_type == "gemma2":
-        kind = presets.HUGGING_FACE
-        rows = weight_maps.GEMMA2_HUGGING_FACE
-        try:
-            stack = huggingface.read_stack(config, where)
-            size = config["vocab_size"]
-        except KeyError as error:
-            raise ValueError(f"{where} lacks the field {error}.") from error
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{where} has a field of a wrong type: {error}.") from (
-                error
-            )
-        cap = config.get("final_logit_softcapping", 30.0)
-        positions = config.get("max_position_embeddings", 8192)
+        kind, rows = presets.HUGGING_FACE, weight_maps.GEMMA2_HUGGING_FACE
         dropped = weight_maps.GEMMA2_HUGGING_FACE_DROPPED
+        stack, size, cap = huggingface.read_gemma2_config(config, file)
+        positions = config.get("max_position_embeddings", _MAX_POSITIONS)
     else:
-        found = registered or model_type or "no model at all"
+        found = registered or model_type or "no model"
         raise ValueError(
             f"`{argument}` must be a Gemma 2; {location} holds {found!r}. Gemma 1 and "
             "Gemma 3 have other layers, and a T5Gemma needs no adaptation."
@@ -132,8 +125,13 @@ def open_gemma2(source, argument="source"):
     )
 
 
+def _is_quantized(config):
+    policy = config.get("dtype") or {}
+    return not isinstance(policy, str) and policy.get("class_name") != "DTypePolicy"
+
+
 def _name_of(source, location):
-    """The handle, or the last part of a path: a lineage names no machine's folders."""
+    """The handle, or the last component of a path: a lineage holds no local paths."""
     return location if "://" in location else Path(os.path.abspath(source)).name
 
 
@@ -149,7 +147,7 @@ def _open_live(backbone, argument):
         stack,
         size,
         cap,
-        8192,
+        _MAX_POSITIONS,
         weight_maps.import_tensors(
             weight_maps.expand(weight_maps.GEMMA2_KERAS_HUB, stack.num_layers),
             {"": stack},
@@ -163,10 +161,12 @@ def _open_live(backbone, argument):
     )
 
 
-def live_layers(backbone):
-    """`{name in KerasHub's weight files: layer}` of a live GemmaBackbone.
+def live_layers(
+    backbone: keras_hub.models.GemmaBackbone,
+) -> dict[str, keras.layers.Layer]:
+    """`{dataset path in KerasHub's weight files: layer}` of a live GemmaBackbone.
 
-    The names follow attributes: `layers/gemma_decoder_block_3/attention/query_dense`
+    The paths follow attributes: `layers/gemma_decoder_block_3/attention/query_dense`
     is `get_layer("decoder_block_3").attention.query_dense`.
     """
     tops = {
@@ -188,7 +188,7 @@ def live_layers(backbone):
     return layers
 
 
-def _live_values(backbone, argument):
+def _live_values(backbone: Any, argument: str) -> Iterator[tuple]:
     for name, layer in live_layers(backbone).items():
         if getattr(layer, "quantization_mode", None):
             raise ValueError(
@@ -202,5 +202,5 @@ def _live_values(backbone, argument):
 
 def _reader(layer, variable):
     if getattr(layer, "lora_enabled", False):
-        return lambda: getattr(layer, variable.name)  # Keras's property: merged.
+        return lambda: getattr(layer, variable.name)  # This property merges LoRA.
     return lambda: variable.value

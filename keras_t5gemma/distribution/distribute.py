@@ -1,8 +1,12 @@
-"""The one switch: after it, models are made, trained and run on several devices."""
+"""Entry point for distributed training and inference."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 
 from keras_t5gemma import _compat
+from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution.layouts import (
     MESH_AXES,
     check_mesh,
@@ -11,48 +15,53 @@ from keras_t5gemma.distribution.layouts import (
     partition,
 )
 
-_RECIPES = {
-    "torch": "DistributedDataParallel does, see tools/train_ddp.py",
-    "tensorflow": "tf.distribute.MirroredStrategy does, see tools/train_mirrored.py",
+_ALTERNATIVES = {
+    "torch": "DistributedDataParallel, see tools/train_ddp.py",
+    "tensorflow": "tf.distribute.MirroredStrategy, see tools/train_mirrored.py",
 }
 
 
-def distribute(strategy="fsdp", data=None, model=None, devices=None):
-    """Put what is made from now on onto a mesh of devices; call it before loading.
+def distribute(
+    strategy: str = "fsdp",
+    data: int | None = None,
+    model: int | None = None,
+    devices: Sequence[str] | None = None,
+) -> "MeshDistribution":
+    """Distribute models over a mesh of devices; call it before a model is built.
 
     Batches are split over the mesh axis `"data"`, so batch sizes must be multiples of
-    it; what the strategy splits over which axis, `layouts` says. Weights, adapters,
-    quantized weights and optimizer state are all made split, by `from_preset` too.
+    its size; `layouts` defines which variables a strategy splits over which axis.
+    Weights, adapters, quantized weights and optimizer state are created split, also by
+    `from_preset`.
 
     Args:
-        strategy: `"fsdp"`: every large variable is split over `"data"`, and gathered
-            where it is needed; with `model` above 1 over that too, as follows. What is
-            gathered stays for the backward pass, unless
-            `compile(rematerialize=True)`, which gathers a block's anew.
-            `"tensor"`: heads, feed-forward and vocabulary are split over `"model"`,
-            and never gathered. `"data"`: every device holds all.
-        data: devices of the axis `"data"`; `None` is all that `model` leaves, or 1 for
-            `"tensor"`.
-        model: devices of the axis `"model"`; `None` is all that `data` leaves for
-            `"tensor"`, else 1.
-        devices: their names, e.g. `["gpu:0", "gpu:1"]`; `None` is all there are.
+        strategy: `"fsdp"` splits every large variable over `"data"` and gathers it
+            where it is used; with `model` above 1 it also splits as `"tensor"` does.
+            Gathered weights are kept for the backward pass, unless
+            `compile(rematerialize=True)`, which gathers those of a block again.
+            `"tensor"` splits heads, feed-forward and vocabulary over `"model"`, without
+            gathering them. `"data"` replicates everything.
+        data: devices of the axis `"data"`; `None` is all devices divided by `model`, or
+            1 for `"tensor"`.
+        model: devices of the axis `"model"`; `None` is all devices divided by `data`
+            for `"tensor"`, else 1.
+        devices: names, e.g. `["gpu:0", "gpu:1"]`; `None` is all devices.
 
     Returns:
-        The `MeshDistribution`, which is Keras's distribution from now on where there
-        is more than one device. `undo()` of it, or the end of a `with` block, brings
-        back the one before.
+        The `MeshDistribution`, which becomes Keras's global distribution if there is
+        more than one device. Its `undo()`, or the end of a `with` block, restores the
+        previous one.
 
     Raises:
-        ValueError: on another backend than JAX, whose devices Keras does not use; for
-            an unknown strategy; a mesh that has not as many places as there are
-            devices. Heads, feed-forward or vocabulary that the mesh does not divide
-            are an error when a model is made.
+        ValueError: on another backend than JAX, for an unknown strategy, or a mesh
+            whose size is not the number of devices. Heads, feed-forward or vocabulary
+            that the mesh does not divide raise when a model is built.
     """
     backend = keras.config.backend()
     if backend != "jax":
         raise ValueError(
-            f"`distribute` works on the JAX backend; this is {backend}, where Keras's "
-            f"distribution would split nothing. There {_RECIPES[backend]}."
+            f"`distribute` needs the JAX backend; this is {backend}, where Keras's "
+            f"distribution splits nothing. Use {_ALTERNATIVES[backend]}."
         )
     check_strategy(strategy)
     check_mesh({k: v for k, v in (("data", data), ("model", model)) if v is not None})
@@ -66,7 +75,7 @@ def distribute(strategy="fsdp", data=None, model=None, devices=None):
         data = max(1, count // model) if data is None else data
     if data * model != count:
         raise ValueError(
-            f"A mesh of data={data} x model={model} has {data * model} places; there "
+            f"A mesh of data={data} x model={model} has {data * model} devices; there "
             f"are {count} devices."
         )
     if strategy == "data" and model > 1:
@@ -76,31 +85,31 @@ def distribute(strategy="fsdp", data=None, model=None, devices=None):
     if strategy == "tensor" and model == 1 < count:
         raise ValueError(
             "`model` must be above 1 for strategy 'tensor': it splits nothing over "
-            f"'data'; got data={data}, model=1. Take 'fsdp' or 'data'."
+            f"'data'; got data={data}, model=1. Use 'fsdp' or 'data'."
         )
     mesh = keras.distribution.DeviceMesh((data, model), MESH_AXES, devices)
     distribution = MeshDistribution(mesh, strategy)
     distribution.before = keras.distribution.distribution()
-    if count > 1:  # One has nothing to share, and Keras would warn.
+    if count > 1:  # Keras would warn about a single device.
         keras.distribution.set_distribution(distribution)
     return distribution
 
 
 class MeshDistribution(keras.distribution.ModelParallel):
-    """Keras's `ModelParallel` with the layouts of `partition` in place of patterns.
+    """Keras's `ModelParallel` with layouts from `partition` instead of patterns.
 
     Args:
         device_mesh: a `keras.distribution.DeviceMesh` of axes `"data"`, `"model"`.
         strategy: as in `partition`.
     """
 
-    def __init__(self, device_mesh, strategy):
+    def __init__(self, device_mesh: keras.distribution.DeviceMesh, strategy: str):
         no_patterns = keras.distribution.LayoutMap(device_mesh)
         super().__init__(layout_map=no_patterns, batch_dim_name="data")
         self.strategy = strategy
         self.mesh = mesh_sizes(device_mesh)
-        self.config = None  # Of the model that variables are being made for.
-        self.before = None
+        self.config: T5GemmaConfig | None = None  # Of the model that is being built.
+        self.before: Any = None
 
     def get_variable_layout(self, variable):
         layout = _compat.assigned_layout(variable)
@@ -111,8 +120,8 @@ class MeshDistribution(keras.distribution.ModelParallel):
         )
         return keras.distribution.TensorLayout(axes, self.device_mesh)
 
-    def undo(self):
-        """Bring back the distribution before this one, or none."""
+    def undo(self) -> None:
+        """Restore the previous distribution, or none."""
         keras.distribution.set_distribution(self.before)
 
     def __enter__(self):
@@ -126,13 +135,13 @@ class MeshDistribution(keras.distribution.ModelParallel):
         return f"<MeshDistribution {self.strategy}: {sizes}>"
 
 
-def bytes_per_device(variables):
-    """Bytes that variables take on the device that holds most of them.
+def bytes_per_device(variables: Iterable[keras.Variable]) -> int:
+    """Bytes of variables on the device that holds most of them.
 
     Args:
-        variables: those of a model or an optimizer, on the JAX backend.
+        variables: of a model or an optimizer, on the JAX backend.
     """
-    totals = {}
+    totals: dict[Any, int] = {}
     for variable in variables:
         for shard in variable.value.addressable_shards:
             totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes

@@ -1,29 +1,31 @@
-"""Which axis of a variable is split over which axis of a mesh of devices.
+"""Sharding rules: the mesh axis that each axis of a variable is split over.
 
 A mesh has an axis `"data"`, over which batches are split, and an axis `"model"`, over
-which heads, feed-forward and vocabulary are. A strategy says what becomes of the
-variables:
+which heads, feed-forward and vocabulary are split. The strategies for variables:
 
-`"data"`: every device holds all of them.
-`"tensor"`: `"model"` splits those of `ROWS`, `"data"` repeats them.
-`"fsdp"`: as `"tensor"`, and `"data"` splits every large one along another axis.
+`"data"`: every device holds all variables.
+`"tensor"`: `"model"` splits those of `ROWS`, `"data"` replicates them.
+`"fsdp"`: like `"tensor"`, and `"data"` splits every large variable along another axis.
 """
 
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
-import ml_dtypes  # noqa: F401  NumPy then knows bfloat16 by name.
+import ml_dtypes  # noqa: F401  Registers bfloat16 with NumPy.
 import numpy as np
 
+from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.utils.checks import whole_number
 
 MESH_AXES = ("data", "model")
 STRATEGIES = ("data", "fsdp", "tensor")
 
-# End of a variable's path, and what its axes are. The first row that fits counts; an
-# int8 scale has one axis, a table's first or a kernel's last.
-ROWS = (
+# Suffix of a variable's path, and names of its axes. The first row that matches counts;
+# an int8 scale has one axis, the first of a table or the last of a kernel.
+ROWS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("token_embedding/(embeddings(_scale|_zero)?|lora_embeddings_a)", ("V", None)),
     ("attention/query/(kernel(_scale|_zero)?|lora_kernel_b)", (None, "N")),
     ("attention/(key|value)/(kernel(_scale|_zero)?|lora_kernel_b)", (None, "K")),
@@ -33,41 +35,48 @@ ROWS = (
     # int4: one scale for a group of inputs.
     ("(output|down)/kernel_(scale|zero)", ("groups", None)),
 )
-# What those axes are called in an error; others stay whole where they do not divide.
+# Names of those axes in errors; other axes stay whole if the mesh does not divide them.
 NAMES = {"V": "vocabulary", "N": "query heads", "F": "feed-forward"}
 
-# What may be large and yet the same on all devices of `"model"`: key and value heads
-# fewer than these, or not a multiple of them, are not cut up, nor are int4's groups.
+# Large variables that may be replicated over `"model"`: key/value heads whose number is
+# not a multiple of the devices, and the groups of int4, are not split.
 REPLICATED = (
     "attention/(key|value)/(kernel(_scale|_zero)?|lora_kernel_b)",
     "(output|down)/kernel_(scale|zero)",
 )
 
-# Elements from which on a variable is large: of 8 bytes each, still below 1 MB.
+# Elements of a large variable. Smaller ones are below 1 MB, even with 8 bytes each.
 LARGE = 2**16
 _MEGABYTE = 10**6
 
 
-def partition(path, shape, mesh, strategy, config=None):
+def partition(
+    path: str,
+    shape: Sequence[int],
+    mesh: Mapping[str, int],
+    strategy: str,
+    config: T5GemmaConfig | None = None,
+) -> tuple[str | None, ...]:
     """The mesh axis that each axis of a variable is split over.
 
     Args:
-        path: the variable's path, e.g. `"encoder/block_0/mlp/up/kernel"`.
-        shape: its shape.
-        mesh: dict of `"data"` and `"model"`, how many devices each has; 1 if left out.
+        path: of the variable, e.g. `"encoder/block_0/mlp/up/kernel"`.
+        shape: of the variable.
+        mesh: number of devices of `"data"` and `"model"`, 1 if left out.
         strategy: `"data"`, `"fsdp"` or `"tensor"`.
-        config: the model's `T5GemmaConfig`, so that heads are split whole; `None`
-            asks only that the axes' sizes divide.
+        config: the model's `T5GemmaConfig`, so that no head is split; `None` only
+            requires that the mesh divides the axes.
 
     Returns:
-        Tuple of `"data"`, `"model"` or `None`, one for each axis.
+        `"data"`, `"model"` or `None` for each axis.
 
     Raises:
-        ValueError: for an unknown strategy or mesh axis, or what does not divide.
+        ValueError: for an unknown strategy or mesh axis, or an axis that the mesh does
+            not divide.
     """
     check_strategy(strategy)
     check_mesh(mesh)
-    axes = [None] * len(shape)
+    axes: list[str | None] = [None] * len(shape)
     if strategy == "data":
         return tuple(axes)
     over_model, over_data = mesh.get("model", 1), mesh.get("data", 1)
@@ -92,22 +101,22 @@ def partition(path, shape, mesh, strategy, config=None):
                 f"'data' of {over_data} devices."
             )
         if free:
-            # Rows of a table that is split by its width are found without a copy.
+            # A table that is split along its width is looked up without a copy.
             is_table = "/token_embedding/" in f"/{path}"
             best = max(free, key=lambda i: (is_table and i == 1, shape[i]))
             axes[best] = "data"
     return tuple(axes)
 
 
-def check_strategy(strategy):
-    """Raise `ValueError` for a name that is none of `STRATEGIES`."""
+def check_strategy(strategy: str) -> None:
+    """Raise `ValueError` for a name that is not in `STRATEGIES`."""
     if strategy not in STRATEGIES:
         raise ValueError(
             f"`strategy` must be one of {list(STRATEGIES)}; got {strategy!r}."
         )
 
 
-def check_mesh(mesh):
+def check_mesh(mesh: Mapping[str, int]) -> None:
     """Raise `ValueError` for axes other than `MESH_AXES`, or sizes below 1."""
     unknown = [name for name in mesh if name not in MESH_AXES]
     if unknown:
@@ -119,7 +128,7 @@ def check_mesh(mesh):
 
 
 def _kinds(path, rank):
-    """What the axes of a variable are, by `ROWS`."""
+    """Names of the axes of a variable, from `ROWS`."""
     for template, kinds in ROWS:
         if re.search(f"(^|/|_){template}$", path):
             if rank == 1:
@@ -136,17 +145,22 @@ def _heads(path, kind, config):
     return stack.num_query_heads if kind == "N" else stack.num_key_value_heads
 
 
-def mesh_sizes(device_mesh):
-    """The dict of `partition` of a `keras.distribution.DeviceMesh`."""
+def mesh_sizes(device_mesh: keras.distribution.DeviceMesh) -> dict[str, int]:
+    """`{axis: number of devices}` of a `keras.distribution.DeviceMesh`."""
     sizes = map(int, device_mesh.shape)
     return dict(zip(device_mesh.axis_names, sizes, strict=True))
 
 
-def make_layout_map(variables, device_mesh, strategy, config=None):
+def make_layout_map(
+    variables: Iterable[Any],
+    device_mesh: keras.distribution.DeviceMesh,
+    strategy: str,
+    config: T5GemmaConfig | None = None,
+) -> keras.distribution.LayoutMap:
     """A `keras.distribution.LayoutMap` of variables, one pattern for all blocks.
 
     Args:
-        variables: things with a `path` and a `shape`.
+        variables: objects with a `path` and a `shape`.
         device_mesh: a `keras.distribution.DeviceMesh` with axes `"data"`, `"model"`.
         strategy: as in `partition`.
         config: as in `partition`.
@@ -159,26 +173,30 @@ def make_layout_map(variables, device_mesh, strategy, config=None):
     layouts = keras.distribution.LayoutMap(device_mesh)
     for variable in variables:
         axes = partition(variable.path, variable.shape, mesh, strategy, config)
-        # Keras replicates what no pattern fits.
+        # Keras replicates variables that no pattern matches.
         pattern = re.sub(r"block_\d+", r"block_\\d+", re.escape(variable.path))
         if any(axes) and pattern not in set(layouts):
             layouts[pattern] = axes
     return layouts
 
 
-def check_layouts(model, layout_map, may_repeat=REPLICATED):
-    """Raise `ValueError` where a layout map is not made for a model.
+def check_layouts(
+    model: keras.Model,
+    layout_map: keras.distribution.LayoutMap,
+    may_replicate: Sequence[str] = REPLICATED,
+) -> None:
+    """Raise `ValueError` if a layout map does not fit a model.
 
     Args:
         model: a Keras model.
         layout_map: a `keras.distribution.LayoutMap`.
-        may_repeat: ends of paths of variables that may be above 1 MB and yet the same
-            on all devices.
+        may_replicate: suffixes of the paths of variables above 1 MB that may be
+            replicated.
 
     Raises:
-        ValueError: for a pattern that fits no variable; a variable that two fit; axes
-            that are not the variable's, not the mesh's, or do not divide; and a
-            variable above 1 MB that is split nowhere.
+        ValueError: for a pattern that matches no variable; a variable that two
+            patterns match; axes that the variable or the mesh does not have, or that do
+            not divide; or a variable above 1 MB that is replicated.
     """
     mesh = mesh_sizes(layout_map.device_mesh)
     unused = set(layout_map)
@@ -187,7 +205,7 @@ def check_layouts(model, layout_map, may_repeat=REPLICATED):
         fits = [key for key in layout_map if key == path or re.fullmatch(key, path)]
         unused -= set(fits)
         if len(fits) > 1:
-            raise ValueError(f"{path} fits {len(fits)} patterns of the map: {fits}.")
+            raise ValueError(f"{path} matches {len(fits)} patterns: {fits}.")
         axes = layout_map[fits[0]].axes if fits else ()
         if fits and len(axes) != len(shape):
             raise ValueError(
@@ -200,15 +218,15 @@ def check_layouts(model, layout_map, may_repeat=REPLICATED):
                     f"axis {axis!r} of {mesh[axis]} devices."
                 )
         is_split = any(axis is not None and mesh[axis] > 1 for axis in axes)
-        listed = any(re.search(f"(^|/|_){end}$", path) for end in may_repeat)
+        listed = any(re.search(f"(^|/|_){end}$", path) for end in may_replicate)
         size = math.prod(shape) * np.dtype(variable.dtype).itemsize
         if size > _MEGABYTE and not is_split and not listed:
             raise ValueError(
-                f"{path} {shape} of {size / 1e6:.1f} MB would be repeated on every "
-                "device: no pattern splits it. Split it or list it in `may_repeat`."
+                f"{path} {shape} of {size / 1e6:.1f} MB would be replicated on every "
+                "device: no pattern splits it. Split it or list it in `may_replicate`."
             )
     if unused:
         raise ValueError(
-            f"No variable fits the pattern {sorted(unused)[0]!r}; patterns must fit a "
-            "whole path."
+            f"No variable matches the pattern {sorted(unused)[0]!r}; patterns must "
+            "match a whole path."
         )

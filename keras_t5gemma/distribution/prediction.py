@@ -1,4 +1,7 @@
-"""What a model gives for a batch, whole, also where several processes hold it."""
+"""Model predictions as whole NumPy arrays, also across several processes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -6,13 +9,15 @@ import numpy as np
 from keras_t5gemma.distribution import mesh, process_group
 
 
-def predict(model, arrays, batch_size):
-    """`keras.Model.predict` of arrays, of any number of rows.
+def predict(
+    model: keras.Model, arrays: Mapping[str, np.ndarray], batch_size: int
+) -> np.ndarray:
+    """Like `keras.Model.predict`, for any number of rows on a mesh.
 
     Args:
         model: a Keras model whose inputs are a dict.
-        arrays: dict of NumPy arrays `(rows, ...)`, the same in all processes.
-        batch_size: rows at a time, a number that the mesh divides.
+        arrays: `{name: array (rows, ...)}`, the same in all processes.
+        batch_size: rows of a batch, a multiple of the mesh axis `"data"`.
 
     Returns:
         A NumPy array, the same in all processes.
@@ -28,13 +33,15 @@ def predict(model, arrays, batch_size):
     return np.concatenate([predict_on_batch(model, part) for part in parts])[:rows]
 
 
-def predict_on_batch(model, batch, is_local=False):
-    """`keras.Model.predict_on_batch`, which of several processes knows only one.
+def predict_on_batch(
+    model: keras.Model, batch: Mapping[str, np.ndarray], is_local: bool = False
+) -> np.ndarray:
+    """Like `keras.Model.predict_on_batch`, which only supports one process.
 
     Args:
         model: a Keras model whose inputs are a dict.
-        batch: dict of NumPy arrays, the same in all processes.
-        is_local: it is only the `processes.local_rows` of them.
+        batch: `{name: array}`, the same in all processes.
+        is_local: the batch holds only the `process_group.local_rows` of this process.
 
     Returns:
         A NumPy array, the same in all processes.
@@ -46,26 +53,28 @@ def predict_on_batch(model, batch, is_local=False):
 
 
 def _compiled(model):
-    variables = tuple(map(id, model.variables))  # Other ones after LoRA, or int8.
+    variables = tuple(map(id, model.variables))  # LoRA and int8 replace variables.
     kept = model.__dict__.get("_forward")
     if kept is None or kept[0] != variables:
         kept = (variables, JaxFunction(model, model))
-        # Not a part of the model: it is not saved.
+        # Bypasses Keras's tracking: it is not saved with the model.
         object.__setattr__(model, "_forward", kept)
     return kept[1]
 
 
 class JaxFunction:
-    """A function that reads the variables of a model, compiled.
+    """A jitted function that reads the variables of a model.
 
     Args:
-        model: a Keras model on the JAX backend. Make a new function when its set of
+        model: a Keras model on the JAX backend. Create a new function when its set of
             variables changes.
-        function: of arrays; it does not change variables.
-        donate: whether the first argument may be written over.
+        function: function of arrays that does not change variables.
+        donate: donate the buffers of the first argument.
     """
 
-    def __init__(self, model, function, donate=False):
+    def __init__(
+        self, model: keras.Model, function: Callable[..., Any], donate: bool = False
+    ):
         import jax
 
         variables = self.variables = model.variables

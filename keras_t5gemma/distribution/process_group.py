@@ -1,15 +1,17 @@
-"""Several processes that train one model: how they meet, and what they agree on.
+"""Process group: several processes that train one model.
 
-`jax.distributed` joins processes, but aborts them where one is missing at the start.
-So they meet over a plain socket first: the first process waits for the others, looks
-at what they bring, and tells them all to go on, or all what is wrong. Once joined, a
-process whose peer dies is ended by JAX after the `heartbeat`.
+`jax.distributed` aborts the processes if one of them is missing at the start.
+Therefore they first meet over a plain socket: the first process waits for the others,
+compares their settings, and tells all of them to continue or what is wrong. Later, JAX
+ends a process whose peer has died after `heartbeat` seconds.
 """
 
 import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,30 +22,37 @@ from keras_t5gemma.utils.checks import whole_number
 _LARGEST_MESSAGE = 2**20
 
 
-def connect(address, processes, index, timeout=300, heartbeat=100, same=None):
+def connect(
+    address: str,
+    processes: int,
+    index: int,
+    timeout: float = 300,
+    heartbeat: int = 100,
+    same: dict[str, Any] | None = None,
+) -> None:
     """Join the other processes of a training, on the JAX backend.
 
-    Every process calls it, before anything is computed. All of them then have the
-    random seed of the first.
+    Every process calls it, before anything is computed. All of them get the random
+    seed of the first one.
 
     Args:
-        address: `"host:port"` of the first process, where all of them can reach it.
-        processes: how many there are.
-        index: the number of this one, from 0.
+        address: `"host:port"` of the first process, reachable from all of them.
+        processes: number of processes.
+        index: number of this process, from 0.
         timeout: seconds to wait for the others.
         heartbeat: seconds after which JAX ends a process whose peer has died.
-        same: dict of what must be equal in all of them (a configuration, say), of
+        same: values that must be equal in all processes, e.g. a configuration:
             numbers, strings, lists and dicts. Versions of Keras and JAX are added.
 
     Raises:
-        ValueError: for another backend, an `index` that is not in range, an address
-            that is none; in every process where `same` differs, naming what.
-        TimeoutError: in every process when one is missing, naming which.
+        ValueError: for another backend, an `index` out of range, or an invalid address;
+            in every process if `same` differs, naming the values.
+        TimeoutError: in every process if one is missing, naming it.
     """
     if keras.config.backend() != "jax":
         raise ValueError(
-            "`connect` joins processes on the JAX backend; this is "
-            f"{keras.config.backend()}, which has its own ways (see the guide)."
+            "`connect` needs the JAX backend; this is "
+            f"{keras.config.backend()}, which has other means (see the guide)."
         )
     whole_number(processes, "processes", 1)
     whole_number(index, "index", 0, processes - 1)
@@ -64,9 +73,9 @@ def connect(address, processes, index, timeout=300, heartbeat=100, same=None):
         verdict = _report(host, int(port), index, mine, until)
     if "missing" in verdict:
         raise TimeoutError(
-            f"{verdict['missing']} of {processes} did not come to {address} within "
-            f"{timeout} seconds (`timeout`). Start all processes, each with its own "
-            "`index` and this `address`."
+            f"{verdict['missing']} of {processes} did not connect to {address} within "
+            f"{timeout} seconds (`timeout`). Start all processes, each with its index "
+            "and this `address`."
         )
     if "different" in verdict:
         raise ValueError(f"The processes differ: {verdict['different']}.")
@@ -81,7 +90,7 @@ def connect(address, processes, index, timeout=300, heartbeat=100, same=None):
 
 
 def _await_others(host, port, processes, mine, seed, until):
-    """As the first process: gather what the others bring, tell them what follows."""
+    """In the first process: collect the others' settings, send them the verdict."""
     brought, peers = {0: mine}, []
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(host, port, processes))
@@ -92,7 +101,7 @@ def _await_others(host, port, processes, mine, seed, until):
             except TimeoutError:
                 break
             stack.enter_context(peer)
-            # What is no message of ours is left standing.
+            # Connections that do not speak this protocol are ignored.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 peer.settimeout(min(10, max(until - time.monotonic(), 0.01)))
                 message = _receive(peer)
@@ -118,14 +127,15 @@ def _listen(host, port, processes):
 
 
 def _report(host, port, index, mine, until):
-    """As another process: tell the first what this one brings, hear what follows."""
+    """In another process: send the settings to the first one, receive the verdict."""
     while (left := until - time.monotonic()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), port), left) as peer:
                 _send(peer, {"index": index, "same": mine})
-                peer.settimeout(max(until - time.monotonic(), 0) + 5)  # It decides.
+                # The first process decides when the time is over.
+                peer.settimeout(max(until - time.monotonic(), 0) + 5)
                 return _receive(peer)
-        except (OSError, ValueError):  # It is not there yet, or not any more.
+        except (OSError, ValueError):  # The first process is not listening.
             time.sleep(min(0.2, left))
     return {"missing": "Process 0"}
 
@@ -140,8 +150,8 @@ def _receive(peer):
     return json.loads(line)
 
 
-def process_count():
-    """How many processes there are; 1 without `connect`."""
+def process_count() -> int:
+    """Number of processes; 1 without `connect`."""
     if keras.config.backend() != "jax":
         return 1
     import jax
@@ -149,8 +159,8 @@ def process_count():
     return jax.process_count()
 
 
-def process_index():
-    """The number of this process, from 0."""
+def process_index() -> int:
+    """Number of this process, from 0."""
     if keras.config.backend() != "jax":
         return 0
     import jax
@@ -158,34 +168,30 @@ def process_index():
     return jax.process_index()
 
 
-def gather(data):
-    """What every process has, in their order; all of them call it.
+def gather(data: bytes) -> list[bytes]:
+    """The data of every process, ordered by process index; all of them call it.
 
     Args:
-        data: bytes, of any length.
-
-    Returns:
-        A list of bytes.
+        data: bytes of any length.
     """
     if process_count() == 1:
         return [data]
     from jax.experimental import multihost_utils
 
-    data = np.frombuffer(data, "uint8")
     sizes = multihost_utils.process_allgather(np.array([len(data)], "int32")).ravel()
     padded = np.zeros(max(sizes.max(), 1), "uint8")
-    padded[: len(data)] = data
+    padded[: len(data)] = np.frombuffer(data, "uint8")
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_first(value):
-    """A value of the first process, in all of them; numbers, strings, lists, dicts."""
+def from_first(value: Any) -> Any:
+    """Broadcast a JSON-ready value of the first process to all of them."""
     return json.loads(gather(json.dumps(value).encode())[0])
 
 
-def require_same(**values):
-    """Raise `ValueError` in all processes where values differ, naming which."""
+def require_same(**values: Any) -> None:
+    """Raise `ValueError` in all processes if values differ, naming them."""
     texts = gather(json.dumps(values, sort_keys=True, default=str).encode())
     if len(set(texts)) > 1:
         brought = [(i, json.loads(text)) for i, text in enumerate(texts)]
@@ -193,18 +199,18 @@ def require_same(**values):
 
 
 @contextlib.contextmanager
-def all_or_none(what):
-    """An error in one process is an error in all, at the end of the `with` block.
+def all_or_none(what: str) -> Iterator[None]:
+    """Raise an error of one process in all of them, at the end of the `with` block.
 
-    Where it is an `OSError` it is one in all of them, else a `RuntimeError`.
+    The others raise an `OSError` if it is one, else a `RuntimeError`.
 
     Args:
-        what: what is being done, for the message in the other processes.
+        what: description of the work, for the message in the other processes.
     """
-    error = None
+    error: Exception | None = None
     try:
         yield
-    except Exception as raised:  # Handed on below, or raised again.
+    except Exception as raised:  # Raised below, after the others know of it.
         error = raised
     note = "" if error is None else f"{type(error).__name__}: {error}"
     notes = gather(json.dumps([note, isinstance(error, OSError)]).encode())
@@ -216,14 +222,14 @@ def all_or_none(what):
             raise kind(f"Process {i} failed while {what}: {note}")
 
 
-def local_rows(rows):
-    """Which rows of a batch the devices of this process hold, as a slice.
+def local_rows(rows: int) -> slice:
+    """Rows of a batch that the devices of this process hold.
 
     Args:
-        rows: how many the batch has in all processes together.
+        rows: number of rows of the batch, in all processes together.
 
     Raises:
-        ValueError: for a number that the mesh does not divide.
+        ValueError: if the mesh does not divide it.
     """
     distribution = keras.distribution.distribution()
     if process_count() == 1 or distribution is None:
@@ -232,7 +238,7 @@ def local_rows(rows):
     pieces = len(set(map(str, sharding.devices_indices_map((rows,)).values())))
     if rows % pieces:
         raise ValueError(
-            f"`batch_size` must be a multiple of {pieces}, the places of the mesh axis "
+            f"`batch_size` must be a multiple of {pieces}, the size of the mesh axis "
             f"{distribution.batch_dim_name!r}; got {rows}."
         )
     held = [i[0] for i in sharding.addressable_devices_indices_map((rows,)).values()]
@@ -241,7 +247,7 @@ def local_rows(rows):
 
 
 def _differences(brought):
-    """What differs between dicts, `[(index, dict)]`, in words; "" for nothing."""
+    """Differences between dicts, `[(index, dict)]`, as text; "" if there are none."""
     flat = [(index, _flatten(values)) for index, values in brought]
     names = {name: None for _, values in flat for name in values}
     words = []

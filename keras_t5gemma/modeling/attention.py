@@ -62,11 +62,11 @@ class Attention(keras.layers.Layer):
         self.value = dense(num_key_value_heads * head_dim, "value", dtype)
         self.output_projection = dense(hidden_dim, "output", dtype)
 
-    def build(self, x_shape, key_value_shape=None):
-        key_value_shape = key_value_shape or x_shape
+    def build(self, x_shape, key_value_states_shape=None):
+        key_value_states_shape = key_value_states_shape or x_shape
         self.query.build(x_shape)
-        self.key.build(key_value_shape)
-        self.value.build(key_value_shape)
+        self.key.build(key_value_states_shape)
+        self.value.build(key_value_states_shape)
         width = self.num_query_heads * self.head_dim
         self.output_projection.build((*x_shape[:-1], width))
 
@@ -112,14 +112,15 @@ class Attention(keras.layers.Layer):
         query = self._heads(self.query(x), self.num_query_heads)  # B T N H
         if angles is not None:
             query = apply_rotary(query, angles)
-        if key_value_states is not None:
+        if key_value_states is None:
+            assert cache is not None
+            seen = cache
+        else:
             new = self.project_keys_values(key_value_states, angles)
             if cache is None:
                 cache = seen = new
             else:
                 seen, cache = kv_cache.extend(cache, *new, index, count)
-        else:
-            seen = cache
         query = query * self.query_scale
         output = self._attend(query, *seen, attention_mask, seeds)
         return self.output_projection(output), cache

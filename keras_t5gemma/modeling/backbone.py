@@ -1,8 +1,9 @@
-"""The network without a task: four arrays in, two hidden sequences out."""
+"""The T5Gemma backbone: token ids to hidden states of encoder and decoder."""
 
 import dataclasses
 import gc
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -27,28 +28,35 @@ QUANTIZED = ("int8", "int4")
 class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
     """T5Gemma encoder-decoder (arXiv 2504.06225), without a task.
 
-    Call it on a dict of int32 arrays `encoder_token_ids`,
-    `encoder_padding_mask` `(batch, encoder length)`, `decoder_token_ids` and
-    `decoder_padding_mask` `(batch, decoder length)`; sequences are padded on
-    the right with 0. It returns a dict of `encoder_sequence_output` `(batch,
-    encoder length, encoder width)` and `decoder_sequence_output` `(batch,
-    decoder length, decoder width)` in the compute dtype.
+    Call it on a dict of int32 arrays `encoder_token_ids`, `encoder_padding_mask`
+    `(batch, encoder length)`, `decoder_token_ids` and `decoder_padding_mask` `(batch,
+    decoder length)`; sequences are padded on the right with 0. It returns a dict of
+    `encoder_sequence_output` `(batch, encoder length, encoder width)` and
+    `decoder_sequence_output` `(batch, decoder length, decoder width)` in the compute
+    dtype.
 
-    With a config whose `decoder` is `None` it is the encoder alone: the two encoder
-    arrays in, `encoder_sequence_output` out.
+    If `decoder` of the config is `None` it is the encoder alone: it takes the two
+    encoder arrays and returns `encoder_sequence_output`.
 
     Args:
         config: a `T5GemmaConfig`, or its dict.
         lineage: dict of what the weights were adapted from, saved with the model;
             `adapt_gemma2` writes it.
-        dtype: dtype policy or its name, e.g. `"bfloat16"`; `None` takes
-            Keras's global policy.
+        dtype: dtype policy or its name, e.g. `"bfloat16"`; `None` is Keras's global
+            policy.
+        **kwargs: `name`, `trainable`.
 
     Raises:
-        ValueError: for an inconsistent config; the message names the field.
+        ValueError: for an inconsistent config, naming the field.
     """
 
-    def __init__(self, config, lineage=None, dtype=None, **kwargs):
+    def __init__(
+        self,
+        config: T5GemmaConfig | dict[str, Any],
+        lineage: dict[str, Any] | None = None,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
+    ):
         if isinstance(config, dict):
             config = T5GemmaConfig.from_dict(config)
         if not isinstance(config, T5GemmaConfig):
@@ -69,7 +77,7 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
             inputs["encoder_token_ids"], inputs["encoder_padding_mask"]
         )
         outputs = {"encoder_sequence_output": encoder_output}
-        decoder = None
+        decoder: Any = None
         if config.decoder is not None:
             decoder = Decoder(config, dtype=dtype)
             outputs["decoder_sequence_output"] = decoder(
@@ -88,8 +96,9 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
         self.lineage = lineage
         self.encoder = encoder
         self.decoder = decoder
-        if mesh.current() is not None:
-            self.get_layout_map(mesh.current().device_mesh, mesh.current().strategy)
+        current = mesh.current()
+        if current is not None:  # Raises if the mesh does not fit the model.
+            self.get_layout_map(current.device_mesh, current.strategy)
         _compat.track_parameters(self)
 
     def encode(
@@ -143,7 +152,7 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
         if self.decoder is None:
             raise ValueError(
                 "This Backbone is an encoder alone (`config.decoder` is None): it "
-                "can `encode`, not `decode`."
+                "can `encode`, but not `decode`."
             )
         if cache is not None:
             return self.decoder.step(token_ids, cache, index, count)
@@ -177,21 +186,23 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
         return self.decoder.next_logits(hidden_states, capped)
 
     @property
-    def token_embedding(self):
+    def token_embedding(self) -> keras.layers.Layer:
         """The encoder's embedding layer."""
         return self.encoder.token_embedding
 
-    def quantize(self, mode=None, filters=None, **kwargs):
-        """Quantize projections and embeddings; see `keras.Model.quantize`.
+    def quantize(
+        self, mode: str | None = None, filters: Any = None, **kwargs: Any
+    ) -> None:
+        """Quantize projections and embeddings in place; see `keras.Model.quantize`.
 
         Raises:
-            ValueError: of several processes, where none has a whole weight.
+            ValueError: with several processes, none of which has a whole weight.
         """
         if process_group.process_count() > 1:
             raise ValueError(
-                "`quantize` needs whole weights, and each process has a part of them: "
+                "`quantize` needs whole weights, but each process has a part of them: "
                 "quantize and `save_to_preset` in one process, and load that preset in "
-                "all of them."
+                "all processes."
             )
         mesh.prepare(self.config)
         if filters is None:
@@ -202,75 +213,88 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
         finally:
             gc.unfreeze()
 
-    def enable_lora(self, rank, target_layer_names=None, parts=None):
-        """Freeze the model and put adapters into it; see `Seq2SeqLM.enable_lora`."""
+    def enable_lora(
+        self,
+        rank: int,
+        target_layer_names: Sequence[str] | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> None:
+        """Freeze the model and add adapters to it; see `Seq2SeqLM.enable_lora`."""
         mesh.prepare(self.config)
         lora.enable(self, rank, target_layer_names, parts)
 
-    def save_lora_weights(self, filepath):
-        """Write the adapters alone, to a path that ends in `.lora.h5`."""
+    def save_lora_weights(self, filepath: str | os.PathLike[str]) -> None:
+        """Save the adapters alone, to a path that ends in `.lora.h5`."""
         lora.save(self, filepath)
 
-    def load_lora_weights(self, filepath):
-        """Read adapters of `save_lora_weights`, onto the layers they came from."""
+    def load_lora_weights(self, filepath: str | os.PathLike[str]) -> None:
+        """Load adapters that `save_lora_weights` wrote, into the same layers."""
         mesh.prepare(self.config)
         lora.load(self, filepath)
 
-    def get_layout_map(self, device_mesh, strategy="fsdp"):
-        """How this model is split over a mesh, as `distribute` would; checked.
+    def get_layout_map(
+        self, device_mesh: keras.distribution.DeviceMesh, strategy: str = "fsdp"
+    ) -> keras.distribution.LayoutMap:
+        """Layout map of this model over a mesh, as `distribute` splits it.
 
         Args:
             device_mesh: a `keras.distribution.DeviceMesh` of axes `"data"`, `"model"`.
             strategy: see `distribute`.
 
         Returns:
-            A `keras.distribution.LayoutMap`: patterns of the paths of what is split.
+            A `keras.distribution.LayoutMap` of patterns of the variables' paths.
 
         Raises:
-            ValueError: for an unknown strategy or axis, or a variable that an axis
-                does not divide, named.
+            ValueError: for an unknown strategy or axis, or naming a variable that an
+                axis does not divide.
         """
-        found = layouts.make_layout_map(
+        layout_map = layouts.make_layout_map(
             self.variables, device_mesh, strategy, self.config
         )
         is_split = strategy != "data" and device_mesh.devices.size > 1
         if is_split:
-            layouts.check_layouts(self, found)
-        return found
+            layouts.check_layouts(self, layout_map)
+        return layout_map
 
-    def default_lora_layer_names(self):
+    def default_lora_layer_names(self) -> list[str]:
         """Query and value projections, of self- and cross-attention."""
         return ["query", "value"]
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, encoder_only=False, **kwargs):
-        """The backbone of a preset.
+    def from_preset(
+        cls,
+        preset: presets.PresetLike,
+        load_weights: bool = True,
+        encoder_only: bool = False,
+        **kwargs: Any,
+    ) -> "Backbone":
+        """Load a preset.
 
         Args:
             preset: a name of `keras_t5gemma.presets()`, a local folder, or an
-                `hf://` or `kaggle://` handle; our format, KerasHub's T5Gemma, or
-                transformers'.
+                `hf://` or `kaggle://` handle, in the format of this package, of
+                KerasHub's T5Gemma, or of transformers.
             load_weights: `False` leaves the weights random; a published name then
                 needs no network.
             encoder_only: build the encoder alone and read only its tensors.
-            **kwargs: `dtype` (a policy or its name; float checkpoints are read into
-                Keras's default policy when it is left out; `"int8"` or `"int4"` is
-                that and `quantize`), `name`, `trainable`.
+            **kwargs: `dtype` (a policy or its name; by default float checkpoints are
+                loaded in Keras's global policy; `"int8"` and `"int4"` also quantize),
+                `name`, `trainable`.
 
         Raises:
-            ValueError: for an unknown preset or keyword, or files that do not
-                fit, named.
-            OSError: when a download fails, with what to do.
+            ValueError: for an unknown preset or keyword, or naming the files that do
+                not fit.
+            OSError: when a download fails, with instructions.
         """
         if kwargs.get("dtype") in QUANTIZED:
             mode = kwargs.pop("dtype")
             backbone = cls.from_preset(preset, load_weights, encoder_only, **kwargs)
-            found = backbone.encoder.token_embedding.quantization_mode
-            if found is None:
+            stored = backbone.encoder.token_embedding.quantization_mode
+            if stored is None:
                 backbone.quantize(mode)
-            elif found != mode:
+            elif stored != mode:
                 raise ValueError(
-                    f"`dtype` is {mode!r}; the weights of {preset} are {found} already."
+                    f"`dtype` is {mode!r}, but the weights of {preset} are {stored}."
                 )
             return backbone
         presets.check_keywords(kwargs, ("dtype", "name", "trainable"), cls.__name__)
@@ -290,11 +314,16 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
             config = dataclasses.replace(config, decoder=None)
         return cls(config, **kwargs)
 
-    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
-        """Keras's; a preset of weights that devices share gathers one at a time.
+    def save_weights(
+        self,
+        filepath: str | os.PathLike[str],
+        overwrite: bool = True,
+        max_shard_size: float | None = None,
+    ) -> None:
+        """Like `keras.Model.save_weights`; sharded weights are gathered one by one.
 
         Raises:
-            ValueError: for a quantized model of several processes.
+            ValueError: for a quantized model with several processes.
         """
         if weight_loading.gather_weights(self, filepath, max_shard_size):
             return
@@ -303,8 +332,8 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
             and self.encoder.token_embedding.quantization_mode
         ):
             raise ValueError(
-                "Several processes cannot save a quantized model. It is the preset "
-                "that was loaded; what adapters learn, `save_lora_weights` keeps."
+                "Several processes cannot save a quantized model. Its weights are "
+                "those of the preset; `save_lora_weights` saves trained adapters."
             )
         super().save_weights(filepath, overwrite, max_shard_size)
 
@@ -315,18 +344,18 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
         max_shard_size: float | str = 5,
         **kwargs: Any,
     ) -> None:
-        """Write a folder that transformers' T5GemmaForConditionalGeneration loads.
+        """Save a folder that transformers' T5GemmaForConditionalGeneration loads.
 
         An encoder alone becomes a `T5GemmaEncoderModel`.
 
-        Inside the attention window the logits are the same. Past it transformers
-        5.23 lets the encoder see one token more on each side than the official code
-        (and this package) does.
+        Within the attention window the logits are the same. Beyond it the encoder of
+        transformers 5.23 attends to one more token on each side than the official code
+        and this package do.
 
         Args:
             folder: path; an earlier checkpoint in it is replaced, all or nothing.
             dtype: `"float32"`, `"bfloat16"` or `"float16"` to round the weights to;
-                `None` keeps theirs.
+                `None` keeps the model's.
             max_shard_size: of the largest weight file: a number of GB, or a size with
                 a unit, e.g. `"500MB"`.
             **kwargs: `tokenizer` and `stop_ids`, which a task passes.
@@ -352,6 +381,6 @@ class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
         }
 
 
-def is_projection_or_embedding(layer):
-    """Whether `quantize` does something to a layer, by default."""
+def is_projection_or_embedding(layer: keras.layers.Layer) -> bool:
+    """Whether `quantize` quantizes a layer by default."""
     return isinstance(layer, keras.layers.Dense | keras.layers.Embedding)

@@ -1,15 +1,17 @@
-"""Build a model whose variables get their first value from a file.
+"""Deferred initialization: build a model whose first weights come from a file.
 
-Keras fills variables when layers are built. Inside a `StatelessScope` it only
-notes shape and initializer, and fills them later; this module puts a reader in
-the initializer's place, so that nothing is initialized at random first.
+Keras initializes variables when layers are built. Inside a `StatelessScope` it only
+records shape and initializer, and initializes later; this module replaces the
+initializer by a reader, so that nothing is initialized at random first.
 
-Under a `keras.distribution` on JAX a variable is read slice by slice, straight to the
-devices that hold them: a process reads what its own devices hold, and never has the
-whole of a variable that is split.
+Under a `keras.distribution` on JAX a variable is read slice by slice, directly onto the
+devices that hold the slices: a process reads what its own devices hold, and never has a
+whole variable that is split.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import ml_dtypes
@@ -17,40 +19,45 @@ import numpy as np
 
 from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints.byte_ranges import bounds
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor
+from keras_t5gemma.utils.types import Tensor
 
 
-def build_and_fill(build, read):
-    """Build a model without values, then fill its weights from a reader.
+def build_and_fill(
+    build: Callable[[], Any], read: Callable[[Any], Mapping[str, LazyTensor]]
+) -> Any:
+    """Build a model without values, then load its weights.
 
     Args:
-        build: `() -> model`.
-        read: `model -> {path: unread tensor}` for all of `model.weights`; raises
-            before anything is read when the two do not fit.
+        build: function that returns the model.
+        read: function of the model that returns lazily loaded tensors by path, one for
+            each of `model.weights`; raises if they do not fit, before any is read.
 
     Returns:
-        The model. When anything raises, nothing of it is left behind.
+        The model. If anything raises, no pending variable stays in Keras's list.
     """
     with _compat.pending_variables() as pending:
         with keras.StatelessScope(initialize_variables=False):
             model = build()
         tensors = read(model)
-        # The largest first: while one is converted it is held twice, and then
-        # least else is loaded.
+        # The largest first: a tensor is in memory twice while it is converted, which
+        # costs least before the others are loaded.
         for variable in sorted(pending, key=lambda v: -math.prod(v.shape)):
             tensor = tensors.get(variable.path)
-            sharding = None if tensor is None else variable_sharding(variable)
-            if sharding is not None:
-                value = read_onto_devices(tensor, sharding, DTYPES[variable.dtype])
-                _compat.set_variable_value(variable, value)
+            if tensor is None:
+                _compat.initialize_variable(variable)
                 continue
-            reader = None if tensor is None else _Reader(tensor.read)
-            _compat.initialize_variable(variable, reader)
+            sharding = variable_sharding(variable)
+            if sharding is None:
+                _compat.initialize_variable(variable, _Reader(tensor.read))
+                continue
+            value = read_onto_devices(tensor, sharding, DTYPES[variable.dtype])
+            _compat.set_variable_value(variable, value)
     return model
 
 
-def variable_sharding(variable):
-    """How the devices share a variable: JAX's `Sharding`, or `None` for one device."""
+def variable_sharding(variable: keras.Variable) -> Any:
+    """The `jax.sharding.Sharding` of a variable, or `None` on a single device."""
     distribution = keras.distribution.distribution()
     if distribution is None or keras.config.backend() != "jax":
         return None
@@ -58,20 +65,18 @@ def variable_sharding(variable):
     return getattr(layout, "backend_layout", layout)
 
 
-def read_onto_devices(tensor, sharding, dtype):
-    """An array of JAX's, each slice read where it is held.
-
-    Devices of this process that hold the same slice get it from one reading.
+def read_onto_devices(tensor: LazyTensor, sharding: Any, dtype: np.dtype) -> Tensor:
+    """A sharded JAX array, of which each process reads the slices of its devices.
 
     Args:
-        tensor: an unread tensor.
+        tensor: a lazily loaded tensor. A slice that several devices hold is read once.
         sharding: a `jax.sharding.Sharding`.
-        dtype: numpy dtype of the result.
+        dtype: NumPy dtype of the result.
     """
     import jax
 
     shape = tuple(tensor.shape)
-    held = {}  # Devices of this process by the slice that they hold.
+    held: dict[tuple, list] = {}  # Devices of this process by the slice they hold.
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         held.setdefault(tuple(bounds(index, shape)), []).append(device)
     pieces = []
@@ -79,21 +84,21 @@ def read_onto_devices(tensor, sharding, dtype):
         array = tensor.read_slice(tuple(slice(*part) for part in parts))
         array = array.astype(dtype, copy=False)
         pieces += [jax.device_put(array, device) for device in devices]
-    jax.block_until_ready(pieces)  # Until then the host's arrays are held too.
+    jax.block_until_ready(pieces)  # Until then the host's arrays stay in memory.
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
-def build_abstract(build):
-    """Build what has variables, and never give them values: `build()`'s result.
+def build_abstract(build: Callable[[], Any]) -> Any:
+    """The result of `build()`, whose variables never get values.
 
-    Keras would fill them at the next model that it builds, whoever's that is.
+    Without this Keras would initialize them together with the next model it builds.
     """
     with _compat.pending_variables(), keras.StatelessScope(initialize_variables=False):
         return build()
 
 
 class _Reader:
-    """An initializer that reads."""
+    """An initializer that reads the values."""
 
     def __init__(self, read):
         self.read = read
@@ -102,15 +107,15 @@ class _Reader:
         return keras.ops.convert_to_tensor(without_copy(self.read()), dtype=dtype)
 
 
-def without_copy(array):
-    """The array as the backend takes it over, where Keras would copy it."""
+def without_copy(array: np.ndarray) -> Tensor:
+    """A tensor that shares the array's memory, where Keras would copy it."""
     backend = keras.config.backend()
     if backend == "jax":
         return array
     array = np.ascontiguousarray(array)
     if backend == "tensorflow" and (array.ctypes.data % 64 or not array.size):
-        return array  # Its kernels crash on buffers that are aligned to less.
-    is_bfloat16 = array.dtype == ml_dtypes.bfloat16  # NumPy knows it as bytes only.
+        return array  # Its kernels crash on buffers that are not aligned to 64 bytes.
+    is_bfloat16 = array.dtype == ml_dtypes.bfloat16  # For DLPack these are raw bytes.
     array = array.view("uint16") if is_bfloat16 else array
     if backend == "tensorflow":
         import tensorflow as tf

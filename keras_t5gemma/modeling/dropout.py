@@ -1,37 +1,38 @@
-"""Dropout that can be drawn a second time, when a block is computed anew."""
+"""Replayable dropout, for blocks that are recomputed in the backward pass."""
 
 import keras
 from keras import ops
 
 from keras_t5gemma import _compat
+from keras_t5gemma.utils.types import Tensor
 
 
 class ReplayableSeedGenerator(keras.random.SeedGenerator):
-    """Seeds that follow from one drawn before, in the order they are asked for.
+    """Stateless sequence of seeds that are derived from one seed.
 
-    Keras's own generator changes its state at every draw, which a rematerialized
-    block may not do.
+    Keras's generator changes its state at every draw, which a rematerialized block must
+    not do.
 
     Args:
-        seed: `(2,)`, of `SeedGenerator.next()`.
+        seed: `(2,)`, from `SeedGenerator.next()`.
     """
 
-    def __init__(self, seed):  # Not Keras's: there is no state.
+    def __init__(self, seed: Tensor):  # Keras's `__init__` would create the state.
         _compat.mark_as_seeded(self)
         self.seed = seed
-        self.asked = 0
+        self.count = 0
 
-    def next(self, ordered=True):
+    def next(self, ordered: bool = True) -> Tensor:
         """The next seed, `(2,)`."""
-        self.asked += 1
-        step = ops.convert_to_tensor([self.asked * 1_000_003, 0], self.seed.dtype)
+        self.count += 1
+        step = ops.convert_to_tensor([self.count * 1_000_003, 0], self.seed.dtype)
         return self.seed + step
 
-    def again(self):
-        """The same seeds from the first one on."""
+    def replay(self) -> "ReplayableSeedGenerator":
+        """A generator of the same seeds, from the first one."""
         return ReplayableSeedGenerator(self.seed)
 
 
-def dropout(x, rate, seeds):
-    """`x` with a share `rate` of zeros; `x` itself when `seeds` is `None`."""
+def dropout(x: Tensor, rate: float, seeds: ReplayableSeedGenerator | None) -> Tensor:
+    """Dropout of `x` at `rate`; `x` itself if `seeds` is `None`."""
     return x if seeds is None else keras.random.dropout(x, rate, seed=seeds)

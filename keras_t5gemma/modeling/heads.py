@@ -1,24 +1,28 @@
-"""Heads on the encoder's states: pooling, and hybrid dense-lexical vectors.
+"""Heads on the encoder output: pooling, and hybrid dense-lexical vectors.
 
 B batch, T length, D width.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
+
+from keras_t5gemma.utils.types import Tensor
 
 POOLINGS = ("mean", "last", "first", "weighted")
 
 
-def pool(states, padding, pooling):
-    """Float32 `(B, D)` of states `(B, T, D)`, whatever they were padded with.
+def pool(states: Tensor, padding: Tensor, pooling: str) -> Tensor:
+    """Pool hidden states over the tokens: float32 `(B, D)`, independent of padding.
 
     Args:
         states: `(B, T, D)`, in any float dtype.
-        padding: `(B, T)`, 0 for padding, which is on the right. A row of padding alone
-            gives zeros.
-        pooling: `"mean"` of the tokens; `"last"` real token, as the paper's
-            classifiers; `"first"`; or `"weighted"`, the mean where token i of n
-            weighs i (arXiv 2202.08904).
+        padding: `(B, T)`, 0 for padding, which is on the right. A row that is all
+            padding gives zeros.
+        pooling: `"mean"` of the tokens; `"last"`, the last token, as in the paper's
+            classifiers; `"first"`; or `"weighted"`, the mean with weight i for
+            token i (arXiv 2202.08904).
     """
     keep = ops.cast(padding > 0, "float32")  # B T
     if pooling in ("last", "first"):
@@ -32,27 +36,27 @@ def pool(states, padding, pooling):
     return ops.einsum("bt,btd->bd", weights, ops.cast(states, "float32"))
 
 
-def l2_normalize(vectors):
-    """Vectors of length 1; zeros stay zeros, with a gradient that is a number."""
+def l2_normalize(vectors: Tensor) -> Tensor:
+    """Vectors of length 1; zero vectors stay zero, with a finite gradient."""
     squares = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
     return vectors * ops.rsqrt(ops.maximum(squares, 1e-24))
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class HybridVector(keras.layers.Layer):
-    """A pooled state and the weights of the text's tokens, float32 `(B, D + bins)`.
+    """Hybrid dense and lexical vector of a text, float32 `(B, D + bins)`.
 
-    A linear map of a token's state is the token's weight (uniCOIL, arXiv 2106.14807).
-    Weights of equal tokens are added up; the logarithm of 1 + the sum is taken. With
-    fewer bins than tokens in the vocabulary several share one, with different signs
-    (feature hashing, arXiv 0902.2206). Both parts have length 1, times a learned share
-    each.
+    The dense part is the pooled state. The lexical part has a weight for each token of
+    the vocabulary: a linear function of the token's state (uniCOIL, arXiv 2106.14807),
+    summed over equal tokens, then `log(1 + sum)`. With fewer bins than tokens in the
+    vocabulary several tokens share a bin, with different signs (feature hashing, arXiv
+    0902.2206). Both parts are normalized to length 1 and scaled by a learned share.
 
     Args:
-        bins: how many numbers say which tokens a text has.
+        bins: dimensions of the lexical part.
     """
 
-    def __init__(self, bins, **kwargs):
+    def __init__(self, bins: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.bins = bins
 
@@ -61,8 +65,17 @@ class HybridVector(keras.layers.Layer):
         self.kernel = self.add_weight((width,), initializer="zeros", name="kernel")
         self.share = self.add_weight((), initializer="zeros", name="share")
 
-    def call(self, pooled, states, token_ids, padding):
-        """Of `(B, D)`, `(B, T, width)` and, twice, `(B, T)`; padding is 0."""
+    def call(
+        self, pooled: Tensor, states: Tensor, token_ids: Tensor, padding: Tensor
+    ) -> Tensor:
+        """The vector `(B, D + bins)`.
+
+        Args:
+            pooled: dense part `(B, D)`.
+            states: hidden states `(B, T, width)`.
+            token_ids: int `(B, T)`.
+            padding: `(B, T)`, 0 for padding.
+        """
         weights = ops.softplus(ops.matmul(ops.cast(states, "float32"), self.kernel))
         lexical = self._binned(weights, token_ids, padding)
         parts = (ops.sigmoid(self.share), pooled), (ops.sigmoid(-self.share), lexical)

@@ -1,16 +1,15 @@
-"""The decoding cache: an explicit argument, made, written and handed back.
+"""Key/value cache of decoding, passed in and returned.
 
 A cache is a dict of tensors:
 
     {"self": ((key, value), ...), "cross": ((key, value), ...), "cross_mask": m}
 
-one pair a decoder layer, each `(B, K, S, H)`, the layout the attention product
-reads; `cross_mask` is the encoder's padding mask, boolean `(B, S)`. The rows of
-"self" may be a multiple of those of "cross": several answers to one source, next to
-each other.
+with one pair for each decoder layer, each `(B, K, S, H)`, the layout of the attention
+product; `cross_mask` is the encoder's padding mask, boolean `(B, S)`. "self" may have a
+multiple of the rows of "cross": several answers to one source, in adjacent rows.
 
-A layer with a window keeps only the window, as a ring: position p lies in slot
-p modulo the number of slots.
+A layer with a sliding window keeps only the window, as a ring buffer: position p is in
+slot p modulo the number of slots.
 
     4 slots after 6 tokens   slot      0 1 2 3
                              position  4 5 2 3
@@ -18,19 +17,26 @@ p modulo the number of slots.
 
 from keras import ops
 
+from keras_t5gemma.config import StackConfig
+from keras_t5gemma.utils.types import Tensor
 
-def make_self_cache(stack, rows, length, dtype):
-    """Zeros for the self-attention of every layer of a decoder.
+KeyValue = tuple[Tensor, Tensor]
+
+
+def make_self_cache(
+    stack: StackConfig, rows: int, length: int, dtype: str
+) -> tuple[KeyValue, ...]:
+    """Empty self-attention cache of every layer of a decoder.
 
     Args:
         stack: the decoder's `StackConfig`.
         rows: B.
-        length: the longest sequence that will be decoded.
-        dtype: the compute dtype of the attention.
+        length: longest sequence to decode, in tokens.
+        dtype: compute dtype of the attention.
 
     Returns:
-        A tuple of `(key, value)` pairs, each `(B, K, S, H)`, S the length or the
-        layer's window.
+        A tuple of `(key, value)` pairs, each `(B, K, S, H)`; S is the length or the
+        layer's window, whichever is smaller.
     """
     slots = {
         "full_attention": length,
@@ -44,37 +50,38 @@ def make_self_cache(stack, rows, length, dtype):
     return tuple((zeros(kind), zeros(kind)) for kind in stack.layer_types)
 
 
-def slot_positions(count, slots):
-    """The position that each slot holds after `count` tokens: int `(slots,)`.
+def slot_positions(count: Tensor, slots: int) -> Tensor:
+    """The position in each slot after `count` tokens: int `(slots,)`.
 
-    Negative where there is none yet.
+    Negative positions mark empty slots.
     """
     last = count - 1
     return last - ops.mod(last - ops.arange(slots), slots)
 
 
-def key_positions(index, length, slots):
-    """The positions of the keys of `extend`'s first result."""
+def key_positions(index: Tensor, length: int, slots: int) -> Tensor:
+    """Positions of the keys that `extend` returns as `seen`."""
     if length == 1:
         return slot_positions(index + 1, slots)
     new = index + ops.arange(length)
     return ops.concatenate([slot_positions(index, slots), new])
 
 
-def extend(cache, key, value, index, count=None):
-    """Put in new keys and values, at positions `index, index + 1, ...`.
+def extend(
+    cache: KeyValue, key: Tensor, value: Tensor, index: Tensor, count: Tensor = None
+) -> tuple[KeyValue, KeyValue]:
+    """Add keys and values at positions `index, index + 1, ...` to a layer's cache.
 
     Args:
         cache: one layer's `(key, value)`, each `(B, K, S, H)`.
         key: `(B, K, T, H)`.
         value: `(B, K, T, H)`.
-        index: scalar int, the position of the first new one.
-        count: how many of the T are real, the first ones; `None` is all. Those after
-            are not kept.
+        index: scalar int, position of the first new key.
+        count: how many of the T are kept, the first ones; `None` keeps all.
 
     Returns:
         `(seen, cache)`: the keys and values that the new queries attend to, whose
-        positions `key_positions` tells, and the updated cache.
+        positions `key_positions` gives, and the updated cache.
     """
     slots, length = cache[0].shape[2], key.shape[2]
     new = [ops.cast(t, old.dtype) for t, old in zip((key, value), cache, strict=True)]
@@ -84,7 +91,7 @@ def extend(cache, key, value, index, count=None):
             ops.slice_update(old, start, t) for old, t in zip(cache, new, strict=True)
         )
         return cache, cache
-    # A ring may lose what the first of the queries still sees: attend, then keep.
+    # Writing first would overwrite keys in the ring that the first queries still see.
     seen = tuple(
         ops.concatenate([old, t], axis=2) for old, t in zip(cache, new, strict=True)
     )

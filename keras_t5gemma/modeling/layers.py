@@ -1,26 +1,29 @@
-"""The parts of a block that look at one token at a time."""
+"""Layers that act on each token alone: norms, embeddings, projections, feed-forward."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_t5gemma.utils.types import Tensor
 
-def soft_cap(x, cap):
-    """`cap * tanh(x / cap)`: about `x` when small, never beyond +-`cap`."""
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Soft cap `cap * tanh(x / cap)`, within +-`cap`; `None` leaves `x` as it is."""
     return x if cap is None else ops.tanh(x / cap) * cap
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class RMSNorm(keras.layers.Layer):
-    """`x / rms(x) * (1 + scale)` in float32, scale starting at zero.
+    """Gemma's RMSNorm: `x / rms(x) * (1 + scale)` in float32; scale starts at 0.
 
     Args:
         epsilon: added to the mean square.
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
-        # No autocast: input and scale are lifted to float32 from what they are.
+    def __init__(self, epsilon: float = 1e-6, **kwargs: Any):
+        # No autocast: input and scale are cast to float32 without rounding before.
         super().__init__(autocast=False, **kwargs)
         self.epsilon = epsilon
 
@@ -46,10 +49,10 @@ def stored_weight(layer, name):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TokenEmbedding(keras.layers.ReversibleEmbedding):
-    """Keras's embedding and logit table; int8 quantizes its weights alone.
+    """Token embedding, tied to the logits; int8 quantizes the weights only.
 
-    With Keras's quantized activations the gradient through the int8 logits points
-    nowhere (its cosine to float32's is about 0), and LoRA learns nothing.
+    Keras also quantizes the activations: the gradient through its int8 logits has a
+    cosine of about 0 to that of float32, and LoRA learns nothing.
     """
 
     def quantize(self, mode=None, type_check=True, config=None):
@@ -62,11 +65,11 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         logits = ops.matmul(inputs, ops.transpose(table)) / self.embeddings_scale
         return soft_cap(ops.cast(logits, self.compute_dtype), self.logit_soft_cap)
 
-    def int8_logits(self, states):
+    def int8_logits(self, states: Tensor) -> Tensor:
         """Logits `(B, V)` of states `(B, D)`, for generation, without the soft cap.
 
-        Part of the table by part, so that XLA never widens all of it, and what it
-        widens, at most 8 MiB, stays in the processor's cache.
+        Computed in chunks of the table, so that XLA never dequantizes all of it: a
+        chunk of at most 8 MiB stays in the processor's cache.
         """
         table = stored_weight(self, "embeddings")
         size, width = table.shape
@@ -84,9 +87,9 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Projection(keras.layers.Dense):
-    """Keras's Dense without bias; int8 quantizes its weights alone.
+    """Dense layer without bias; int8 quantizes the weights only.
 
-    They are widened for a float product: the inputs stay exact, as does the gradient.
+    They are dequantized for a float product: inputs and gradients stay exact.
     """
 
     def quantize(self, mode=None, type_check=True, config=None):
@@ -110,11 +113,11 @@ class GatedMLP(keras.layers.Layer):
     """GeGLU feed-forward: `down(gelu(gate(x)) * up(x))`, no biases.
 
     Args:
-        hidden_dim: D, the width coming in and going out.
+        hidden_dim: D, width of input and output.
         intermediate_dim: F.
     """
 
-    def __init__(self, hidden_dim, intermediate_dim, **kwargs):
+    def __init__(self, hidden_dim: int, intermediate_dim: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.hidden_dim = hidden_dim
         self.intermediate_dim = intermediate_dim
@@ -141,8 +144,8 @@ class GatedMLP(keras.layers.Layer):
         }
 
 
-def dense(units, name, dtype):
-    """A projection without bias, initialized as Gemma's: normal, sd 0.02."""
+def dense(units: int, name: str, dtype: Any) -> Projection:
+    """A projection without bias, initialized like Gemma's: normal, std 0.02."""
     return Projection(
         units,
         use_bias=False,

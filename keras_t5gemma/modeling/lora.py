@@ -1,6 +1,8 @@
-"""Low-rank adapters (arXiv 2106.09685), by part of the model."""
+"""LoRA, low-rank adapters (arXiv 2106.09685), by part of the model."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import h5py
 
@@ -9,7 +11,7 @@ from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
 from keras_t5gemma.utils.checks import whole_number
 
-# What a part is: folders of the layer's path, and its layers adapted by default.
+# Parts: components of the layers' paths, and the layers adapted by default.
 PARTS = {
     "encoder": (("encoder", "self_attention"), ("query", "value")),
     "decoder": (("decoder", "self_attention"), ("query", "value")),
@@ -19,21 +21,26 @@ PARTS = {
 }
 
 
-def enable(backbone, rank, names=None, parts=None):
-    """Freeze all weights and put adapters beside some of them.
+def enable(
+    backbone: Any,
+    rank: int,
+    names: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
+) -> None:
+    """Freeze all weights and add adapters to some of the layers.
 
     Args:
         backbone: a `Backbone`.
-        rank: inner size of the adapters, at least 1.
+        rank: inner dimension of the adapters, at least 1.
         names: names of layers; `None` is the default of the parts.
-        parts: names of `PARTS`; `None` is every layer with one of the names.
+        parts: keys of `PARTS`; `None` is every layer with one of the names.
 
     Raises:
-        ValueError: for a rank below 1, or what matches no layer.
+        ValueError: for a rank below 1, or names and parts that match no layer.
     """
     rank = whole_number(rank, "rank", 1)
     if isinstance(parts, str) or (parts is not None and set(parts) - set(PARTS)):
-        raise ValueError(f"`parts` must be a list among {list(PARTS)}; got {parts!r}.")
+        raise ValueError(f"`parts` must be a list of {list(PARTS)}; got {parts!r}.")
     if parts is None and names is None:
         names = backbone.default_lora_layer_names()
     candidates = _candidates(backbone)
@@ -61,13 +68,13 @@ def enable(backbone, rank, names=None, parts=None):
     _enable(backbone, rank, chosen)
 
 
-def save(backbone, path):
-    """Write rank and adapters of every adapted layer into an HDF5 file.
+def save(backbone: Any, path: str | os.PathLike[str]) -> None:
+    """Save rank and adapters of every adapted layer into an HDF5 file.
 
-    Of several processes all call it; the first one writes.
+    With several processes all of them call it; the first one writes.
 
     Raises:
-        ValueError: when there are none, or for another ending than `.lora.h5`.
+        ValueError: without adapters, or for another suffix than `.lora.h5`.
     """
     adapted = [layer for layer in _candidates(backbone) if layer.lora_enabled]
     if not adapted:
@@ -94,15 +101,17 @@ def _write(path, adapted, arrays):
             file[key].create_dataset(name, data=array)
 
 
-def load(backbone, path):
-    """Read adapters of `save`, onto the same layers, adapted first if need be.
+def load(backbone: Any, path: str | os.PathLike[str]) -> None:
+    """Load adapters that `save` wrote, into the same layers.
+
+    Layers without adapters get them first.
 
     Raises:
-        ValueError: when the file's layers or ranks are not the model's.
+        ValueError: if the layers or ranks of the file are not those of the model.
     """
     layers = {_key(layer): layer for layer in _candidates(backbone)}
     if os.path.exists(path) and not h5py.is_hdf5(path):
-        raise ValueError(f"{str(path)!r} is no file of `save_lora_weights`.")
+        raise ValueError(f"{str(path)!r} was not written by `save_lora_weights`.")
     with h5py.File(path) as file:
         groups = {}
 
@@ -114,8 +123,8 @@ def load(backbone, path):
         unknown = sorted(set(groups) - set(layers))
         if unknown or not groups:
             raise ValueError(
-                f"{str(path)!r} has adapters of {unknown[:3] or 'no'} layers that the "
-                "model has not: it belongs to another model."
+                f"{str(path)!r} has adapters of {unknown[:3] or 'no'} layers that are "
+                "not in the model: it belongs to another model."
             )
         adapted = {key for key, layer in layers.items() if layer.lora_enabled}
         ranks = {int(group.attrs["rank"]) for group in groups.values()}
@@ -151,7 +160,7 @@ def _adapters(layer):
 
 
 def _key(layer):
-    """The layer's path from its tower on, whatever the model is called."""
+    """Path of a layer from its tower on, independent of the model's name."""
     folders = layer.path.split("/")
     tower = next(f for f in folders if f in ("encoder", "decoder"))
     return "/".join(folders[folders.index(tower) :])

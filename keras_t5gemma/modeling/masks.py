@@ -1,4 +1,4 @@
-"""Attention masks: pure boolean functions, True where a key may be seen.
+"""Attention masks: pure boolean functions, True where a query attends to a key.
 
 Drawn for W = 2, rows are queries, columns keys:
 
@@ -11,17 +11,19 @@ Drawn for W = 2, rows are queries, columns keys:
 
 from keras import ops
 
+from keras_t5gemma.utils.types import Tensor
 
-def padding_mask(mask):
+
+def padding_mask(mask: Tensor) -> Tensor:
     """Key mask of a batch: `(B, S)` of 0 / 1 -> boolean `(B, 1, S)`."""
     return ops.expand_dims(ops.cast(mask, "bool"), axis=1)
 
 
-def segment_mask(queries, keys):
-    """Who may see whom by the padding masks alone: the same segment, never padding.
+def segment_mask(queries: Tensor, keys: Tensor) -> Tensor:
+    """Mask of keys in the query's segment: padding is never attended to.
 
-    With masks of 0 and 1 every token sees every token. Rows of packed pairs number
-    their pairs: 0 is padding, k = 1, 2, ... the k-th pair of the row.
+    With padding masks of 0 and 1 every token sees every token. Rows of packed pairs
+    hold segment ids: 0 is padding, k = 1, 2, ... the k-th pair of the row.
 
         queries 1 1 2 0, keys 1 2 2 0:   1 0 0 0
                                          1 0 0 0
@@ -29,8 +31,8 @@ def segment_mask(queries, keys):
                                          0 0 0 0
 
     Args:
-        queries: `(B, T)`.
-        keys: `(B, S)`.
+        queries: padding mask or segment ids `(B, T)`.
+        keys: padding mask or segment ids `(B, S)`.
 
     Returns:
         Boolean `(B, T, S)`.
@@ -40,12 +42,14 @@ def segment_mask(queries, keys):
     return ops.logical_and(same, keys[:, None, :] > 0)
 
 
-def causal_mask(query_positions, key_positions, window=None):
-    """What a decoder query may see: itself and earlier keys.
+def causal_mask(
+    query_positions: Tensor, key_positions: Tensor, window: int | None = None
+) -> Tensor:
+    """Causal mask: a decoder query attends to itself and earlier keys.
 
     Args:
         query_positions: int `(T,)`.
-        key_positions: int `(S,)`; a negative one is nobody's.
+        key_positions: int `(S,)`; negative positions mark empty slots.
         window: `None`, or W to keep only `query - key < W`.
 
     Returns:
@@ -58,8 +62,8 @@ def causal_mask(query_positions, key_positions, window=None):
     return mask
 
 
-def two_sided_mask(positions, window):
-    """What a local encoder query may see: `|query - key| < window`.
+def two_sided_mask(positions: Tensor, window: int) -> Tensor:
+    """Sliding-window mask of an encoder: `|query - key| < window`.
 
     Args:
         positions: int `(T,)`.

@@ -2,9 +2,13 @@
 
 from keras import ops
 
+from keras_t5gemma.utils.types import Tensor
 
-def rotary_angles(positions, head_dim, base):
-    """Sine and cosine of every position and frequency.
+
+def rotary_angles(
+    positions: Tensor, head_dim: int, base: float
+) -> tuple[Tensor, Tensor]:
+    """Sine and cosine for every position and frequency.
 
     Args:
         positions: int `(T,)` or `(B, T)`.
@@ -20,17 +24,17 @@ def rotary_angles(positions, head_dim, base):
     return ops.sin(angle), ops.cos(angle)
 
 
-def apply_rotary(x, angles):
-    """Turn the pairs `(x[i], x[i + H/2])` of each head.
+def apply_rotary(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs `(x[i], x[i + H/2])` of each head.
 
     Args:
         x: `(B, T, heads, H)`.
-        angles: `rotary_angles(...)` of its positions.
+        angles: from `rotary_angles`, of the positions of `x`.
 
     Returns:
-        Same shape and dtype as `x`; the turn is done in float32.
+        Same shape and dtype as `x`; computed in float32.
     """
     sin, cos = (a[..., None, :] for a in angles)  # T 1 H/2
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return ops.cast(ops.concatenate(turned, axis=-1), x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)

@@ -74,7 +74,7 @@ class _Tower(keras.layers.Layer):
         seeds = self._seeds(training)
 
         def run(*inputs):
-            result = block(*inputs, seeds=seeds and seeds.again(), **kwargs)
+            result = block(*inputs, seeds=seeds and seeds.replay(), **kwargs)
             return result[0] if isinstance(result, tuple) else result
 
         run = keras.remat(run) if training and self.rematerialize else run
@@ -218,15 +218,16 @@ class Decoder(_Tower):
         positions = ops.arange(ops.shape(token_ids)[1])
         masks = self._masks(positions, positions, segment_mask(padding, padding))
         angles = self._angles(positions)
-        inputs, cross_mask = (), None
+        cross_inputs: tuple[Tensor, ...] = ()
+        cross_mask = None
         if cross_attention:
-            inputs = (encoder_output,)
+            cross_inputs = (encoder_output,)
             cross_mask = segment_mask(padding, encoder_padding)  # B T S
         x = self._embed(token_ids, training)
         for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
             x = self._run(
                 block,
-                (x, *inputs),
+                (x, *cross_inputs),
                 training,
                 attention_mask=masks[kind],
                 cross_mask=cross_mask,

@@ -1,9 +1,10 @@
-"""Text pairs to padded arrays for training, texts to arrays for generation."""
+"""Preprocessor: text pairs to padded arrays for training and generation."""
 
 import contextlib
 import inspect
 import os
-import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import keras_hub
@@ -11,8 +12,9 @@ import numpy as np
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.tokenization.token_ids import named, pad, padded_width
 from keras_t5gemma.tokenization.tokenizer import Tokenizer, as_texts
-from keras_t5gemma.utils import buckets
+from keras_t5gemma.tokenization.truncation import warn_of_truncation
 from keras_t5gemma.utils.checks import whole_number
 
 INSTRUCTION_TEMPLATE = (
@@ -20,35 +22,37 @@ INSTRUCTION_TEMPLATE = (
 )
 TEMPLATES = {"instruction": INSTRUCTION_TEMPLATE}
 
+TokenRows = list[list[int]]
+
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
-    """Pairs of texts to `(x, y, sample_weight)`; texts to prompts.
+    """Preprocess pairs of texts to `(x, y, sample_weight)`, and texts to prompts.
 
-    The encoder gets the text, without bos or eos, the same in training and in
-    generation. The decoder input is bos + response, its target response + end
-    token; padding is on the right with id 0 and weighs nothing.
+    The encoder input is the text without bos or eos, the same in training and in
+    generation. The decoder input is bos + response, its target response + end token;
+    padding is on the right with id 0 and weight 0.
 
     Args:
         tokenizer: a `Tokenizer`.
-        encoder_sequence_length: longest encoder input, in tokens; more is cut.
-        decoder_sequence_length: longest decoder sequence, in tokens, bos
-            included; more is cut.
+        encoder_sequence_length: maximum length of the encoder input, in tokens; longer
+            texts are truncated.
+        decoder_sequence_length: maximum length of the decoder input, in tokens, with
+            bos; longer texts are truncated.
         template: `None` for plain text, `"instruction"` for the turns of the
-            instruction-tuned checkpoints, or a string with one `{text}`. A
-            template's control tokens become single ids; the user's text never
-            does. With a template the response ends in `<end_of_turn>`,
-            otherwise in `<eos>`.
-        pad_to_multiple_of: `None` pads every batch to the full lengths; n pads
-            it to its longest row, rounded up to a multiple of n (fewer wasted
-            tokens, more compiled shapes on JAX and TensorFlow).
-        objective: an `objectives.PrefixLM` or `UL2` makes the pairs, out of plain
-            text: `fit` takes texts then, and adapts. It is not saved with the
-            rest: a preset is used, and fine-tuned, without it.
+            instruction-tuned checkpoints, or a string with one `{text}`. Control tokens
+            of the template become single ids, those in the user's text do not. With a
+            template the response ends in `<end_of_turn>`, otherwise in `<eos>`.
+        pad_to_multiple_of: `None` pads every batch to the full lengths; n pads it to
+            its longest row, rounded up to a multiple of n (less padding, more compiled
+            shapes on JAX and TensorFlow).
+        objective: an `objectives.PrefixLM` or `UL2`, which makes the pairs from plain
+            text for continued pretraining: `fit` then takes texts. It is not saved with
+            the preset, which is used and fine-tuned without it.
 
     Raises:
-        ValueError: for a length below 1, a template without `{text}`, or lengths
-            that leave no room for the objective's pairs.
+        ValueError: for a length below 1, a template without `{text}`, or lengths that
+            are too short for the objective.
     """
 
     backbone_cls = Backbone
@@ -56,22 +60,19 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
 
     def __init__(
         self,
-        tokenizer,
-        encoder_sequence_length=512,
-        decoder_sequence_length=512,
-        template=None,
-        pad_to_multiple_of=None,
-        objective=None,
-        **kwargs,
+        tokenizer: Tokenizer,
+        encoder_sequence_length: int = 512,
+        decoder_sequence_length: int = 512,
+        template: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        objective: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.built = True
-        for name, value, least in (
-            ("encoder_sequence_length", encoder_sequence_length, 1),
-            ("decoder_sequence_length", decoder_sequence_length, 2),
-            ("pad_to_multiple_of", pad_to_multiple_of or 1, 1),
-        ):
-            whole_number(value, name, least)
+        whole_number(encoder_sequence_length, "encoder_sequence_length", 1)
+        whole_number(decoder_sequence_length, "decoder_sequence_length", 2)
+        whole_number(pad_to_multiple_of or 1, "pad_to_multiple_of", 1)
         if template is not None:
             text = TEMPLATES.get(template, template)
             if not isinstance(text, str) or text.count("{text}") != 1:
@@ -85,15 +86,15 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         self.template = template
         self.pad_to_multiple_of = pad_to_multiple_of
         self.objective = objective
-        self._counts = None
+        self._counts: dict[str, tuple[int, int]] | None = None
 
     @property
-    def objective(self):
-        """What makes pairs out of plain text, or `None`."""
+    def objective(self) -> Any:
+        """The objective that makes pairs from plain text, or `None`."""
         return self._objective
 
     @objective.setter
-    def objective(self, objective):
+    def objective(self, objective: Any) -> None:
         self._objective = objective
         if objective is None:
             return
@@ -103,8 +104,8 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             self._objective = None
             raise
 
-    def longest_text(self):
-        """Maximum number of tokens of a text whose pairs fit, whatever is drawn.
+    def longest_text(self) -> int:
+        """Maximum number of tokens of a text whose pairs always fit.
 
         Only with an `objective`.
         """
@@ -113,15 +114,15 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             self.decoder_sequence_length - 1,  # The end token.
         )
 
-    def call(self, x, y=None, sample_weight=None):
+    def call(self, x: Any, y: None = None, sample_weight: Any = None) -> tuple:
         """Training arrays of a batch of pairs.
 
         Args:
             x: dict with `"encoder_text"` and `"decoder_text"`, each a list of
                 strings (or one string: a batch of one). With an objective a list of
-                texts, or `{"text": [...]}`; what is drawn comes from the text.
+                texts, or `{"text": [...]}`; its random choices depend on the text.
             y: must be `None`: the target is the decoder text.
-            sample_weight: `None`, or one weight a pair, `(batch,)`.
+            sample_weight: `None`, or one weight for each pair, `(batch,)`.
 
         Returns:
             `(x, y, sample_weight)`: the dict of the backbone's int32 inputs,
@@ -129,7 +130,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             same shape, 0 on padding.
 
         Raises:
-            ValueError: for wrong keys, lengths that differ, or what is no text.
+            ValueError: for wrong keys, unequal lengths, or values that are not text.
         """
         if y is not None:
             raise ValueError(
@@ -137,7 +138,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             )
         sources, rows = self.token_rows(x)
         multiple = self.pad_to_multiple_of
-        width = round_up(rows, self.decoder_sequence_length, multiple)
+        width = padded_width(rows, self.decoder_sequence_length, multiple)
         encoder = self._encoder_arrays(sources, multiple)
         labels, mask = pad(rows, width)
         inputs = [[self.tokenizer.start_token_id, *row[:-1]] for row in rows]
@@ -148,22 +149,24 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         x = {**encoder, **named("decoder", decoder_ids, mask)}
         return x, labels, weights
 
-    def token_rows(self, x):
-        """Ids of pairs, cut to the lengths, not padded.
+    def token_rows(self, x: Any) -> tuple[TokenRows, TokenRows]:
+        """Ids of pairs, truncated to the lengths, not padded.
 
         Args:
             x: as in `call`.
 
         Returns:
-            `(sources, targets)`, a list of ids each row. A target ends in the end
-            token, unless it was cut.
+            `(sources, targets)`, a list of ids for each row. A target ends in the end
+            token, unless it was truncated.
 
         Raises:
             ValueError: as in `call`.
         """
         if self.objective is not None:
+            texts = x["text"] if isinstance(x, dict) and set(x) == {"text"} else x
+            texts = as_texts([texts] if isinstance(texts, str) else texts, "x")
             with self.report_truncation():
-                rows = self.tokenizer.tokenize(_texts(x))
+                rows = self.tokenizer.tokenize(texts)
                 longest = self.longest_text()
                 self.count("text", sum(len(row) > longest for row in rows), len(rows))
                 return self.objective.pairs(self, rows)
@@ -171,17 +174,19 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         with self.report_truncation():
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
             self.count("empty", sum(len(row) == 1 for row in rows), len(rows))
-            rows = self._cut(rows, self.decoder_sequence_length, "decoder")
+            rows = self._truncate(rows, self.decoder_sequence_length, "decoder")
             return self.encoder_rows(sources), rows
 
-    def generate_preprocess(self, x, sequence_length=None):
-        """Arrays of a batch of sources, with a start of the answer or without.
+    def generate_preprocess(
+        self, x: Any, sequence_length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Arrays of a batch of sources, optionally with prompts for the decoder.
 
         Args:
-            x: a string, a list of strings, or a dict of `"encoder_text"` and,
-                as an option, `"decoder_text"` to continue.
-            sequence_length: most decoder tokens, bos and prompt included;
-                `None` means `decoder_sequence_length`.
+            x: a string, a list of strings, or a dict of `"encoder_text"` and
+                optionally `"decoder_text"` to continue.
+            sequence_length: maximum number of decoder tokens, bos and prompt included;
+                `None` is `decoder_sequence_length`.
 
         Returns:
             The dict of the backbone's int32 inputs: the encoder arrays are
@@ -207,19 +212,30 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             )
         return {**encoder, **named("decoder", *pad(rows, sequence_length))}
 
-    def generate_postprocess(self, x):
-        """Strings of a dict of generated `decoder_token_ids` and mask."""
+    def generate_postprocess(self, x: dict[str, Any]) -> list[str]:
+        """Texts of generated `decoder_token_ids` and `decoder_padding_mask`."""
         ids = np.asarray(x["decoder_token_ids"])
         mask = np.asarray(x["decoder_padding_mask"]).astype(bool)
-        rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-        return [self.tokenizer.detokenize(row) for row in rows]
+        rows = zip(ids, mask, strict=True)
+        return [self.tokenizer.detokenize(row[keep].tolist()) for row, keep in rows]
 
     @classmethod
-    def from_preset(cls, preset, **kwargs):
-        """The preprocessor of a preset, with any of its arguments replaced.
+    def from_preset(
+        cls, preset: presets.PresetLike, **kwargs: Any
+    ) -> "Seq2SeqLMPreprocessor":
+        """Load the preprocessor of a preset.
 
-        KerasHub's gives the lengths. A transformers folder has none: the defaults
-        are taken. For both, the instruction template when the name ends in `-it`.
+        KerasHub's presets hold the lengths, transformers folders do not: then the
+        defaults are used. Both get the instruction template if their name ends in
+        `-it`.
+
+        Args:
+            preset: name, folder or handle; see `Backbone.from_preset`.
+            **kwargs: arguments of the class, which replace the saved ones.
+
+        Raises:
+            ValueError: for an unknown preset or keyword, or a missing tokenizer.
+            OSError: when a download fails, with instructions.
         """
         known = inspect.signature(cls.__init__).parameters
         presets.check_keywords(kwargs, set(known) - {"self", "kwargs"}, cls.__name__)
@@ -230,7 +246,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         config = saved.get("config", {})
         if source.format == presets.KERAS:
             saved_cls = keras.saving.get_registered_object(saved.get("registered_name"))
-            if saved and issubclass(saved_cls or object, cls):
+            if isinstance(saved_cls, type) and issubclass(saved_cls, cls):
                 cls, kwargs = saved_cls, {**config, **kwargs}
         else:
             if source.is_instruction_tuned:
@@ -239,34 +255,32 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
                 name = f"{side}_sequence_length"
                 if config.get(name):
                     kwargs.setdefault(name, config[name])
-        tokenizer = kwargs.get("tokenizer")
-        if not isinstance(tokenizer, Tokenizer):  # None, or its saved configuration.
-            file = source.tokenizer_file()
-            if isinstance(tokenizer, dict):
-                kwargs["tokenizer"] = keras.layers.deserialize(tokenizer)
-                kwargs["tokenizer"].load_assets(os.path.dirname(file))
-            else:
-                kwargs["tokenizer"] = Tokenizer(file)
+        if "tokenizer" not in kwargs:
+            kwargs["tokenizer"] = Tokenizer(source.tokenizer_file())
+        elif isinstance(kwargs["tokenizer"], dict):  # As it was saved.
+            tokenizer: Any = keras.layers.deserialize(kwargs["tokenizer"])
+            tokenizer.load_assets(os.path.dirname(source.tokenizer_file()))
+            kwargs["tokenizer"] = tokenizer
         return cls.from_config(kwargs)
 
     @property
-    def end_id(self):
+    def end_id(self) -> int:
         """The id that ends a response in training."""
         if self.template is None:
             return self.tokenizer.end_token_id
         return self.tokenizer.end_of_turn_id
 
     @property
-    def stop_ids(self):
-        """The ids that end a generated response, either of them."""
+    def stop_ids(self) -> tuple[int, int]:
+        """The ids that end a generated response."""
         return (self.tokenizer.end_token_id, self.tokenizer.end_of_turn_id)
 
     @contextlib.contextmanager
-    def report_truncation(self, empty_targets=False):
-        """Warn once, with counts, about all that was cut inside this context.
+    def report_truncation(self, empty_targets: bool = False) -> Iterator[None]:
+        """Warn once, with counts, about all texts that were truncated in the context.
 
         Args:
-            empty_targets: warn about pairs without a target too.
+            empty_targets: also warn about empty targets.
         """
         if self._counts is not None:  # An outer one reports.
             yield
@@ -276,30 +290,13 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
             yield
         finally:
             counts, self._counts = self._counts, None
-            empty, total = counts.pop("empty", (0, 0))
-            if empty and empty_targets:
-                warnings.warn(
-                    f"{empty} of {total} targets are empty: they teach the model to "
-                    "answer nothing. Leave such pairs out if that is not meant.",
-                    stacklevel=3,
-                )
-            cut, total = counts.pop("text", (0, 0))
-            if cut:
-                longest = self.longest_text()
-                warnings.warn(
-                    f"{cut} of {total} texts were longer than {longest} tokens "
-                    "and were cut. In memory, `fit` takes all their pieces.",
-                    stacklevel=3,
-                )
-            for side, (cut, total) in counts.items():
-                if cut:
-                    name = f"{side}_sequence_length"
-                    warnings.warn(
-                        f"{cut} of {total} {side} texts were longer than "
-                        f"{getattr(self, name)} tokens and were cut; raise "
-                        f"`preprocessor.{name}` to keep them whole.",
-                        stacklevel=3,
-                    )
+            lengths = {
+                "encoder": self.encoder_sequence_length,
+                "decoder": self.decoder_sequence_length,
+            }
+            if "text" in counts:
+                lengths["text"] = self.longest_text()
+            warn_of_truncation(counts, lengths, empty_targets)
 
     def _pair(self, x, decoder_optional=False):
         known = ("encoder_text", "decoder_text")
@@ -322,47 +319,48 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         targets = columns.get("decoder_text", [""] * len(sources))
         if len(sources) != len(targets):
             raise ValueError(
-                "`encoder_text` and `decoder_text` must have as many rows; got "
+                "`encoder_text` and `decoder_text` must have equally many rows; got "
                 f"{len(sources)} and {len(targets)}."
             )
         return sources, targets
 
-    def encoder_rows(self, texts):
-        """Ids of what the encoder reads, a list a text: in the template, and cut.
+    def encoder_rows(self, texts: Sequence[str]) -> TokenRows:
+        """Ids of the encoder input of each text, in the template and truncated.
 
-        Only inside of `report_truncation`, which counts what is cut.
+        Only in the context of `report_truncation`, which counts truncated texts.
         """
         length = self.encoder_sequence_length
         rows = self.tokenizer.tokenize(texts)
         if self.template is None:
-            return self._cut(rows, length, "encoder")
-        before, after = TEMPLATES.get(self.template, self.template).split("{text}")
+            return self._truncate(rows, length, "encoder")
+        template = TEMPLATES.get(self.template, self.template)
         before, after = (
             self.tokenizer.tokenize(part, parse_control_tokens=True)
-            for part in (before, after)
+            for part in template.split("{text}")
         )
         room = length - len(before) - len(after)
         if room < 1:
             raise ValueError(
-                f"`encoder_sequence_length` {length} leaves no room for text "
-                f"beside the {length - room} tokens of the template."
+                f"`encoder_sequence_length` {length} leaves no room for text: the "
+                f"template has {length - room} tokens."
             )
-        # The text is cut, never the template around it.
-        rows = self._cut(rows, room, "encoder")
+        # The text is truncated, never the template around it.
+        rows = self._truncate(rows, room, "encoder")
         return [before + row + after for row in rows]
 
     def _encoder_arrays(self, rows, multiple):
-        width = round_up(rows, self.encoder_sequence_length, multiple)
+        width = padded_width(rows, self.encoder_sequence_length, multiple)
         return named("encoder", *pad(rows, width))
 
-    def _cut(self, rows, length, side):
+    def _truncate(self, rows, length, side):
         self.count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
 
-    def count(self, what, some, of):
-        """Note inside of `report_truncation` that some of so many were cut."""
-        before = self._counts.get(what, (0, 0))
-        self._counts[what] = (before[0] + some, before[1] + of)
+    def count(self, kind: str, truncated: int, total: int) -> None:
+        """Add to the counts of `report_truncation`, in whose context it is called."""
+        assert self._counts is not None
+        before = self._counts.get(kind, (0, 0))
+        self._counts[kind] = (before[0] + truncated, before[1] + total)
 
     def get_config(self):
         return {
@@ -374,21 +372,8 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         }
 
 
-def _texts(x):
-    texts = x["text"] if isinstance(x, dict) and set(x) == {"text"} else x
-    return as_texts([texts] if isinstance(texts, str) else texts, "x")
-
-
-def round_up(rows, limit, multiple=None):
-    """The width for rows of ids: `limit`, or what they need, a multiple if it fits."""
-    if multiple is None:
-        return limit
-    longest = max(1, max(map(len, rows), default=1))
-    return min(limit, buckets.round_up(longest, multiple))
-
-
 def _check_objective(preprocessor):
-    """Raise `ValueError` when a preprocessor cannot work with its objective."""
+    """Raise `ValueError` if a preprocessor does not fit its objective."""
     objective = preprocessor.objective
     if not (hasattr(objective, "pairs") and hasattr(objective, "mode_tokens")):
         raise ValueError(
@@ -411,18 +396,3 @@ def _check_objective(preprocessor):
             f"{preprocessor.decoder_sequence_length} are too short for the "
             "`objective`: a text of 3 tokens does not fit."
         )
-
-
-def pad(rows, width):
-    """Right-pad lists of ids with 0: int32 ids and mask, `(rows, width)`."""
-    ids = np.zeros((len(rows), width), "int32")
-    mask = np.zeros((len(rows), width), "int32")
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return ids, mask
-
-
-def named(side, ids, mask):
-    """Ids and mask as inputs of a backbone, or of a task, of that side."""
-    return {f"{side}_token_ids": ids, f"{side}_padding_mask": mask}

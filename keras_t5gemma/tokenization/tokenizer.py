@@ -1,7 +1,8 @@
-"""SentencePiece with Gemma's special tokens. No TensorFlow anywhere."""
+"""SentencePiece tokenizer with Gemma's special tokens, without TensorFlow."""
 
 import os
 import re
+from typing import Any
 
 import keras
 import keras_hub
@@ -13,8 +14,7 @@ from keras_t5gemma.modeling.backbone import Backbone
 
 VOCABULARY_FILE = presets.VOCABULARY_FILE
 _REQUIRED = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
-# Never parsed from a user's text, whatever kind of piece the vocabulary makes
-# of them.
+# Never parsed from a user's text, whatever their type in the vocabulary.
 _CONTROL = re.compile(
     r"<pad>|<eos>|<bos>|<unk>|<mask>|<2mass>|\[@BOS@\]|<unused\d+>"
     r"|<start_of_turn>|<end_of_turn>"
@@ -23,28 +23,30 @@ _CONTROL = re.compile(
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Tokenizer(keras_hub.tokenizers.Tokenizer):
-    """Text to token ids and back, by a SentencePiece model.
+    """SentencePiece tokenizer: text to token ids and back.
 
-    A text is encoded as it is: no bos, no eos, and control tokens such as
-    `<end_of_turn>` written by a user are encoded as ordinary characters.
+    No bos or eos is added, and control tokens such as `<end_of_turn>` in a text are
+    encoded as ordinary characters.
 
     Args:
         proto: path of a SentencePiece model, or its bytes. `None` leaves the
             tokenizer empty until `load_assets`.
 
     Raises:
-        ValueError: when the file is no SentencePiece model, or lacks Gemma's
+        ValueError: if the file is not a SentencePiece model, or lacks Gemma's
             special tokens (pad 0, eos 1, bos 2, unk 3, the two turn tokens).
     """
 
     backbone_cls = Backbone
 
-    def __init__(self, proto=None, **kwargs):
+    def __init__(
+        self, proto: str | os.PathLike[str] | bytes | None = None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.built = True
         self.file_assets = [VOCABULARY_FILE]
-        self.proto = None
-        self._processor = None
+        self.proto: bytes | None = None
+        self._processor: sentencepiece.SentencePieceProcessor | None = None
         if proto is not None:
             self._set_proto(proto)
 
@@ -79,7 +81,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         }
 
     @property
-    def processor(self):
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
         """The `sentencepiece.SentencePieceProcessor`."""
         if self._processor is None:
             raise ValueError(
@@ -88,20 +90,20 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
             )
         return self._processor
 
-    def tokenize(self, text, parse_control_tokens=False):
-        """Encode a string, or a list of them.
+    def tokenize(self, text: Any, parse_control_tokens: bool = False) -> list:
+        """Encode a string, or a list of strings.
 
         Args:
             text: `str`, or a list, tuple or array of `str`.
-            parse_control_tokens: whether `<end_of_turn>` and its kind in the
-                text become their single ids. Leave it off for text that
-                somebody else wrote.
+            parse_control_tokens: whether control tokens in the text, e.g.
+                `<end_of_turn>`, become their single ids. Leave it off for untrusted
+                text.
 
         Returns:
             A list of ids, or a list of such lists. `""` gives `[]`.
 
         Raises:
-            ValueError: for anything that is not text, naming its place.
+            ValueError: for a value that is not text, naming its position.
         """
         if isinstance(text, str):
             return self._encode(text, parse_control_tokens)
@@ -124,7 +126,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
                 start = cut
         return ids + self.processor.Encode(text[start:])
 
-    def detokenize(self, token_ids, skip_control_tokens=True):
+    def detokenize(self, token_ids: Any, skip_control_tokens: bool = True) -> Any:
         """Decode one sequence of ids, or a batch of them.
 
         Args:
@@ -150,8 +152,9 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         if skip_control_tokens:
             ids = [i for i in ids if i not in self.control_ids]
             return self.processor.Decode(ids)
-        out, run = [], []
-        for i in ids:  # The library drops control pieces: write their names.
+        out: list[str] = []
+        run: list[int] = []
+        for i in ids:  # SentencePiece drops control pieces: insert their names.
             if i in self.control_ids:
                 out += [self.processor.Decode(run), self.id_to_token(i)]
                 run = []
@@ -163,15 +166,15 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         """Same as `tokenize`."""
         return self.tokenize(inputs)
 
-    def vocabulary_size(self):
+    def vocabulary_size(self) -> int:
         """Number of ids."""
         return len(self.processor)
 
-    def get_vocabulary(self):
+    def get_vocabulary(self) -> list[str]:
         """All pieces, in id order."""
         return [self.processor.IdToPiece(i) for i in range(self.vocabulary_size())]
 
-    def id_to_token(self, id):
+    def id_to_token(self, id: int) -> str:
         """The piece of an id; raises `ValueError` outside the vocabulary."""
         if not 0 <= id < self.vocabulary_size():
             raise ValueError(
@@ -179,21 +182,21 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
             )
         return self.processor.IdToPiece(int(id))
 
-    def token_to_id(self, token):
-        """The id of a piece; raises `ValueError` when there is none."""
+    def token_to_id(self, token: str) -> int:
+        """The id of a piece; raises `ValueError` if there is none."""
         id = self.processor.PieceToId(token)
         if self.processor.IdToPiece(id) != token:
             raise ValueError(f"The vocabulary has no piece {token!r}.")
         return id
 
     @property
-    def special_token_ids(self):
+    def special_token_ids(self) -> list[int]:
         """Ids of the control tokens, in order."""
         return sorted(self.control_ids)
 
     @property
-    def unused_ids(self):
-        """Ids of `<unused0>`, `<unused1>`, ..., by their numbers."""
+    def unused_ids(self) -> list[int]:
+        """Ids of `<unused0>`, `<unused1>`, ..., ordered by number."""
         found = {}
         for id in self.control_ids:
             if number := re.fullmatch(r"<unused(\d+)>", self.processor.IdToPiece(id)):
@@ -201,26 +204,26 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         return [found[number] for number in sorted(found)]
 
     @classmethod
-    def from_preset(cls, preset, **kwargs):
-        """The tokenizer of a preset; see `Backbone.from_preset`."""
+    def from_preset(cls, preset: presets.PresetLike, **kwargs: Any) -> "Tokenizer":
+        """Load the tokenizer of a preset; see `Backbone.from_preset`."""
         presets.check_keywords(kwargs, ("name",), cls.__name__)
         return cls(presets.resolve(preset).tokenizer_file(), **kwargs)
 
-    def save_assets(self, dir_path):
+    def save_assets(self, dir_path: str) -> None:
         """Write the SentencePiece model into a folder."""
         with open(os.path.join(dir_path, VOCABULARY_FILE), "wb") as file:
             file.write(self.processor.serialized_model_proto())
 
-    def load_assets(self, dir_path):
+    def load_assets(self, dir_path: str) -> None:
         """Read the SentencePiece model from a folder."""
         self._set_proto(os.path.join(dir_path, VOCABULARY_FILE))
 
 
-def as_texts(values, name):
+def as_texts(values: Any, name: str) -> list[str]:
     """A list of `str` from a list, tuple, array or tensor of text.
 
     Raises:
-        ValueError: naming `name`, the place and the value that is no text.
+        ValueError: naming the argument, the position and the value that is not text.
     """
     if hasattr(values, "numpy"):  # tf.Tensor of bytes
         values = values.numpy()

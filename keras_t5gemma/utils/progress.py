@@ -1,31 +1,34 @@
-"""A progress bar where somebody looks: on a terminal's standard error."""
+"""Progress bar on the standard error of a terminal."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
 
 
 @contextlib.contextmanager
-def progress_bar(title, total, is_bytes=False, verbose=True):
-    """Show how far a long work is.
+def progress_bar(
+    title: str, total: int, is_bytes: bool = False, verbose: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a long operation.
 
     Args:
-        title: what is being done.
-        total: how much there is to do: bytes, or a number of things.
+        title: description of the operation.
+        total: amount of work: bytes, or a number of items.
         is_bytes: show sizes and speed.
-        verbose: `False` shows nothing, as does a standard error that is no terminal,
-            or work of a single thing.
+        verbose: `False` shows nothing. Nothing is shown either if standard error is
+            not a terminal, or for a single item.
 
     Yields:
-        A function to call with how much more is done.
+        A function to call with the amount of work done since the last call.
     """
-    amount = (
+    amount: tuple[rich.progress.ProgressColumn, ...] = (
         (rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn())
         if is_bytes
         else (rich.progress.MofNCompleteColumn(),)
     )
-    columns = (
+    columns: tuple[str | rich.progress.ProgressColumn, ...] = (
         "[progress.description]{task.description}",
         rich.progress.BarColumn(),
         *amount,

@@ -1,15 +1,22 @@
-"""Random numbers of many seeds at once."""
+"""Vectorized random numbers from many seeds."""
+
+from typing import Any
 
 import numpy as np
 
 from keras_t5gemma.utils.ragged import Ragged
 
 
-def draws(seeds, counts, stream):
-    """Uniform float32 in [0, 1), so many of each seed, one after the other.
+def draws(seeds: Any, counts: Any, stream: int) -> np.ndarray:
+    """Uniform float32 numbers in [0, 1) from each of many seeds, concatenated.
 
-    By SplitMix64 (doi 10.1145/2714064.2660195), where any number of a sequence can be
-    had at once: a generator of NumPy's for every row takes longer than all the rest.
+    Uses SplitMix64 (doi 10.1145/2714064.2660195), which computes any number of a
+    sequence independently; a NumPy generator for every seed would be much slower.
+
+    Args:
+        seeds: ints `(seeds,)`.
+        counts: how many numbers each seed gives, int or `(seeds,)`.
+        stream: number of an independent sequence of the same seeds.
     """
     seeds = np.asarray(seeds, "uint64")
     wanted = Ragged(np.broadcast_to(counts, len(seeds)), None)
@@ -21,7 +28,7 @@ def draws(seeds, counts, stream):
 
 
 def _mix(bits):
-    """Every bit of uint64 `bits` changes about half of those of the result."""
+    """SplitMix64's mixing function: each input bit flips about half of the output."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))

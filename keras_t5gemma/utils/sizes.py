@@ -43,7 +43,7 @@ def parse_shard_size(max_shard_size: float | str) -> int:
     """Bytes of an argument `max_shard_size`: a number of GB, or a size with a unit.
 
     Raises:
-        ValueError: for what is no size, or a number of GB above 10,000, which must be
+        ValueError: for an invalid size, or a number of GB above 10,000, which must be
             meant in bytes.
     """
     size = parse_bytes(max_shard_size, "max_shard_size", unit="GB")

@@ -276,7 +276,7 @@ def test_truncated_file_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="model.safetensors is truncated: tensor"):
         kt.Backbone.from_preset(path)
     file.write_bytes(b"abc")
-    with pytest.raises(ValueError, match="truncated or no safetensors"):
+    with pytest.raises(ValueError, match="truncated or not a safetensors"):
         kt.Backbone.from_preset(path)
     file.unlink()
     with pytest.raises(ValueError, match="no weights"):
@@ -299,7 +299,7 @@ def test_missing_shard_is_named(tmp_path):
         (lambda c: c["decoder"].update(attention_bias=True), "attention_bias True"),
         (lambda c: c["decoder"].update(query_pre_attn_scalar=None), "a wrong type"),
         (lambda c: c.update(encoder=[1]), "config.json has a field of a wrong type"),
-        (lambda c: c.update(tie_word_embeddings=False), "logit table of its own"),
+        (lambda c: c.update(tie_word_embeddings=False), "separate logit table"),
     ],
 )
 def test_other_models_are_refused(folder, tmp_path, edit, message):

@@ -330,7 +330,7 @@ def test_broken_sources_name_the_file_and_the_tensor(folders, tmp_path):
         kt.adapt_gemma2(edited)
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     file.unlink()
-    with pytest.raises(ValueError, match="pytorch_model.bin: a pickle can run code"):
+    with pytest.raises(ValueError, match="pytorch_model.bin: pickles can run code"):
         kt.adapt_gemma2(tmp_path / "hf")
     file.write_bytes(b"PK\x03\x04" + b"\xff" * 100)
     with pytest.raises(ValueError, match="model.safetensors.*never opened"):

@@ -193,10 +193,10 @@ def test_a_map_that_does_not_fit_is_an_error():
     check_layouts(backbone, layouts())
     down = r"encoder/block_\d+/mlp/down/kernel"
     for rows, without, words in [
-        ([("mlp/up/kernel", (None, "model"))], None, "No variable fits.*mlp/up/kernel"),
-        ([(".*encoder.*up.*", (None, "model"))], None, "up/kernel fits 2 patterns"),
+        ([("mlp/up/kernel", (None, "model"))], None, "No variable matches.*up/kernel"),
+        ([(".*encoder.*up.*", (None, "model"))], None, "up/kernel matches 2 patterns"),
         ([(down, ("model",))], down, "down/kernel has 2 axes"),
-        ([], down, "encoder/block_0/mlp/down/kernel.* 1.0 MB would be repeated"),
+        ([], down, "encoder/block_0/mlp/down/kernel.* 1.0 MB would be replicated"),
     ]:
         with pytest.raises(ValueError, match=words):
             check_layouts(backbone, layouts(rows, without))
@@ -204,14 +204,14 @@ def test_a_map_that_does_not_fit_is_an_error():
     three = keras.distribution.LayoutMap(device_mesh(1, 3))
     three[down] = ("model", None)
     with pytest.raises(ValueError, match="down/kernel.*1024.*'model' of 3 devices"):
-        check_layouts(backbone, three, may_repeat=[".*"])
+        check_layouts(backbone, three, may_replicate=[".*"])
 
 
 @on_jax
 def test_what_distribute_refuses():
     for arguments, words in [
         ({"strategy": "pipeline"}, "`strategy` must be one of.*'pipeline'"),
-        ({"data": 2, "model": 3}, "2 x model=3 has 6 places; there are 1 devices"),
+        ({"data": 2, "model": 3}, "2 x model=3 has 6 devices; there are 1 devices"),
         ({"data": 0}, "`data` must be a whole number from 1; got 0"),
         ({"model": "all"}, "`model` must be a whole number from 1; got 'all'"),
         ({"strategy": "data", "model": 2, "devices": ["cpu:0"] * 2}, "must be 1"),
@@ -235,7 +235,7 @@ def test_one_device_shares_nothing():
 
 @pytest.mark.skipif(IS_JAX, reason="there it works")
 def test_distribute_says_so_where_keras_splits_nothing():
-    with pytest.raises(ValueError, match="works on the JAX backend.*tools/train_"):
+    with pytest.raises(ValueError, match="needs the JAX backend.*tools/train_"):
         kt.distribute()
 
 

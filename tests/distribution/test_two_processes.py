@@ -98,7 +98,9 @@ def test_a_missing_process_and_what_differs_is_said(interrupted):
             "ValueError: The processes differ: model.width is 16 in process 0, 17 in "
             "process 1." in text
         )
-        missing = f"TimeoutError: Process {1 - index} of 2 did not come to 127.0.0.1:"
+        missing = (
+            f"TimeoutError: Process {1 - index} of 2 did not connect to 127.0.0.1:"
+        )
         assert missing in text, text[-2000:]
 
 

@@ -94,7 +94,7 @@ def test_attention_of_a_row_that_sees_nothing_is_zero():
     layer = Attention(8, 2, 1, 4, 0.5, 50.0)
     x = np.random.default_rng(0).normal(size=(1, 3, 8)).astype("float32")
     mask = np.array([[[True, True, True], [False] * 3, [True] * 3]])
-    out, _ = layer(x, memory=x, attention_mask=keras.ops.array(mask))
+    out, _ = layer(x, key_value_states=x, attention_mask=keras.ops.array(mask))
     assert (numpy(out)[0, 1] == 0).all()
     assert (numpy(out)[0, 0] != 0).all()
 
@@ -104,7 +104,7 @@ def test_grouped_attention_equals_repeated_heads():
     layer = Attention(16, 4, 2, 8, 0.3, 2.0)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, 16)).astype("float32")
-    out, (key, value) = layer(x, memory=x)
+    out, (key, value) = layer(x, key_value_states=x)
     assert tuple(key.shape) == (2, 2, 5, 8)
     q = (x @ numpy(layer.query.kernel)).reshape(2, 5, 4, 8).transpose(0, 2, 1, 3) * 0.3
     k, v = (np.repeat(numpy(t), 2, axis=1) for t in (key, value))

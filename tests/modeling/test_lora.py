@@ -151,8 +151,8 @@ def test_adapters_on_int4_have_the_gradient_of_their_loss():
     [
         (lambda m, p: m.enable_lora(0), "`rank`.*whole number from 1; got 0"),
         (lambda m, p: m.enable_lora(4, ["querry"]), "among.*query.*querry"),
-        (lambda m, p: m.enable_lora(4, parts=["tower"]), "among.*mlp.*tower"),
-        (lambda m, p: m.enable_lora(4, parts="mlp"), "list among.*got 'mlp'"),
+        (lambda m, p: m.enable_lora(4, parts=["tower"]), "list of.*mlp.*tower"),
+        (lambda m, p: m.enable_lora(4, parts="mlp"), "list of.*got 'mlp'"),
         (lambda m, p: m.enable_lora(4, ["gate"], ["encoder"]), "No layer"),
         (lambda m, p: m.save_lora_weights(p / "x.lora.h5"), "enable_lora"),
     ],
@@ -169,7 +169,7 @@ def test_refuses_adapters_of_another_place(tmp_path):
         model.save_lora_weights(tmp_path / "x.h5")
     model.save_lora_weights(tmp_path / "x.lora.h5")
     (tmp_path / "text.lora.h5").write_text("adapters")
-    with pytest.raises(ValueError, match="text.lora.h5' is no file of"):
+    with pytest.raises(ValueError, match="text.lora.h5' was not written by"):
         model.load_lora_weights(tmp_path / "text.lora.h5")
     other = make_model()
     other.enable_lora(2, parts=["decoder"])

@@ -70,7 +70,7 @@ def test_int8_by_dtype(tokenizer, tmp_path):
         assert max_difference(found(x), expected) < 1e-5
         embedder = kt.TextEmbedder.from_preset(tmp_path / folder, dtype="int8")
         assert embedder.backbone.encoder.blocks[0].mlp.up.kernel.dtype == "int8"
-    with pytest.raises(ValueError, match="`dtype` is 'int4'; .* are int8 already"):
+    with pytest.raises(ValueError, match="`dtype` is 'int4', but .* are int8"):
         kt.Backbone.from_preset(tmp_path / "int8", dtype="int4")
 
 

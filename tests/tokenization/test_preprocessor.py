@@ -75,7 +75,7 @@ def test_truncation_is_reported_once_with_counts(preprocessor):
         preprocessor(PAIRS)
         preprocessor(long)
     assert [str(w.message) for w in seen] == [
-        "6 of 8 encoder texts were longer than 24 tokens and were cut; raise "
+        "6 of 8 encoder texts were longer than 24 tokens and were truncated; increase "
         "`preprocessor.encoder_sequence_length` to keep them whole."
     ]
     with warnings.catch_warnings():
@@ -108,7 +108,7 @@ def test_empty_strings_are_rows_of_padding(preprocessor):
     [
         ({"encoder_txt": ["a"], "decoder_text": ["b"]}, "keys.*got.*encoder_txt"),
         ({"encoder_text": ["a"]}, r"keys.*got \['encoder_text'\]"),
-        ({"encoder_text": ["a"], "decoder_text": ["a", "b"]}, "as many rows.*1 and 2"),
+        ({"encoder_text": ["a"], "decoder_text": ["a", "b"]}, "equally many.*1 and 2"),
         ({"encoder_text": [1], "decoder_text": ["a"]}, r"`encoder_text\[0\]`.*int 1"),
         (["a"], "must be a dict.*list"),
     ],
@@ -121,8 +121,8 @@ def test_bad_pairs(preprocessor, x, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"encoder_sequence_length": 0}, "encoder_sequence_length.*whole number from 1; got 0"),
-        ({"decoder_sequence_length": 1}, "decoder_sequence_length.*>= 2; got 1"),
+        ({"encoder_sequence_length": 0}, "encoder_sequence_length.*from 1; got 0"),
+        ({"decoder_sequence_length": 1}, "decoder_sequence_length.*from 2; got 1"),
         ({"template": "Summarize"}, "template.*'{text}'"),
         ({"pad_to_multiple_of": -2}, "pad_to_multiple_of"),
     ],
