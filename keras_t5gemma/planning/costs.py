@@ -231,10 +231,8 @@ def _weights(job: Job, mesh: Mapping[str, int], strategy: str) -> _Weights:
     def shares(variable: Variable) -> list[float]:
         """Shares of a variable that one device stores, and that it uses."""
         axes = partition(variable.path, variable.shape, mesh, strategy, job.config)
-        return [
-            1 / math.prod(mesh[a] for a in axes if a in names)
-            for names in (_STORED, _USED)
-        ]
+        sizes = [[mesh[a] for a in axes if a and a in n] for n in (_STORED, _USED)]
+        return [1 / math.prod(size) for size in sizes]
 
     variables, c = job.variables(), COMPUTE_BYTES[job.dtype]
     found = _Weights()

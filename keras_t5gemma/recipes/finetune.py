@@ -133,7 +133,8 @@ def _load(o: FinetuneOptions) -> Seq2SeqLM:
     if o.quantize is not None:
         model.quantize(o.quantize)
     if o.lora_rank is not None:
-        model.enable_lora(o.lora_rank, parts=o.lora_parts)
+        parts = None if o.lora_parts is None else list(o.lora_parts)
+        model.enable_lora(o.lora_rank, parts=parts)
     if o.freeze is not None:
         getattr(model.backbone, o.freeze).trainable = False
     return model
@@ -187,7 +188,7 @@ def _callbacks(
     return [*callbacks, log, run_directory.MakePreset(folder), backup]
 
 
-def _generate_options(o: FinetuneOptions) -> dict[str, int]:
+def _generate_options(o: FinetuneOptions) -> dict[str, Any]:
     options = {"num_beams": o.num_beams, "max_length": o.max_length}
     return {name: value for name, value in options.items() if value is not None}
 

@@ -171,7 +171,7 @@ def _loss(o: PretrainOptions, texts: list[str]) -> keras.losses.Loss:
             "write it first."
         )
     else:
-        teacher = TeacherInMemory.from_preset(o.teacher)
+        teacher = TeacherInMemory.from_preset(str(o.teacher))
         if o.teacher_scores is not None:
             preprocessor = _load(o).preprocessor
             teacher = write_teacher_scores(
