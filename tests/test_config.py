@@ -52,7 +52,7 @@ def test_configs_are_frozen():
         ({"num_key_value_heads": 3}, "multiple of `num_key_value_heads`; got 8 and 3"),
         ({"head_dim": 7}, "head_dim.*even; got 7"),
         ({"sliding_window": 0}, "sliding_window"),
-        ({"attention_soft_cap": 0.0}, "`attention_soft_cap` must be None or a number above 0; got 0.0"),
+        ({"attention_soft_cap": 0.0}, "soft_cap` must be None or a number above 0"),
         ({"attention_soft_cap": -1}, "attention_soft_cap"),
         ({"query_scale": 0}, "query_scale"),
         ({"rope_base": -1.0}, "rope_base"),

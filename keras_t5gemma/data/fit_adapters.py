@@ -3,6 +3,7 @@
 Keras's own adapters accept arrays of every kind; this module only adds the tokenizer.
 """
 
+import functools
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -243,7 +244,7 @@ def fit_arguments(
         preprocessor: a `Seq2SeqLMPreprocessor`; with `None` only arrays are accepted.
         vocabulary_size: ids in arrays must be below this.
         x: in-memory text, arrays, an iterable of batches, or a `PairDataset`.
-        y: targets, where `x` does not hold them.
+        y: targets, when `x` does not have them.
         sample_weight: one weight per pair.
         batch_size: rows per batch of in-memory text; 32 when `None`.
         shuffle: a new order in every epoch, for in-memory text.
@@ -269,28 +270,23 @@ def fit_arguments(
     if isinstance(x, PairDataset) and getattr(x, "teacher", None) is teacher:
         return {"x": x, **dataset_arguments}  # Made earlier, for the same arguments.
     has_objective = preprocessor is not None and preprocessor.objective is not None
-    columns = None
-    if preprocessor is not None:
-        columns = as_documents(x, y) if has_objective else as_columns(x, y)
+    read = as_documents if has_objective else as_columns
+    columns = None if preprocessor is None else read(x, y)
     if teacher is not None and (columns is None or not has_objective):
         raise ValueError(
             f"Distillation needs plain text in memory as `{name}` (a list of strings, "
             "a Dataset, a path) and a preprocessor with an `objective`."
         )
     if columns is not None:
+        options = {"preprocessor": preprocessor, "batch_size": batch_size or 32}
+        options["batching"] = batching or ("packed" if has_objective else "bucketed")
+        training = {"shuffle": shuffle, "steps": steps}
+        if teacher is not None:
+            training["teacher"] = teacher
+        kind = DocumentDataset if has_objective else PairDataset
+        make = functools.partial(kind, name=name, **options)
         data = _split_datasets(
-            DocumentDataset if has_objective else PairDataset,
-            columns,
-            sample_weight,
-            validation_split,
-            None if teacher is None else {"teacher": teacher},
-            like,
-            preprocessor=preprocessor,
-            batch_size=batch_size or 32,
-            shuffle=shuffle,
-            batching=batching or ("packed" if has_objective else "bucketed"),
-            steps=steps,
-            name=name,
+            make, columns, sample_weight, validation_split, like, training
         )
         return {**data, **dataset_arguments}
     if one_of(batching or "bucketed", "batching", BATCHINGS) == "packed":
@@ -300,16 +296,11 @@ def fit_arguments(
         )
     if isinstance(x, dict):
         _check_arrays(x, y, vocabulary_size, batch_size or 32, validation_split, name)
-        split = {"validation_split": validation_split} if validation_split else {}
-        return {
-            "x": {key: x[key] for key in INPUTS},
-            "y": y,
-            "sample_weight": sample_weight,
-            "batch_size": batch_size,
-            "shuffle": shuffle,
-            "steps_per_epoch": steps,
-            **split,
-        }
+        arrays = {"x": {key: x[key] for key in INPUTS}, "y": y}
+        arrays |= {"sample_weight": sample_weight, "batch_size": batch_size}
+        if validation_split:
+            arrays["validation_split"] = validation_split
+        return {**arrays, "shuffle": shuffle, "steps_per_epoch": steps}
     if validation_split:
         raise ValueError(
             "`validation_split` needs data in memory; pass `validation_data` with "
@@ -324,21 +315,16 @@ def fit_arguments(
     return {"x": x, "shuffle": False, "steps_per_epoch": steps}
 
 
-def _split_datasets(
-    make, columns, sample_weight, share, extra, like, *, shuffle, steps, **kwargs
-):
+def _split_datasets(make, columns, sample_weight, share, like, training):
     """Datasets for training and, with a validation split, for validation.
 
     Args:
-        make: `PairDataset` or `DocumentDataset`.
+        make: function that makes a `PairDataset`.
         columns: dict of lists.
         sample_weight: one weight per row, or `None`.
         share: of the rows that is held out, from their end.
-        extra: keyword arguments of the dataset for training alone, or `None`.
-        like: a dataset whose widths are taken, if it is a `PairDataset`.
-        shuffle: for training.
-        steps: for training.
-        **kwargs: of both.
+        like: a dataset whose widths are used, if it is a `PairDataset`.
+        training: keyword arguments of the dataset for training alone.
     """
 
     def dataset(rows, like, **kwargs):
@@ -353,10 +339,9 @@ def _split_datasets(
     cut = rows - int(rows * share)
     if share and cut == rows:
         raise ValueError(f"`validation_split` {share} of {rows} rows leaves none.")
-    own = {"shuffle": shuffle, "steps": steps, **kwargs, **(extra or {})}
-    data = {"x": dataset(slice(cut), like, **own)}
+    data = {"x": dataset(slice(cut), like, **training)}
     if share:
-        data["held_out"] = {"x": dataset(slice(cut, None), data["x"], **kwargs)}
+        data["held_out"] = {"x": dataset(slice(cut, None), data["x"])}
     return data
 
 

@@ -27,9 +27,10 @@ class FileRows:
         paths: str | os.PathLike | Iterable[str | os.PathLike],
         fields: Iterable[str],
     ) -> None:
-        paths = [paths] if isinstance(paths, str | Path) else list(paths)
-        self.paths, self.fields = [], tuple(fields)
-        for path in map(Path, paths):
+        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        self.paths: list[Path] = []
+        self.fields = tuple(fields)
+        for path in map(Path, given):
             inside = sorted(path.iterdir()) if path.is_dir() else [path]
             self.paths += [p for p in inside if not p.name.startswith(".")]
         kinds = ENDINGS if len(self.fields) == 1 else ENDINGS[:-1]
@@ -37,7 +38,7 @@ class FileRows:
         if wrong or not self.paths:
             raise ValueError(
                 f"`paths` must be files that end in one of {kinds}, or folders of "
-                f"them; got {wrong or paths}. Convert other files to JSON lines."
+                f"them; got {wrong or given}. Convert other files to JSON lines."
             )
 
     def sizes(self) -> list[int]:

@@ -98,7 +98,7 @@ def of_rows(preprocessor: Any, rows: list[list[int]]) -> list[list[list[int]]]:
     seeds = [zlib.crc32(np.array(rows[i], "int32").tobytes()) for i in long]
     texts = Ragged.from_rows([rows[i] for i in long])
     made = make(preprocessor, texts, np.array(seeds, "int64"), is_whole[long])
-    pairs = [[[] for _ in rows] for _ in made]
+    pairs: list[list[list[int]]] = [[[] for _ in rows] for _ in made]
     for side, ragged in zip(pairs, made, strict=True):
         for place, i in enumerate(long):
             side[i] = ragged[place].tolist()

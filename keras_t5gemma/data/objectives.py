@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keras_t5gemma.data import objective_pairs
+from keras_t5gemma.data import objective_pairs, span_sampling
 from keras_t5gemma.utils import seeded_random
 from keras_t5gemma.utils.checks import number, one_of
 from keras_t5gemma.utils.ragged import Ragged
@@ -147,9 +147,11 @@ class Objective:
         kind, taken, spans = self._sizes(lengths, seeds)
         marked = self._is_spans[kind]  # Rows whose spans have sentinels.
         draws = Ragged(lengths, seeded_random.draws(seeds, lengths, epoch + 1))
-        span = _compose(taken, spans, draws)
-        gap = _gaps(lengths - taken, spans, draws, taken - 1, at_end=~marked)
-        out, first = _lay_out(gap, span)
+        span = span_sampling.compose(taken, spans, draws)
+        gap = span_sampling.gaps(
+            lengths - taken, spans, draws, taken - 1, at_end=~marked
+        )
+        out, first = span_sampling.lay_out(gap, span)
 
         row = span.row_numbers()
         number = np.arange(len(row)) - span.starts[row]
@@ -358,53 +360,3 @@ class UL2(Objective):
             )
         modes = dict(zip(names, unused, strict=False))
         return cls(mixture, unused[len(modes) :][::-1], modes)
-
-
-def _compose(totals, parts, draws, skip=0):
-    """Random compositions: totals as sums of positive parts, all equally likely.
-
-    Args:
-        totals: int `(rows,)`.
-        parts: int `(rows,)`, number of parts, at least 1, at most the total.
-        draws: a `Ragged` of uniform numbers, of which each row uses `total - 1`.
-        skip: int, or `(rows,)`: how many numbers of a row of `draws` to skip.
-
-    Returns:
-        A `Ragged` of `parts` numbers a row.
-    """
-    places = Ragged(totals - 1, None)  # Where a row could be cut.
-    row = places.row_numbers()
-    inside = np.arange(len(row)) - places.starts[row]
-    keys = draws.values[(draws.starts + skip)[row] + inside]
-    order = np.argsort(row + keys.astype("float64"))
-    cut = np.zeros(len(row), bool)
-    cut[order[inside < (parts - 1)[row]]] = True  # The lowest numbers of each row.
-    ends = np.zeros(parts.sum(), "int64")
-    last = np.cumsum(parts) - 1
-    is_last = np.zeros(len(ends), bool)
-    is_last[last] = True
-    ends[last] = totals
-    ends[~is_last] = inside[cut] + 1
-    before = np.concatenate([[0], ends[:-1]])
-    before[last - parts + 1] = 0
-    return Ragged(parts, ends - before)
-
-
-def _gaps(left, spans, draws, skip, at_end):
-    """Tokens before, between and after the spans; first and last may be 0."""
-    gap = _compose(left + 2, spans + 1, draws, skip)
-    first, last = gap.starts, gap.ends - 1
-    gap.values[first] -= 1
-    gap.values[last] -= 1
-    gap.values[first[at_end]] = left[at_end]
-    gap.values[last[at_end]] = 0
-    return gap
-
-
-def _lay_out(gap, span):
-    """Interleave gaps and spans: which tokens are in a span, where each begins."""
-    sizes = np.zeros(len(gap.values) + len(span.values), "int64")
-    is_span = np.zeros(len(sizes), bool)
-    is_span[2 * np.arange(len(span.values)) + 1 + span.row_numbers()] = True
-    sizes[is_span], sizes[~is_span] = span.values, gap.values
-    return np.repeat(is_span, sizes), (np.cumsum(sizes) - sizes)[is_span]

@@ -57,12 +57,12 @@ def choose_widths(
         came_from.append(total.argmin(axis=0))
         cost = total.min(axis=0)
     last = len(width) - 1
-    chain = {last}
+    links = {last}
     for before in reversed(came_from):
         last = int(before[last])
-        chain.add(last)
-    chain = sorted(chain)
-    new = np.diff(fits[chain], prepend=0) > 0  # A link that serves no pair is none.
+        links.add(last)
+    chain = sorted(links)
+    new = np.diff(fits[chain], prepend=0) > 0  # Drop widths that no pair needs.
     return [
         (int(encoder[i]), int(decoder[i]))
         for i, serves in zip(chain, new, strict=True)

@@ -42,8 +42,8 @@ class Engine:
             step = decoding.plain_step(backbone)
             return decoding.advance(step, state, limit, options, stop_ids)
 
-        compile = {"jax": JaxFunction, "tensorflow": _TensorFlow, "torch": _Torch}
-        compile = compile[keras.config.backend()]
+        kinds = {"jax": JaxFunction, "tensorflow": _TensorFlow, "torch": _Torch}
+        compile: Any = kinds[keras.config.backend()]
         if compile is _Torch:
             advance = _torch_advance(backbone, options, stop_ids, compiled)
         self._start = compile(backbone, start)

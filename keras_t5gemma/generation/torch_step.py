@@ -262,7 +262,7 @@ class CompiledStep:
         """See `TorchStep`."""
         try:
             # Every batch size is a program; the default limit is for accidents.
-            with torch.compiler.config.patch(recompile_limit=1000):
+            with torch.compiler.config.patch(recompile_limit=1000):  # type: ignore
                 hidden = self.hidden(token, cache, index)
         except RuntimeError as error:  # Dynamo's errors are.
             if self.hidden == self.step.hidden:

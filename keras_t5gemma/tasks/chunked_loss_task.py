@@ -1,6 +1,7 @@
-"""Training steps of a task whose logits are never whole."""
+"""Training steps of a task with a chunked loss: no array of all logits."""
 
 import functools
+from typing import Any
 
 import keras
 import keras_hub
@@ -10,78 +11,86 @@ from keras_t5gemma.training.chunked_cross_entropy import token_losses
 from keras_t5gemma.training.distillation import INPUTS as TEACHER_INPUTS
 from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy
+from keras_t5gemma.utils.types import Tensor
 
 
 class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
     """A KerasHub task whose training loss is computed by `token_losses`.
 
-    A training step passes the labels to `call`, which then returns what the loss and
-    the metrics need in place of the logits. A loss or metrics of the user's own get
-    the logits, as in any Keras model.
+    A training step passes the labels to `call`, which then returns the losses and the
+    values for the metrics in place of the logits. Other losses and metrics of a user
+    get the logits, as in any Keras model.
     """
 
-    loss_in_parts = None  # A `TokenCrossEntropy`, once compiled with one.
+    chunked_loss: TokenCrossEntropy | None = None  # Set by `compile`.
 
-    def compile(self, *, loss, metrics=None, weighted_metrics="auto", **kwargs):
+    def compile(
+        self,
+        *,
+        loss: Any,
+        metrics: Any = None,
+        weighted_metrics: Any = "auto",
+        **kwargs: Any,
+    ) -> None:
         """`keras.Model.compile`; `weighted_metrics="auto"` is accuracy, perplexity."""
         own = weighted_metrics == "auto"
         known = type(loss) in (TokenCrossEntropy, Distillation)
-        in_parts = own and metrics is None and known
-        in_parts = in_parts and loss.reduction == "mean_with_sample_weight"
-        if isinstance(loss, Distillation) and not in_parts:
+        chunked = own and metrics is None and known
+        chunked = chunked and loss.reduction == "mean_with_sample_weight"
+        if isinstance(loss, Distillation) and not chunked:
             raise ValueError(
-                "`Distillation` is computed without logits: `metrics` and "
-                "`weighted_metrics` must be left as they are."
+                "`metrics` and `weighted_metrics` must have their defaults with "
+                "`Distillation`, which is computed without logits."
             )
         if own:
             accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
-            weighted_metrics = None if in_parts else [accuracy]
+            weighted_metrics = None if chunked else [accuracy]
         super().compile(
             loss=loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
         )
         # Not tracked: `metrics` lists them.
-        object.__setattr__(self, "loss_in_parts", loss if in_parts else None)
+        object.__setattr__(self, "chunked_loss", loss if chunked else None)
         means = [keras.metrics.Mean(name) for name in ("loss", "accuracy")]
         token_metrics = [*means, Perplexity()]
         object.__setattr__(self, "token_metrics", token_metrics)
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()
-        if config is not None and self.loss_in_parts is not None:
+        if config is not None and self.chunked_loss is not None:
             config["weighted_metrics"] = "auto"
         return config
 
     @property
-    def metrics(self):
-        """Those of Keras, or those that come with `token_losses`.
+    def metrics(self) -> list:
+        """The metrics of Keras, or those of the chunked loss.
 
-        The latter are means over the tokens of an epoch. Keras's loss is the mean of
-        the batches' means, however many tokens those have.
+        The latter are means over the tokens of an epoch, while Keras's loss is the
+        mean of the means of batches, regardless of their numbers of tokens.
         """
-        return super().metrics if self.loss_in_parts is None else self.token_metrics
+        return super().metrics if self.chunked_loss is None else self.token_metrics
 
     @property
-    def non_trainable_variables(self):
-        """Keras's; on JAX with those of a teacher in memory.
+    def non_trainable_variables(self) -> list:
+        """Keras's; on JAX with the variables of a teacher in memory.
 
-        Keras hands these to a compiled step. It would take others for constants.
+        Keras passes these to a compiled step, which would make others constants.
         """
         own = super().non_trainable_variables
-        teacher = getattr(self.loss_in_parts, "teacher", None)
+        teacher: Any = getattr(self.chunked_loss, "teacher", None)
         if keras.config.backend() != "jax" or not hasattr(teacher, "variables"):
             return own
         return [*own, *teacher.variables]
 
-    def make_train_function(self, force=False):
-        """Keras's; on JAX, of arrays that a step may overwrite, and traced anew."""
+    def make_train_function(self, force: bool = False) -> Any:
+        """Keras's; on JAX with arrays that can be donated, and always traced again."""
         if keras.config.backend() != "jax":
             return super().make_train_function(force)
         if self.train_function is None:
             for variable in self.trainable_variables:
-                # A loaded array is NumPy's memory: JAX would keep it beside the next.
+                # A loaded array is in NumPy's memory, which JAX cannot donate.
                 variable.assign(variable.value.copy())
-        # A model's method is always the same function to JAX, which would take the
-        # program it has although `CrossAttentionWarmUp` wants another.
+        # A model's method is always the same function to JAX, which would reuse its
+        # program although `CrossAttentionWarmUp` needs another.
         step = functools.partial(type(self).train_step, self)
         object.__setattr__(self, "train_step", step)
         try:
@@ -89,26 +98,35 @@ class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
         finally:
             object.__delattr__(self, "train_step")
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
         if keras.config.backend() == "torch":
-            self.zero_grad()  # Before there are activations beside the gradients.
+            self.zero_grad()  # Frees the gradients before activations are allocated.
         return super().train_step(*self._with_labels(args))
 
-    def test_step(self, *args):
-        """As `train_step`, without learning."""
+    def test_step(self, *args: Any) -> Any:
+        """As `train_step`, without an update."""
         return super().test_step(*self._with_labels(args))
 
     def _with_labels(self, args):
         x, y, weights = keras.utils.unpack_x_y_sample_weight(args[-1])
-        if self.loss_in_parts is not None and y is not None:
+        if self.chunked_loss is not None and y is not None:
             x = {**x, "labels": y}
         return *args[:-1], (x, y, weights)
 
-    def call(self, inputs, training=None, mask=None):
-        """Logits `(B, T, V)`; with `"labels"` `(B, T)` in the inputs, a dict.
+    def call(
+        self, inputs: dict, training: bool | None = None, mask: Any = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits `(B, T, V)`, or the results of `token_losses`.
 
-        Its entries are those of `token_losses`, `(B, T)` each.
+        Args:
+            inputs: those of the backbone; with `"labels"` `(B, T)` the results are a
+                dict of `losses`, `log_probs` and `hits`, `(B, T)` each.
+            training: turns dropout on.
+            mask: not used.
+
+        Raises:
+            ValueError: for distillation into a model with int4 embeddings.
         """
         inputs = dict(inputs)
         names = [name for name in inputs if name.startswith(TEACHER_INPUTS)]
@@ -118,7 +136,7 @@ class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
         labels = inputs.pop("labels")
         shape = ops.shape(labels)
         states = self.backbone(inputs, training=training)["decoder_sequence_output"]
-        decoder, loss = self.backbone.decoder, self.loss_in_parts or TokenCrossEntropy()
+        decoder, loss = self.backbone.decoder, self.chunked_loss or TokenCrossEntropy()
         table = decoder.logit_table()
         teacher = loss.targets(seen_by_teacher) if seen_by_teacher else None
         if table is None and teacher is not None:
@@ -141,13 +159,18 @@ class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
                 learn_table=bool(decoder.token_embedding.trainable_variables),
                 teacher=teacher,
             )
-        names = ("losses", "log_probs", "hits")
-        return {n: ops.reshape(r, shape) for n, r in zip(names, results, strict=True)}
+        keys = ("losses", "log_probs", "hits")
+        return {k: ops.reshape(r, shape) for k, r in zip(keys, results, strict=True)}
 
     def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
-        """The weighted mean over tokens, and the layers' own losses."""
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
+        """The weighted mean over tokens, plus the losses of layers."""
         if not isinstance(y_pred, dict):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         losses = y_pred["losses"]
@@ -155,8 +178,10 @@ class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
         total = ops.sum(losses * weights) / ops.maximum(ops.sum(weights), 1e-30)
         return total + sum(ops.cast(ops.sum(x), total.dtype) for x in self.losses)
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Loss, accuracy and perplexity so far."""
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict:
+        """Loss, accuracy and perplexity of the epoch so far."""
         if not isinstance(y_pred, dict):
             return super().compute_metrics(x, y, y_pred, sample_weight)
         weights = ops.reshape(_weights(y_pred["losses"], sample_weight), (-1,))
@@ -168,7 +193,7 @@ class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
 
 
 def _weights(losses, sample_weight):
-    """float32 `(B, T)` of one weight a token, a row, or none."""
+    """float32 `(B, T)` from one weight per token, one per row, or none."""
     if sample_weight is None:
         return ops.ones_like(losses)
     weights = ops.cast(sample_weight, losses.dtype)

@@ -1,4 +1,7 @@
-"""What the tasks of an encoder alone have in common."""
+"""Base class of tasks on an encoder alone: loading, saving, `compile`, data."""
+
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import keras_hub
@@ -11,9 +14,9 @@ from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.tasks.fit import FitMixin
-from keras_t5gemma.tasks.seq2seq_lm import check_vocabulary
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
-from keras_t5gemma.training.optimizers import check_optimizer, update_in_place
+from keras_t5gemma.tokenization.token_ids import check_vocabulary
+from keras_t5gemma.training.optimizers import prepare_optimizer
 from keras_t5gemma.utils.checks import number, one_of
 
 INPUTS = ("encoder_token_ids", "encoder_padding_mask")
@@ -21,15 +24,16 @@ TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
 
 
 class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
-    """Texts in, a vector a text out.
+    """A task with one output vector per text, from an encoder alone.
 
     Args:
         backbone: a `Backbone` without a decoder (`from_preset(encoder_only=True)`), or
-            KerasHub's `GemmaBackbone`, to compare with the decoder-only source.
-        preprocessor: a `Seq2SeqLMPreprocessor`, of which the encoder's side is used.
+            KerasHub's `GemmaBackbone`, for a comparison with the decoder-only source.
+        preprocessor: a `Seq2SeqLMPreprocessor`, of which the encoder side is used.
         pooling: see `pool`.
-        head: a function of states `(B, T, D)`, ids `(B, T)` and the padding mask
-            `(B, T)` that makes the output.
+        head: function from states `(B, T, D)`, ids `(B, T)` and padding mask `(B, T)`
+            to the output.
+        **kwargs: of `keras_hub.models.Task`.
 
     Raises:
         ValueError: for a backbone with a decoder, an unknown pooling, or a tokenizer
@@ -38,9 +42,16 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
 
     backbone_cls = Backbone
     preprocessor_cls = Seq2SeqLMPreprocessor
-    HEAD = ()  # Arguments that decide which weights are on top of the encoder.
+    HEAD: tuple[str, ...] = ()  # Arguments that define the weights of the head.
 
-    def __init__(self, backbone, preprocessor, pooling, head, **kwargs):
+    def __init__(
+        self,
+        backbone: Any,
+        preprocessor: Seq2SeqLMPreprocessor | None,
+        pooling: str,
+        head: Callable,
+        **kwargs: Any,
+    ) -> None:
         if getattr(backbone, "decoder", None) is not None:
             raise ValueError(
                 "`backbone` must be an encoder alone: load it with "
@@ -49,9 +60,9 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         one_of(pooling, "pooling", POOLINGS)
         is_ours = isinstance(backbone, Backbone)
         if preprocessor is not None and is_ours:
-            check_vocabulary(preprocessor.tokenizer, backbone.config)
+            check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
         self.backbone = backbone
-        self.preprocessor = preprocessor
+        self.preprocessor: Any = preprocessor
         self.pooling = pooling
         inputs = {
             name: keras.Input((None,), dtype="int32", name=name) for name in INPUTS
@@ -67,19 +78,19 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
             track_parameters(self)
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """The task of a preset that was saved with one, or a new one.
+    def from_preset(cls, preset: Any, load_weights: bool = True, **kwargs: Any) -> Any:
+        """Load the encoder of a checkpoint, with its head if it was saved with one.
 
-        Of any T5Gemma checkpoint only the encoder is read. A preset that
-        `save_to_preset` of this class wrote comes back with its head.
+        From a T5Gemma checkpoint only the encoder is read. The head is restored from
+        presets that `save_to_preset` of this class wrote; otherwise it is new.
 
         Args:
             preset: a name of `keras_t5gemma.presets()`, a local folder, or an
                 `hf://` or `kaggle://` handle; see `Backbone.from_preset`.
             load_weights: `False` leaves the weights random.
-            **kwargs: `dtype`, `preprocessor`, and further arguments of the class, in
-                place of those that were saved. Those that decide what the head is
-                (`HEAD`) make a new one.
+            **kwargs: `dtype`, `preprocessor`, and further arguments of the class, which
+                override the saved ones. Those that define the head (`HEAD`) make a new
+                one.
 
         Raises:
             ValueError: for an unknown preset, or files that do not fit, named.
@@ -105,60 +116,63 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
 
     @classmethod
     def _saved_config(cls, source):
-        """The arguments that a task of this class was saved with, or none."""
+        """The saved arguments of a task of this class, or none."""
         if source.format != presets.KERAS:
             return {}
         saved = source.read_json(TASK_FILE, default={})
         is_this = saved.get("class_name") == cls.__name__
         return saved["config"] if is_this else {}
 
-    def load_task_weights(self, filepath):
+    def load_task_weights(self, filepath: str) -> None:
         skipped = self._not_the_head()
         keras.saving.load_weights(self, filepath, objects_to_skip=skipped)
 
-    def save_task_weights(self, filepath):
+    def save_task_weights(self, filepath: str) -> None:
         skipped = self._not_the_head()
         keras.saving.save_weights(self, filepath, objects_to_skip=skipped)
 
     def _not_the_head(self):
-        """KerasHub would keep the optimizer beside the head, and not load it."""
+        """Layers of the backbone; and the optimizer, which KerasHub never loads."""
         return [*iter_layers(self.backbone), *filter(None, [self.optimizer])]
 
-    def compile(self, optimizer="auto", *, rematerialize=False, **kwargs):
+    def compile(
+        self, optimizer: Any = "auto", *, rematerialize: bool = False, **kwargs: Any
+    ) -> None:
         """`keras.Model.compile`.
 
         Args:
             optimizer: `"auto"` is Adafactor at 1e-4.
-            rematerialize: keep the input of each block alone for the backward pass:
-                less memory, more time.
+            rematerialize: keep only the input of each block for the backward pass and
+                recompute the rest: less memory, more time.
             **kwargs: of `keras.Model.compile`.
         """
-        if optimizer == "auto":
-            optimizer = keras.optimizers.Adafactor(1e-4)
-        optimizer = keras.optimizers.get(optimizer)
-        check_optimizer(optimizer, self.backbone.variable_dtype)
-        update_in_place(optimizer)
+        optimizer = prepare_optimizer(optimizer, self.backbone.variable_dtype)
         super().compile(optimizer=optimizer, **kwargs)
         if isinstance(self.backbone, Backbone):
             self.backbone.encoder.rematerialize = bool(rematerialize)
 
-    def enable_lora(self, rank, target_layer_names=None, parts=None):
-        """Freeze the encoder and train adapters in it; see `Seq2SeqLM.enable_lora`.
+    def enable_lora(
+        self,
+        rank: int,
+        target_layer_names: list[str] | None = None,
+        parts: list[str] | None = None,
+    ) -> None:
+        """Freeze the encoder and train low-rank adapters; see `Seq2SeqLM.enable_lora`.
 
-        What is on top of the encoder stays trainable.
+        The head stays trainable.
         """
-        parts = {} if parts is None else {"parts": parts}  # Unknown to KerasHub's.
-        self.backbone.enable_lora(rank, target_layer_names, **parts)
+        own = {} if parts is None else {"parts": parts}  # KerasHub's has no `parts`.
+        self.backbone.enable_lora(rank, target_layer_names, **own)
         self.train_function = self.test_function = self.predict_function = None
         track_parameters(self.backbone)
         track_parameters(self)
 
     def _columns(self, x, y, name):
-        """`(columns, labels)` of a user's data, see `EncoderDataset`."""
+        """`(columns, labels)` from a user's data, see `EncoderDataset`."""
         raise NotImplementedError
 
     def _token_rows(self, columns):
-        """Ids of columns of texts, a list of lists a column."""
+        """Token ids of columns of texts, a list of rows per column."""
         return [self.preprocessor.encoder_rows(texts) for texts in columns.values()]
 
     def _data(
@@ -175,6 +189,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         like=None,
         training=False,
     ):
+        """See `FitMixin`."""
         if isinstance(x, EncoderDataset):
             return {"x": x, "shuffle": False, "steps_per_epoch": None}
         number(validation_split, "validation_split", at_least=0, below=1)
@@ -183,7 +198,10 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         if labels is not None:
             lengths["labels"] = len(labels)
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"`{name}` must have as many rows throughout; {lengths}.")
+            raise ValueError(
+                f"`{name}` must have the same number of rows in every column; got "
+                f"{lengths}."
+            )
         widths = like.widths if isinstance(like, EncoderDataset) else None
 
         def batches(rows, **kwargs):
@@ -214,5 +232,5 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
             raise ValueError(f"{type(self).__name__} needs a `preprocessor` for text.")
         return self.preprocessor
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "pooling": self.pooling}

@@ -1,6 +1,7 @@
-"""What `fit` and `evaluate` of every task do around Keras's."""
+"""`fit` and `evaluate` of every task: text data, resuming, reports, validation."""
 
 import contextlib
+from typing import Any
 
 import keras
 
@@ -8,55 +9,47 @@ from keras_t5gemma.data.resumable import ResumableDataset, any_width, follow
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
-from keras_t5gemma.training.optimizers import separate_averages
+from keras_t5gemma.training.optimizers import (
+    check_trainable_dtype,
+    separate_averages,
+)
 
 
 class FitMixin:
-    """`fit` and `evaluate` of a KerasHub task with a `preprocessor`, on text.
+    """`fit` and `evaluate` on text, for a KerasHub task with a `preprocessor`."""
 
-    A task says in `_data` what the arguments of a user become: keyword arguments of
-    `keras.Model.fit`, and `"held_out"`, those of a validation split.
-    """
+    backbone: Any
+    preprocessor: Any
+    optimizer: Any
 
-    def _data(
-        self,
-        x,
-        y=None,
-        sample_weight=None,
-        batch_size=None,
-        shuffle=False,
-        steps=None,
-        name="x",
-        validation_split=0.0,
-        batching=None,
-        like=None,
-        training=False,
-    ):
+    def _data(self, x: Any, y: Any = None, *args: Any, **kwargs: Any) -> dict:
+        """Keyword arguments of `keras.Model.fit` for a user's data.
+
+        The arguments are those of `data.fit_adapters.fit_arguments` from `x` on, and
+        `training`, whether the data is for training. With a validation split
+        `"held_out"` is the dict for validation.
+        """
         raise NotImplementedError
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        validation_data=None,
-        validation_split=0.0,
-        shuffle=True,
-        sample_weight=None,
-        steps_per_epoch=None,
-        validation_steps=None,
-        validation_batch_size=None,
-        batching=None,
-        callbacks=None,
-        **kwargs,
-    ):
-        """Train; the arguments are those of the task."""
-        if self.backbone.variable_dtype == "float16":
-            raise ValueError(
-                "A float16 model cannot be trained: its gradients overflow. Load "
-                "it with dtype='mixed_float16', 'bfloat16' or 'float32'."
-            )
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        shuffle: bool = True,
+        sample_weight: Any = None,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        batching: str | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Train; see the `fit` of the task for the arguments."""
+        check_trainable_dtype(self.backbone.variable_dtype)
         with self._report_truncation():  # Of in-memory text, before training.
             data = self._data(
                 x,
@@ -83,25 +76,20 @@ class FitMixin:
                     like=data["x"],
                 )
         if valid:
-            kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(
-                any_width(valid["x"]), valid.get("y"), valid.get("sample_weight")
-            )
-            kwargs["validation_steps"] = valid.get("steps_per_epoch")
-            kwargs["validation_batch_size"] = valid.get("batch_size")
-        callbacks = keras.tree.flatten(callbacks or [])
+            kwargs |= _validation_arguments(valid)
+        return self._fit(data, keras.tree.flatten(callbacks or []), epochs, kwargs)
+
+    def _fit(self, data, callbacks, epochs, kwargs):
+        """`keras.Model.fit` on the result of `_data`, with backup and reports."""
         backup = next((c for c in callbacks if isinstance(c, BackupAndRestore)), None)
         if backup is not None:
             start = backup.restore(self, data["x"])
             kwargs["initial_epoch"] = start or kwargs.get("initial_epoch", 0)
             callbacks.remove(backup)
-            callbacks.append(backup)  # It keeps what the others have logged.
-        self._agree(data["x"])
-        if isinstance(data["x"], ResumableDataset):
-            dataset, data["x"] = data["x"], any_width(data["x"])
-            report = [TrainingReport(dataset), StopOnNaN(dataset)]
-            callbacks = [follow(dataset, data["x"]), *report, *callbacks]
-        else:
-            callbacks = [StopOnNaN(), *callbacks]
+            callbacks.append(backup)  # Last: it saves the logs of the others.
+        self._check_processes(data["x"])
+        dataset, data["x"] = data["x"], any_width(data["x"])
+        callbacks = [*_reports(dataset, data["x"]), *callbacks]
         with self._report_truncation():
             history = keras.Model.fit(
                 self, **data, epochs=epochs, callbacks=callbacks, **kwargs
@@ -113,16 +101,16 @@ class FitMixin:
 
     def evaluate(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        steps=None,
-        batching=None,
-        **kwargs,
-    ):
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        steps: int | None = None,
+        batching: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Loss and metrics; the data arguments of `fit`."""
-        if kwargs.get("_use_cached_eval_dataset"):  # `fit` validates, on its own data.
+        if kwargs.get("_use_cached_eval_dataset"):  # Validation inside `fit`.
             return keras.Model.evaluate(
                 self,
                 x,
@@ -141,8 +129,8 @@ class FitMixin:
             data["x"] = any_width(data["x"])
             return keras.Model.evaluate(self, **data, **kwargs)
 
-    def _agree(self, dataset):
-        """Of several processes: all must do the same, each on its own rows."""
+    def _check_processes(self, dataset):
+        """Raise `ValueError` when processes train different models or data."""
         distribution = keras.distribution.distribution()
         if process_group.process_count() == 1 or distribution is None:
             return
@@ -162,3 +150,21 @@ class FitMixin:
         if self.preprocessor is None:
             return contextlib.nullcontext()
         return self.preprocessor.report_truncation(empty_targets)
+
+
+def _validation_arguments(valid):
+    """Keyword arguments of `keras.Model.fit` for validation."""
+    return {
+        "validation_data": keras.utils.pack_x_y_sample_weight(
+            any_width(valid["x"]), valid.get("y"), valid.get("sample_weight")
+        ),
+        "validation_steps": valid.get("steps_per_epoch"),
+        "validation_batch_size": valid.get("batch_size"),
+    }
+
+
+def _reports(dataset, adapter):
+    """The callbacks of every `fit`, in front of the user's."""
+    if not isinstance(dataset, ResumableDataset):
+        return [StopOnNaN()]
+    return [follow(dataset, adapter), TrainingReport(dataset), StopOnNaN(dataset)]

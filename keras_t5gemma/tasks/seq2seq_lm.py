@@ -1,4 +1,7 @@
-"""Text in, text out: training, generation, scoring."""
+"""Sequence-to-sequence language model: training, generation, scoring."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import keras_hub
@@ -7,46 +10,52 @@ import numpy as np
 from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
-from keras_t5gemma.distribution import mesh
-from keras_t5gemma.distribution.prediction import predict
 from keras_t5gemma.generation.generator import Generator
 from keras_t5gemma.generation.keras_hub_sampler import decode_batch
 from keras_t5gemma.generation.options import options_of_sampler
 from keras_t5gemma.generation.requests import answer_mask, read_request
-from keras_t5gemma.generation.scoring import make_scorer
+from keras_t5gemma.generation.scoring import make_scorer, score
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tasks.text_pair_task import TextPairTask
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.tokenization.token_ids import check_vocabulary
 from keras_t5gemma.training.losses import TokenCrossEntropy
-from keras_t5gemma.training.optimizers import check_optimizer, update_in_place
+from keras_t5gemma.training.optimizers import prepare_optimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
-    """A T5Gemma that reads a text and writes another.
+    """T5Gemma for text-to-text tasks: `fit`, `generate`, `score`.
 
     Args:
         backbone: a `Backbone`.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays of
             ids only.
+        **kwargs: of `keras_hub.models.Task`.
 
     Raises:
-        ValueError: when the tokenizer's vocabulary is larger than the model's.
+        ValueError: for a backbone without a decoder, or when the tokenizer's
+            vocabulary is larger than the model's.
     """
 
     backbone_cls = Backbone
     preprocessor_cls = Seq2SeqLMPreprocessor
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(
+        self,
+        backbone: Backbone,
+        preprocessor: Seq2SeqLMPreprocessor | None = None,
+        **kwargs: Any,
+    ) -> None:
         if backbone.decoder is None:
             raise ValueError(
-                "`backbone` is an encoder alone (`config.decoder` is None); a "
-                "Seq2SeqLM needs a decoder too."
+                "`backbone` must have a decoder; this one is an encoder alone "
+                "(`config.decoder` is None)."
             )
         if preprocessor is not None and preprocessor.tokenizer.proto is not None:
-            check_vocabulary(preprocessor.tokenizer, backbone.config)
+            check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
         self.backbone = backbone
-        self.preprocessor = preprocessor
+        self.preprocessor: Any = preprocessor
         hidden = backbone(backbone.input)["decoder_sequence_output"]
         super().__init__(
             inputs=backbone.input, outputs=backbone.logits(hidden), **kwargs
@@ -54,8 +63,10 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         track_parameters(self)
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """The model of a preset, with its tokenizer.
+    def from_preset(
+        cls, preset: Any, load_weights: bool = True, **kwargs: Any
+    ) -> "Seq2SeqLM":
+        """Load a preset with its tokenizer.
 
         Args:
             preset: a name of `keras_t5gemma.presets()`, a local folder, or an
@@ -82,9 +93,11 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
         return cls(backbone, **kwargs)
 
-    def save_to_huggingface(self, folder, dtype=None, max_shard_size=5):
-        """Write a folder for transformers; see `Backbone.save_to_huggingface`."""
-        kwargs = {}
+    def save_to_huggingface(
+        self, folder: Any, dtype: str | None = None, max_shard_size: Any = 5
+    ) -> None:
+        """Export to transformers; see `Backbone.save_to_huggingface`."""
+        kwargs: dict[str, Any] = {}
         if self.preprocessor is not None:
             kwargs["tokenizer"] = self.preprocessor.tokenizer
             kwargs["stop_ids"] = self.preprocessor.stop_ids
@@ -92,35 +105,33 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
 
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: Any = "auto",
+        loss: Any = "auto",
         *,
-        weighted_metrics="auto",
-        sampler="greedy",
-        rematerialize=False,
-        **kwargs,
-    ):
+        weighted_metrics: Any = "auto",
+        sampler: Any = "greedy",
+        rematerialize: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Configure training and generation.
 
         Args:
-            optimizer: `"auto"` is Adafactor at 1e-4, the official fine-tuning
-                example's, which needs little memory and works on bfloat16
-                weights.
+            optimizer: `"auto"` is Adafactor at 1e-4, as in the official fine-tuning
+                example; it needs little memory and works with bfloat16 weights.
             loss: `"auto"` is `TokenCrossEntropy()`, the mean over the target tokens
-                of the batch (padding weighs nothing). Such a loss, with these
-                metrics, is computed without the logits, and so is a `Distillation`;
-                any other one gets them.
+                of the batch without padding. This loss with the default metrics, or a
+                `Distillation`, is computed in chunks; any other loss gets the logits.
             weighted_metrics: `"auto"` is the accuracy of the next token, and the
                 perplexity.
             sampler: a `keras_hub.samplers.Sampler` or its name, for `generate`.
-            rematerialize: keep the input of each block alone for the backward pass
-                and compute the rest anew: less memory, more time.
+            rematerialize: keep only the input of each block for the backward pass and
+                recompute the rest: less memory, more time.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
                 `jit_compile=True` compiles the decoding step too: half a minute at
-                the first token of a new size of batch, then faster.
+                the first token of a new batch size, then faster.
 
         Raises:
-            ValueError: for an optimizer that cannot move weights of this dtype, or
+            ValueError: for an optimizer that cannot update weights of this dtype, or
                 an unknown sampler.
         """
         if not callable(keras_hub.samplers.get(sampler)):
@@ -128,16 +139,9 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 "`sampler` must be a keras_hub.samplers.Sampler or the name of one, "
                 f"such as 'greedy', 'beam', 'top_k', 'top_p'; got {sampler!r}."
             )
-        if optimizer == "auto":
-            optimizer = keras.optimizers.Adafactor(1e-4)
-        optimizer = keras.optimizers.get(optimizer)
-        check_optimizer(optimizer, self.backbone.variable_dtype)
-        update_in_place(optimizer)
-        if loss == "auto":
-            loss = TokenCrossEntropy()
         super().compile(
-            optimizer=optimizer,
-            loss=loss,
+            optimizer=prepare_optimizer(optimizer, self.backbone.variable_dtype),
+            loss=TokenCrossEntropy() if loss == "auto" else loss,
             weighted_metrics=weighted_metrics,
             sampler=sampler,
             **kwargs,
@@ -146,14 +150,14 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             tower.rematerialize = bool(rematerialize)
 
     @property
-    def sampler_options(self):
-        """The `GenerationOptions` that `compile(sampler=...)` stands for, as a dict.
+    def sampler_options(self) -> dict | None:
+        """The `GenerationOptions` of `compile(sampler=...)`, as a dict.
 
-        `None` for a sampler that is run as KerasHub's code.
+        `None` for a sampler that runs in KerasHub's code.
         """
         return options_of_sampler(self.sampler)
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()
         if config is not None:
             config["sampler"] = keras_hub.samplers.serialize(self.sampler)
@@ -161,7 +165,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             config["rematerialize"] = self.backbone.decoder.rematerialize
         return config
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict) -> None:
         config = dict(config)
         sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
         optimizer_built = config.pop("optimizer_built")
@@ -171,48 +175,46 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
 
     def generate(
         self,
-        inputs,
-        max_length=None,
-        stop_token_ids="auto",
-        strip_prompt=False,
-        batch_size=32,
-        **options,
-    ):
-        """Write an answer to each source.
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        strip_prompt: bool = False,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> Any:
+        """Generate an answer to each source.
 
         Args:
             inputs: a source string, a list of them, a dict of `"encoder_text"`
                 and (optional) `"decoder_text"` to continue, strings or lists, where
-                one source with a list of prompts is read only once; or a dict of int
-                arrays: `encoder_token_ids` `(batch, length)` and, as an option,
+                one source with a list of prompts is encoded only once; or a dict of
+                int arrays: `encoder_token_ids` `(batch, length)` and, optionally,
                 `encoder_padding_mask`, `decoder_token_ids` (start token and prompt)
                 and `decoder_padding_mask`.
-            max_length: most decoder tokens, start token and prompt included;
+            max_length: maximum number of decoder tokens, with start token and prompt;
                 `None` means the preprocessor's `decoder_sequence_length`.
             stop_token_ids: ids that end an answer; `"auto"` is eos and
-                `<end_of_turn>`, `None` writes until `max_length`.
-            strip_prompt: leave `decoder_text` out of what is returned.
-            batch_size: most sources decoded together; sources of similar length
-                are, and what comes back is in order.
+                `<end_of_turn>`, `None` generates until `max_length`.
+            strip_prompt: return answers without `decoder_text`.
+            batch_size: maximum number of sources in a batch; sources of similar length
+                share a batch, and results keep the input order.
             **options: those of `GenerationOptions`: `temperature`, `top_k`, `top_p`,
                 `num_beams`, `repetition_penalty`, `num_return_sequences`, `seed` and
-                others. They come on top of the sampler of `compile`.
+                others. They override the sampler of `compile`.
 
         Returns:
             A string for a string, a list for a list (`[]` for `[]`); for arrays
             a dict of int32 `decoder_token_ids` and `decoder_padding_mask`,
             `(batch, max_length)`. An empty source `""` is allowed: the decoder
-            then writes without having read anything. With `num_return_sequences`
-            above 1 there is a list of answers in place of an answer, and arrays are
-            `(batch, answers, max_length)`. With `return_scores` a dict of `"text"`
-            (none for arrays), `"log_prob"`, `"token_log_probs"` and `"token_ids"` of
-            what was written, as `score` returns them.
+            then generates unconditionally. With `num_return_sequences` above 1 each
+            answer is a list of answers, and arrays are `(batch, answers, max_length)`.
+            With `return_scores` a dict of `"text"` (not for arrays), `"log_prob"`,
+            `"token_log_probs"` and `"token_ids"` of the answers, as in `score`.
 
         Raises:
-            ValueError: for what is no text or no such dict, ids outside the
-                vocabulary, a prompt longer than `max_length`, a `max_length`
-                beyond the positions the model was built for, or options that do not
-                fit.
+            ValueError: for other inputs, ids outside the vocabulary, a prompt longer
+                than `max_length`, a `max_length` beyond the model's positions, or
+                options that do not fit.
         """
         is_arrays = isinstance(inputs, dict) and "encoder_token_ids" in inputs
         first = inputs
@@ -228,11 +230,11 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             stop_token_ids,
             batch_size,
         )
-        options = self._generator().options(options, request)
+        checked = self._generator().options(options, request)
         if nothing:
             return []
-        ids, log_probs, ends = self._generator().decode(request, options, batch_size)
-        answers = 1 if options is None else options.num_return_sequences
+        ids, log_probs, ends = self._generator().decode(request, checked, batch_size)
+        answers = 1 if checked is None else checked.num_return_sequences
         lengths = np.repeat(request.prompt_lengths, answers)
         mask = answer_mask(ids, lengths, ends, request.stop_ids)
         written = (mask * (np.arange(ids.shape[1]) >= lengths[:, None])).astype(bool)
@@ -242,8 +244,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 rows = [rows[i : i + answers] for i in range(0, len(rows), answers)]
             return rows[0] if isinstance(first, str) else rows
 
-        result = {}
-        if options is not None and options.return_scores:
+        result: dict[str, Any] = {}
+        if checked is not None and checked.return_scores:
             chosen = [p[w] for p, w in zip(log_probs, written, strict=True)]
             result["log_prob"] = nest([float(p.sum(dtype="float64")) for p in chosen])
             result["token_log_probs"] = nest(chosen)
@@ -255,18 +257,19 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             result["decoder_token_ids"] = (ids * mask).reshape(shape)
             result["decoder_padding_mask"] = mask.reshape(shape)
             return result
-        texts = self.preprocessor.generate_postprocess(
-            {
-                "decoder_token_ids": ids,
-                "decoder_padding_mask": written.astype("int32")
-                if strip_prompt
-                else mask,
-            }
-        )
-        return {"text": nest(texts), **result} if result else nest(texts)
+        shown = written.astype("int32") if strip_prompt else mask
+        answer = {"decoder_token_ids": ids, "decoder_padding_mask": shown}
+        texts = nest(self.preprocessor.generate_postprocess(answer))
+        return {"text": texts, **result} if result else texts
 
-    def stream(self, text, max_length=None, stop_token_ids="auto", **options):
-        """Write an answer piece by piece, as it comes.
+    def stream(
+        self,
+        text: Any,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        **options: Any,
+    ) -> Iterator[str]:
+        """Generate an answer and yield its text piece by piece.
 
         Args:
             text: a source string, or a dict of `"encoder_text"` and (optional)
@@ -276,8 +279,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             **options: see `generate`; no beams, one answer.
 
         Yields:
-            Strings; joined they are what `generate(..., strip_prompt=True)` returns.
-            A character whose bytes are several tokens comes when it is whole.
+            Strings; joined they equal `generate(..., strip_prompt=True)`. A character
+            of several tokens is yielded when it is complete.
 
         Raises:
             ValueError: see `generate`; or for beam search.
@@ -290,46 +293,46 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         request = read_request(
             text, self.preprocessor, self.backbone.config, max_length, stop_token_ids, 1
         )
-        options = self._generator().options(options, request)
-        if options is None or options.rows_per_source > 1 or options.return_scores:
+        checked = self._generator().options(options, request)
+        if checked is None or checked.rows_per_source > 1 or checked.return_scores:
             raise ValueError(
-                "`stream` writes one answer, greedily or by sampling; got "
-                f"{options or type(self.sampler).__name__}."
+                "`stream` needs greedy decoding or sampling, with one answer; got "
+                f"{checked or type(self.sampler).__name__}."
             )
-        return self._generator().stream(request, options)
+        return self._generator().stream(request, checked)
 
     def _generator(self):
         if self.__dict__.get("_decoder") is None:
-            # Not a part of this model: it owns no weights and is not saved.
+            # Bypasses Keras's tracking: it owns no weights and is not saved.
             object.__setattr__(self, "_decoder", Generator(self))
         return self._decoder
 
-    def compiled_programs(self):
-        """How many programs `generate` and `stream` have compiled so far."""
+    def compiled_programs(self) -> int:
+        """Number of programs that `generate` and `stream` have compiled so far."""
         return self._generator().compiled_programs()
 
-    def generate_step(self, inputs, stop_token_ids=None):
+    def generate_step(self, inputs: dict, stop_token_ids: Any = None) -> Any:
         """One compiled batch; KerasHub's `make_generate_function` wraps it."""
         return decode_batch(
             self.backbone, self.sampler, inputs, stop_token_ids, model=self
         )
 
-    def score(self, source, target, batch_size=32):
-        """How likely each target is, given its source.
+    def score(self, source: Any, target: Any, batch_size: int = 32) -> dict[str, Any]:
+        """Log-probability of each target given its source.
 
         Args:
             source: a string, or a list of them.
-            target: a string, or a list of as many.
-            batch_size: pairs scored together.
+            target: a string, or a list of the same length.
+            batch_size: pairs in a batch.
 
         Returns:
             A dict of `"log_prob"` (natural log of the whole target and its end
             token), `"token_log_probs"` and `"token_ids"` (float32 and int32
-            `(tokens,)`, the end token last); lists of those for lists. Nothing
-            is lost to padding, only to the preprocessor's lengths.
+            `(tokens,)`, the end token last); lists of those for lists. Texts are
+            truncated to the preprocessor's lengths.
 
         Raises:
-            ValueError: without a preprocessor, or for what is no text.
+            ValueError: without a preprocessor, or for values that are not strings.
         """
         if self.preprocessor is None:
             raise ValueError("`score` needs a preprocessor: it works on text.")
@@ -339,32 +342,30 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             return {"log_prob": [], "token_log_probs": [], "token_ids": []}
         x, labels, weights = self.preprocessor(pairs)
         if self.__dict__.get("_scorer") is None:
-            # Not a part of this model: it owns no weights and is not saved.
+            # Bypasses Keras's tracking: it owns no weights and is not saved.
             object.__setattr__(self, "_scorer", make_scorer(self))
-        arrays = {**x, "labels": labels}
-        scores = predict(self._scorer, arrays, mesh.round_up(batch_size))
-        keep = weights > 0
-        result = {
-            "log_prob": (scores * keep).sum(axis=1, dtype="float64").tolist(),
-            "token_log_probs": [s[k] for s, k in zip(scores, keep, strict=True)],
-            "token_ids": [i[k] for i, k in zip(labels, keep, strict=True)],
-        }
+        result = score(self._scorer, x, labels, weights, batch_size)
         return {k: v[0] for k, v in result.items()} if single else result
 
-    def enable_lora(self, rank, target_layer_names=None, parts=None):
+    def enable_lora(
+        self,
+        rank: int,
+        target_layer_names: list[str] | None = None,
+        parts: list[str] | None = None,
+    ) -> None:
         """Freeze the model and train low-rank adapters (arXiv 2106.09685).
 
-        `save_to_preset` merges them into the weights, `save_lora_weights` writes them
-        alone. On a model quantized before they learn on top of its int8 weights.
+        `save_to_preset` merges them into the weights, `save_lora_weights` saves only
+        the adapters. On a quantized model they are trained on top of its int8 weights.
 
         Args:
             rank: inner size of the adapters, at least 1.
             target_layer_names: names of the layers: query, key, value, output, gate,
                 up, down, token_embedding. `None` is query and value in attention,
                 and all three in the feed-forward layers if they are among the parts.
-            parts: where: a list among `"encoder"` and `"decoder"` (their
-                self-attention), `"cross_attention"`, `"mlp"` (of both) and
-                `"embeddings"`. `None` is all attention.
+            parts: a list among `"encoder"` and `"decoder"` (their self-attention),
+                `"cross_attention"`, `"mlp"` (of both) and `"embeddings"`. `None` is all
+                attention.
 
         Raises:
             ValueError: for a rank below 1, or names that match no layer.
@@ -372,33 +373,23 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         self.backbone.enable_lora(rank, target_layer_names, parts)
         self._forget_compiled()
 
-    def save_lora_weights(self, filepath):
-        """Write the adapters alone, to a path that ends in `.lora.h5`."""
+    def save_lora_weights(self, filepath: Any) -> None:
+        """Save only the adapters, to a path that ends in `.lora.h5`."""
         self.backbone.save_lora_weights(filepath)
 
-    def load_lora_weights(self, filepath):
-        """Read adapters of `save_lora_weights`, onto the layers they came from."""
+    def load_lora_weights(self, filepath: Any) -> None:
+        """Load adapters of `save_lora_weights` into the same layers."""
         self.backbone.load_lora_weights(filepath)
         self._forget_compiled()
 
-    def quantize(self, mode=None, **kwargs):
+    def quantize(self, mode: str | None = None, **kwargs: Any) -> None:
         """Quantize the backbone; see `Backbone.quantize`."""
         self.backbone.quantize(mode, **kwargs)
         self._forget_compiled()
 
     def _forget_compiled(self):
-        """The set of trainable variables changed: build the functions anew."""
+        """Reset compiled functions after a change of the trainable variables."""
         self.generate_function = None
         self.train_function = self.test_function = self.predict_function = None
         track_parameters(self.backbone)
         track_parameters(self)
-
-
-def check_vocabulary(tokenizer, config):
-    """Raise `ValueError` when the tokenizer has ids the model has no row for."""
-    size = tokenizer.vocabulary_size()
-    if size > config.vocabulary_size:
-        raise ValueError(
-            f"The tokenizer has {size} ids, the model only "
-            f"{config.vocabulary_size}: they do not belong together."
-        )

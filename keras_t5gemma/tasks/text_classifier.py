@@ -1,4 +1,7 @@
-"""Texts to classes or numbers, with a head on the encoder."""
+"""Text classification and regression with a head on the encoder."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,47 +16,48 @@ from keras_t5gemma.utils.progress import progress_bar
 
 KINDS = ("single_label", "multi_label", "regression")
 _MEAN = "mean_with_sample_weight"
-_MANY = 2_000  # Texts that take long enough to show a bar.
+_MANY = 2_000  # Texts; fewer are classified without a progress bar.
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TextClassifier(EncoderTask):
-    """A class for a text, or for a pair of texts.
+    """Classification or regression of texts, or of pairs of texts.
 
-    As in the paper (arXiv 2504.06225, section 4) a linear head reads the state of the
-    last token of the encoder, and all weights are trained; `enable_lora` trains few.
+    As in the paper (arXiv 2504.06225, section 4) a linear head reads the encoder state
+    of the last token, and all weights are trained; `enable_lora` trains adapters.
 
     Args:
         backbone: a `Backbone` without a decoder; or KerasHub's `GemmaBackbone`, the
             same head on a decoder-only model.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays only.
-        class_names: names of the classes, two or more; labels are names then.
-        num_classes: their number, where labels are the numbers from 0.
-        kind: `"single_label"`, `"multi_label"` (several or none of the classes) or
-            `"regression"`, one number a text.
+        class_names: names of the classes, two or more; labels are these names.
+        num_classes: number of classes, when labels are numbers from 0.
+        kind: `"single_label"`, `"multi_label"` (any number of classes per text) or
+            `"regression"`, one number per text.
         pooling: see `pool`.
-        dropout: share of what is pooled that is dropped in training.
+        dropout: dropout rate of the pooled states in training.
         separator: between the texts of a pair.
+        **kwargs: of `keras_hub.models.Task`.
 
     Raises:
-        ValueError: for fewer than two classes, names that are there twice, or
-            arguments out of range.
+        ValueError: for fewer than two classes, duplicate names, or arguments out of
+            range.
     """
 
     HEAD = ("class_names", "num_classes", "kind")
 
     def __init__(
         self,
-        backbone,
-        preprocessor=None,
-        class_names=None,
-        num_classes=None,
-        kind="single_label",
-        pooling="last",
-        dropout=0.0,
-        separator="\n",
-        **kwargs,
-    ):
+        backbone: Any,
+        preprocessor: Any = None,
+        class_names: Iterable[str] | None = None,
+        num_classes: int | None = None,
+        kind: str = "single_label",
+        pooling: str = "last",
+        dropout: float = 0.0,
+        separator: str = "\n",
+        **kwargs: Any,
+    ) -> None:
         one_of(kind, "kind", KINDS)
         class_names = None if class_names is None else list(class_names)
         outputs = 1
@@ -91,14 +95,19 @@ class TextClassifier(EncoderTask):
         super().__init__(backbone, preprocessor, pooling, head, **kwargs)
 
     def compile(
-        self, optimizer="auto", loss="auto", *, weighted_metrics="auto", **kwargs
-    ):
+        self,
+        optimizer: Any = "auto",
+        loss: Any = "auto",
+        *,
+        weighted_metrics: Any = "auto",
+        **kwargs: Any,
+    ) -> None:
         """Configure training.
 
         Args:
             optimizer: `"auto"` is Adafactor at 1e-4.
-            loss: `"auto"` is the cross-entropy of the classes, of each class by itself
-                with `"multi_label"`, or the squared error. One of your own gets logits.
+            loss: `"auto"` is the cross-entropy of the classes, the binary one of each
+                class with `"multi_label"`, or the squared error. Others get logits.
             weighted_metrics: `"auto"` is the accuracy, or the absolute error.
             **kwargs: `rematerialize`, and those of `keras.Model.compile`.
         """
@@ -126,16 +135,18 @@ class TextClassifier(EncoderTask):
             **kwargs,
         )
 
-    def fit(self, x=None, y=None, batch_size=None, **kwargs):
+    def fit(  # type: ignore[override]
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, **kwargs: Any
+    ) -> keras.callbacks.History:
         """Train on texts and labels.
 
         Args:
             x: a list of texts, or of pairs of texts; or a dict of `"text"` and, for
                 pairs, `"text_pair"`.
-            y: a label a text: a name, or a number from 0 where there are no names;
-                with `"multi_label"` a list of those, or a row of zeros and ones; with
+            y: one label per text: a name, or a number from 0 without names; with
+                `"multi_label"` a list of those, or a row of zeros and ones; with
                 `"regression"` a number.
-            batch_size: texts a step, 32 when `None`.
+            batch_size: texts per step, 32 when `None`.
             **kwargs: those of `Seq2SeqLM.fit`: `epochs`, `validation_data`,
                 `validation_split`, `shuffle`, `sample_weight`, `callbacks`, ...
 
@@ -143,19 +154,19 @@ class TextClassifier(EncoderTask):
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: for labels that are no classes, NaN, or empty texts.
+            ValueError: for unknown labels, NaN, or empty texts.
         """
         return super().fit(x, y, batch_size, **kwargs)
 
-    def predict(self, x, batch_size=32):
+    def predict(self, x: Any, batch_size: int = 32) -> np.ndarray:
         """Probabilities of the classes.
 
         Args:
             x: texts, or pairs of texts, as in `fit`.
-            batch_size: texts at a time; those of similar length are together.
+            batch_size: texts in a batch; texts of similar length share one.
 
         Returns:
-            float32 `(texts, classes)`; they sum to 1, but for `"multi_label"`. With
+            float32 `(texts, classes)`, with sum 1 except for `"multi_label"`; with
             `"regression"` the numbers, `(texts,)`.
         """
         columns = texts_of(x, "x")
@@ -176,18 +187,24 @@ class TextClassifier(EncoderTask):
         logits = np.exp(logits - logits.max(axis=1, keepdims=True))
         return logits / logits.sum(axis=1, keepdims=True)
 
-    def classify(self, x, batch_size=32, threshold=0.5):
-        """The class of each text: a name, or a number where there are no names.
+    def classify(self, x: Any, batch_size: int = 32, threshold: float = 0.5) -> list:
+        """The class of each text.
 
-        With `"multi_label"` a list of those whose probability is above `threshold`.
-        The other arguments are those of `predict`.
+        Args:
+            x: as in `predict`.
+            batch_size: as in `predict`.
+            threshold: with `"multi_label"`, minimum probability of a class.
+
+        Returns:
+            A name per text, or a number without names; with `"multi_label"` a list of
+            them per text.
 
         Raises:
             ValueError: for `"regression"`, which has no classes.
         """
         if self.kind == "regression":
             raise ValueError("A regression has no classes: use `predict`.")
-        names = self.class_names or list(range(self.num_classes))
+        names: Any = self.class_names or range(self.num_classes or 0)
         shares = self.predict(x, batch_size)
         if self.kind == "single_label":
             return [names[i] for i in shares.argmax(axis=1)]
@@ -233,7 +250,7 @@ class TextClassifier(EncoderTask):
         raise ValueError(f"`y` must be labels among {accepted}; got {label!r}.")
 
     def _token_rows(self, columns):
-        """Ids of texts, or of pairs, of which the longer text is cut first."""
+        """Token ids of texts, or of pairs, truncating the longer text first."""
         if len(columns) == 1:
             return super()._token_rows(columns)
         preprocessor = self.preprocessor
@@ -252,7 +269,7 @@ class TextClassifier(EncoderTask):
         preprocessor.count("encoder", cut, len(rows))
         return [rows]
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "class_names": self.class_names,
@@ -263,8 +280,8 @@ class TextClassifier(EncoderTask):
         }
 
 
-def texts_of(x, name):
-    """`{"encoder": texts}` of texts, with `"second"` of pairs.
+def texts_of(x: Any, name: str) -> dict:
+    """Texts as columns: `{"encoder": texts}`, and `"second"` for pairs.
 
     Raises:
         ValueError: for anything else.

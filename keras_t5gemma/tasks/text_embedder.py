@@ -1,4 +1,7 @@
-"""Texts to vectors: pooled encoder states, for search, ranking and other models."""
+"""Text embeddings: pooled encoder states, for search, ranking and other models."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,31 +15,32 @@ from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
 from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
 from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.types import Tensor
 
 PAIR = ("anchor", "positive")
-# What their arrays are called: Keras wants those of the network.
+# Names of their arrays in a batch: Keras needs those of the network's inputs.
 _ARRAYS = {"anchor": "encoder", "positive": "positive"}
-_MANY = 2_000  # Texts that take long enough to show a bar.
+_MANY = 2_000  # Texts; fewer are embedded without a progress bar.
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TextEmbedder(EncoderTask):
-    """A vector for each text, so that texts that belong together are near.
+    """Embed texts: one vector per text, near for matching texts.
 
-    A pretrained encoder gives vectors that are of some use; `fit` on pairs of texts
-    that belong together makes them good.
+    The pooled states of a pretrained encoder are weak embeddings; `fit` on pairs of
+    matching texts trains them with a contrastive loss.
 
     Args:
         backbone: a `Backbone` without a decoder.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays only.
         pooling: `"mean"`, `"last"`, `"first"` or `"weighted"`, see `pool`.
         projection_dim: width of a learned linear map on top, or `None` for none.
-        normalize: make vectors of length 1.
-        lexical_dim: so many numbers more say which tokens a text has, each weighed by
-            what it says about the text, see `HybridVector`. Names and rare words are
-            found by them, which a pooled state forgets, that of a small model first.
-            As many as the vocabulary keep all tokens apart, a few thousand nearly so.
-            `None` for none.
+        normalize: scale vectors to length 1.
+        lexical_dim: number of additional dimensions with weights of the text's tokens,
+            see `HybridVector`. They match names and rare words, which pooled states
+            lose, those of small models first. With the size of the vocabulary all
+            tokens are distinct, with a few thousand almost all. `None` for none.
+        **kwargs: of `keras_hub.models.Task`.
 
     Raises:
         ValueError: for a backbone with a decoder, an unknown pooling, or
@@ -47,14 +51,14 @@ class TextEmbedder(EncoderTask):
 
     def __init__(
         self,
-        backbone,
-        preprocessor=None,
-        pooling="mean",
-        projection_dim=None,
-        normalize=True,
-        lexical_dim=None,
-        **kwargs,
-    ):
+        backbone: Any,
+        preprocessor: Any = None,
+        pooling: str = "mean",
+        projection_dim: int | None = None,
+        normalize: bool = True,
+        lexical_dim: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._parts = 1
         self.projection_dim = projection_dim
         self.normalize = normalize
@@ -82,24 +86,24 @@ class TextEmbedder(EncoderTask):
 
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: Any = "auto",
+        loss: Any = "auto",
         *,
-        weighted_metrics="auto",
-        gradient_cache_rows=None,
-        **kwargs,
-    ):
+        weighted_metrics: Any = "auto",
+        gradient_cache_rows: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Configure training on pairs.
 
         Args:
             optimizer: `"auto"` is Adafactor at 1e-4.
-            loss: `"auto"` is `InfoNCE()`. One of your own gets `(B, 2, D)`.
-            weighted_metrics: `"auto"` is how often an anchor's own positive is the
-                nearest of the batch.
-            gradient_cache_rows: so many rows of a batch are in memory at a time: the
-                others are computed again for the backward pass (arXiv 2101.06983).
-                The result is the same, the batch can be as large as the negatives
-                should be many. It must divide the batch size.
+            loss: `"auto"` is `InfoNCE()`. Others get `(B, 2, D)`.
+            weighted_metrics: `"auto"` is the in-batch accuracy: how often an anchor's
+                own positive is the nearest of the batch.
+            gradient_cache_rows: rows of a batch whose activations are in memory at a
+                time; they are recomputed for the backward pass (arXiv 2101.06983).
+                The result is the same, and large batches give many negatives. It must
+                divide the batch size.
             **kwargs: `rematerialize`, and those of `keras.Model.compile`.
         """
         if weighted_metrics == "auto":
@@ -113,39 +117,47 @@ class TextEmbedder(EncoderTask):
             **kwargs,
         )
 
-    def fit(self, x=None, y=None, batch_size=None, **kwargs):
-        """Train on pairs of texts that belong together.
+    def fit(  # type: ignore[override]
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, **kwargs: Any
+    ) -> keras.callbacks.History:
+        """Train on pairs of matching texts with in-batch negatives.
 
         Args:
             x: a dict of `"anchor"` and `"positive"`, lists of texts; a list of
-                `(anchor, positive)`; or a list of anchors, with `y`. All other
-                positives of a batch are taken for wrong ones.
-            y: the list of positives, where `x` does not hold them.
-            batch_size: pairs a step, 32 when `None`. More pairs are more negatives.
+                `(anchor, positive)`; or a list of anchors, with `y`. The other
+                positives of a batch are the negatives of an anchor.
+            y: the list of positives, when `x` does not have them.
+            batch_size: pairs per step, 32 when `None`; more pairs give more negatives.
             **kwargs: those of `Seq2SeqLM.fit`: `epochs`, `validation_data`,
                 `validation_split`, `shuffle`, `sample_weight`, `callbacks`, ...
 
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: for data that is not pairs of texts, or `gradient_cache_rows`
+                that does not fit the batch size or the model.
         """
         rows, size = self.gradient_cache_rows, batch_size or 32
         if rows is not None and (size % rows or rows < 1):
             raise ValueError(
                 f"`gradient_cache_rows` must divide `batch_size` {size}; got {rows!r}."
             )
-        if rows is not None and getattr(self.backbone.config, "dropout", 0):
+        if rows is not None and getattr(self.backbone.config, "dropout", False):
             raise ValueError("`gradient_cache_rows` needs a model without dropout.")
         self._parts = 1 if rows is None else size // rows
         return super().fit(x, y, batch_size, **kwargs)
 
-    def call(self, inputs, training=None, mask=None):
-        """Vectors `(B, D)`, float32; of a batch of pairs `(B, 2, D)`."""
+    def call(
+        self, inputs: dict, training: bool | None = None, mask: Any = None
+    ) -> Tensor:
+        """Vectors, float32 `(B, D)`; `(B, 2, D)` for a batch of pairs."""
         if "positive_token_ids" not in inputs:
             return super().call(inputs, training=training, mask=mask)
         sides = []
         for side in _ARRAYS.values():
-            arrays = [inputs[f"{side}_{n}"] for n in ("token_ids", "padding_mask")]
-            sides.append(self._in_parts(*arrays, training))
+            ids, padding = inputs[f"{side}_token_ids"], inputs[f"{side}_padding_mask"]
+            sides.append(self._in_parts(ids, padding, training))
         return ops.stack(sides, axis=1)
 
     def _in_parts(self, ids, padding, training):
@@ -159,27 +171,29 @@ class TextEmbedder(EncoderTask):
         ids, padding = ops.reshape(ids, shape), ops.reshape(padding, shape)
         run = keras.remat(run)
         if keras.config.backend() == "jax":
-            # A loop: XLA would compute parts that only stand in a row all at once.
+            # A loop: XLA would run unrolled parts at the same time.
             vectors = ops.map(lambda part: run(*part), (ids, padding))
             return ops.reshape(vectors, (-1, vectors.shape[-1]))
         return ops.concatenate([run(ids[i], padding[i]) for i in range(self._parts)])
 
-    def embed(self, texts, batch_size=32, dimensions=None):
-        """Vectors of texts.
+    def embed(
+        self, texts: Sequence[str], batch_size: int = 32, dimensions: int | None = None
+    ) -> np.ndarray:
+        """Embed texts.
 
         Args:
             texts: a list of strings.
-            batch_size: texts at a time; those of similar length are together.
-            dimensions: cut vectors to so many numbers, and give them length 1 again
-                if they have it (for a model trained with `InfoNCE(dimensions=...)`).
+            batch_size: texts in a batch; texts of similar length share one.
+            dimensions: cut vectors to this length, and normalize them again if they
+                were (for a model trained with `InfoNCE(dimensions=...)`).
 
         Returns:
-            float32 `(texts, dimensions)`, in order. A text's vector does not depend
-            on the others.
+            float32 `(texts, dimensions)`, in the input order. A vector does not depend
+            on the other texts.
 
         Raises:
-            ValueError: for what is no list of texts, empty texts, or more
-                `dimensions` than there are.
+            ValueError: when `texts` is not a list of texts, for empty texts, or more
+                `dimensions` than the vectors have.
         """
         size = self.output.shape[-1]
         if dimensions is not None:
@@ -192,24 +206,30 @@ class TextEmbedder(EncoderTask):
             result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
         return result
 
-    def hidden_states(self, texts, layer=-1, batch_size=32, sequence_length=None):
-        """States of every token, as text towers of generators want them.
+    def hidden_states(
+        self,
+        texts: Sequence[str],
+        layer: int = -1,
+        batch_size: int = 32,
+        sequence_length: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder states of every token, e.g. for image, audio or video generators.
 
         Args:
             texts: a list of strings.
-            layer: which of the states: 0 are the embeddings, i those after block i,
-                -1 the last ones after the final norm, -2 those before the last
-                block, as in transformers' `hidden_states`.
-            batch_size: texts at a time.
-            sequence_length: tokens that the arrays are padded to; `None` is as many
-                as the longest text has.
+            layer: index as in transformers' `hidden_states`: 0 are the embeddings, i
+                the states after block i, -1 the last ones after the final norm, -2
+                those before the last block.
+            batch_size: texts in a batch.
+            sequence_length: tokens that the arrays are padded to; `None` is the length
+                of the longest text.
 
         Returns:
             `(states, padding_mask)`: float32 `(texts, tokens, width)`, 0 on padding,
             and int32 `(texts, tokens)`.
 
         Raises:
-            ValueError: for a layer that is not there, or a text that is longer than
+            ValueError: for a layer that does not exist, or a text longer than
                 `sequence_length`.
         """
         encoder = self.backbone.encoder
@@ -254,7 +274,7 @@ class TextEmbedder(EncoderTask):
         columns = pairs_of(x, y, PAIR, name)
         return {_ARRAYS[side]: column for side, column in columns.items()}, None
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "projection_dim": self.projection_dim,
@@ -263,21 +283,23 @@ class TextEmbedder(EncoderTask):
         }
 
 
-def cosine_similarity(a, b):
+def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines `(n, m)` of vectors `(n, d)` and `(m, d)`, float32."""
     lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
     a, b = (x / np.maximum(n, 1e-12) for x, n in zip((a, b), lengths, strict=True))
     return a @ b.T
 
 
-def nearest(queries, vectors, k=10, rows_at_once=1024):
-    """The k vectors that are nearest to each query.
+def nearest(
+    queries: np.ndarray, vectors: np.ndarray, k: int = 10, rows_at_once: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest vectors of each query by cosine similarity.
 
     Args:
         queries: float `(n, d)`.
         vectors: float `(m, d)`.
-        k: how many.
-        rows_at_once: queries that are compared at a time.
+        k: number of neighbors.
+        rows_at_once: queries to compare at a time.
 
     Returns:
         `(numbers, cosines)`, int64 and float32 `(n, k)`, the nearest first.

@@ -1,5 +1,7 @@
 """`fit`, `evaluate` and `predict` on pairs of texts."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -14,33 +16,33 @@ from keras_t5gemma.training.distillation import Distillation
 
 
 class TextPairTask(FitMixin, ChunkedLossTask):
-    """A `ChunkedLossTask` that takes text from wherever it comes.
+    """A `ChunkedLossTask` with `fit`, `evaluate` and `predict` on text of any form.
 
-    KerasHub's own methods take fewer kinds of data, and never shuffle.
+    KerasHub's own methods accept fewer kinds of data, and never shuffle.
     """
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        validation_data=None,
-        validation_split=0.0,
-        shuffle=True,
-        sample_weight=None,
-        steps_per_epoch=None,
-        validation_steps=None,
-        validation_batch_size=None,
-        batching=None,
-        callbacks=None,
-        **kwargs,
-    ):
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        shuffle: bool = True,
+        sample_weight: Any = None,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        batching: str | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """Train on text pairs, or on arrays of ids.
 
-        In-memory text is tokenized once, before training. What the preprocessor's
-        lengths cut is counted in a warning, and so are empty targets: those pairs
-        stay, and teach the model to answer nothing.
+        In-memory text is tokenized once, before training. A warning counts truncated
+        texts and empty targets: pairs with an empty target are kept, and teach the
+        model to answer nothing.
 
         Args:
             x: a list of source strings (with `y`), a list of `(source, target)`
@@ -49,39 +51,39 @@ class TextPairTask(FitMixin, ChunkedLossTask):
                 `pathlib.Path` (see `read_pairs`); or batches of such: a generator,
                 a `keras.utils.PyDataset`, `tf.data.Dataset`, Grain dataset or
                 loader, PyTorch `DataLoader`; or the arrays that
-                `preprocessor(...)` returns. With an objective in the preprocessor
-                plain text in place of pairs: a list of strings, a dict or
+                `preprocessor(...)` returns. With an objective in the preprocessor,
+                plain text instead of pairs: a list of strings, a dict or
                 `datasets.Dataset` with `"text"`, a `pathlib.Path` (see
                 `read_texts`), or batches of such.
             y: the list of target strings, or target ids.
-            batch_size: pairs a step, for in-memory data; 32 when `None`.
+            batch_size: pairs per step, for in-memory data; 32 when `None`.
             epochs: passes over the data.
             validation_data: `x`, `(x, y)`, or batches, as above.
             validation_split: share of in-memory pairs kept for validation,
                 taken from the end before shuffling.
-            shuffle: a new order every epoch, for in-memory data.
-            sample_weight: one weight a pair, or one a target token with arrays.
-            steps_per_epoch: batches an epoch, for endless data, or for less than all
-                of the pairs; the next epoch goes on where this one ends.
+            shuffle: a new order in every epoch, for in-memory data.
+            sample_weight: one weight per pair, or per target token with arrays.
+            steps_per_epoch: batches per epoch, for endless data, or for a part of the
+                pairs; the next epoch continues where this one ends.
             validation_steps: batches of a validation, always the first ones.
             validation_batch_size: `batch_size` when `None`.
             batching: how in-memory text fills batches. `"bucketed"`: pairs of
                 similar length together, padded to at most four different shapes,
                 so at most four programs are compiled for training. `"packed"`:
                 several pairs in a row of the preprocessor's lengths, which do not
-                see each other. `"fixed"`: every batch padded to the preprocessor's
-                lengths. The loss is the same. `None`: packed with an objective, else
-                bucketed.
+                attend to each other. `"fixed"`: every batch padded to the
+                preprocessor's lengths. The loss is the same. `None`: packed with an
+                objective, else bucketed.
             callbacks: of `keras.Model.fit`, or of `keras_t5gemma.callbacks`. A NaN loss
-                stops the training always, see `StopOnNaN`.
+                always stops the training, see `StopOnNaN`.
             **kwargs: further arguments of `keras.Model.fit`.
 
         Returns:
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: for data that is no pairs, ids outside the vocabulary, or
-                a model in pure float16, whose gradients are NaN.
+            ValueError: for data that is not text pairs, ids outside the vocabulary, or
+                a model in pure float16, whose gradients overflow.
         """
         return super().fit(
             x,
@@ -100,7 +102,14 @@ class TextPairTask(FitMixin, ChunkedLossTask):
             **kwargs,
         )
 
-    def predict(self, x, y=None, batch_size=None, steps=None, **kwargs):
+    def predict(
+        self,
+        x: Any,
+        y: Any = None,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
         with self._report_truncation(empty_targets=False):
             data = self._data(x, y, None, batch_size, steps=steps, batching="fixed")
@@ -113,29 +122,29 @@ class TextPairTask(FitMixin, ChunkedLossTask):
                 steps=data["steps_per_epoch"],
                 **kwargs,
             )
-        # A mesh may have asked for a few rows more.
+        # On a mesh the last batch may have filler rows.
         rows = len(data["x"].packs) if isinstance(data["x"], PairDataset) else None
         return logits[:rows]
 
     def _predict_together(self, dataset):
-        """The logits of all pairs in all processes, each of which reads its own."""
+        """Logits of all pairs in every process; each process reads its own rows."""
         own = [dataset[i][0] for i in range(dataset.batches_an_epoch())]
         logits = [predict_on_batch(self, x, is_local=True) for x in own]
         return np.concatenate(logits)[: len(dataset.packs)]
 
     def _teacher(self):
-        """That of a `Distillation` loss, or `None`."""
-        if not isinstance(self.loss_in_parts, Distillation):
+        """The teacher of a `Distillation` loss, or `None`."""
+        if not isinstance(self.chunked_loss, Distillation):
             return None
-        if self.loss_in_parts.teacher is None:
+        if self.chunked_loss.teacher is None:
             raise ValueError(
-                "The `Distillation` that this model was saved with has lost its "
-                "teacher: compile again, with one."
+                "A saved `Distillation` loss has no teacher: compile the model again "
+                "with one."
             )
-        return self.loss_in_parts.teacher
+        return self.chunked_loss.teacher
 
     def _data(self, *args, training=False, **kwargs):
-        """`fit_arguments` of a user's data for this model."""
+        """See `FitMixin`."""
         size = self.backbone.config.vocabulary_size
         teacher = self._teacher() if training else None
         return fit_arguments(self.preprocessor, size, *args, teacher=teacher, **kwargs)

@@ -69,7 +69,7 @@ class Distillation(TokenCrossEntropy):
         if top_k is not None:
             stored = None if teacher is None else teacher.top_k
             top_k = whole_number(top_k, "top_k", 1, stored)
-        self.teacher = teacher
+        self.teacher: Any = teacher
         self.temperature = temperature
         self.top_k = top_k
         self.label_weight = label_weight

@@ -1,6 +1,7 @@
 """Optimizers: checks for bfloat16 weights, fused updates without copies."""
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,6 +14,25 @@ OPTIMIZERS = {
     "lion": keras.optimizers.Lion,
     "muon": keras.optimizers.Muon,
 }
+
+
+def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
+    """The optimizer of `compile`, checked for weights of `dtype` and fused.
+
+    Args:
+        optimizer: a Keras optimizer, its name or config; `"auto"` is Adafactor at
+            1e-4, as in the official fine-tuning example.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: see `check_optimizer`.
+    """
+    if isinstance(optimizer, str) and optimizer == "auto":
+        optimizer = keras.optimizers.Adafactor(1e-4)
+    optimizer = keras.optimizers.get(optimizer)
+    check_optimizer(optimizer, dtype)
+    update_in_place(optimizer)
+    return optimizer
 
 
 def check_optimizer(optimizer: keras.optimizers.Optimizer, dtype: str) -> None:
@@ -32,6 +52,15 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer, dtype: str) -> None:
             "bfloat16 weights: beta_2 rounds to 1. Load the model with "
             "dtype='mixed_bfloat16', lower beta_2 to 0.99, or use Adafactor, Lion "
             "or Muon."
+        )
+
+
+def check_trainable_dtype(dtype: str) -> None:
+    """Raise `ValueError` for weights in float16."""
+    if dtype == "float16":
+        raise ValueError(
+            "A float16 model cannot be trained: its gradients overflow. Load it with "
+            "dtype='mixed_float16', 'bfloat16' or 'float32'."
         )
 
 

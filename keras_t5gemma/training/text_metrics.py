@@ -37,7 +37,7 @@ def score_texts(
             "`predictions` and `references` must have the same number of rows, at "
             f"least one; got {len(predictions)} and {len(references)}."
         )
-    scores = {}
+    scores: dict = {}
     for function in text_metrics(metrics).values():
         scores |= function(predictions, references)
     return scores

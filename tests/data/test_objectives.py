@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.models import SENTENCES
 
-from keras_t5gemma.data import objectives
+from keras_t5gemma.data import objectives, span_sampling
 from keras_t5gemma.data.objectives import MIXTURES, UL2, PrefixLM, Spans, Suffix
 from keras_t5gemma.utils import seeded_random
 from keras_t5gemma.utils.ragged import Ragged
@@ -120,7 +120,7 @@ def test_short_texts_have_no_fixed_mask():
 def test_sums_are_drawn_alike():
     rows = 6000
     draws = seeded_random.draws(np.arange(rows), 5, 1)
-    parts = objectives._compose(
+    parts = span_sampling.compose(
         np.full(rows, 5), np.full(rows, 3), Ragged(np.full(rows, 5), draws)
     )
     found = collections.Counter(map(tuple, parts.values.reshape(-1, 3).tolist()))

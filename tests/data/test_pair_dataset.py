@@ -296,7 +296,7 @@ def test_what_cannot_go_on_says_so(preprocessor):
     with pytest.raises(ValueError, match=r"`batch` must be in \[0, 7\).*got 7"):
         batches.start_at(0, 7)
     generator = fit_arguments(preprocessor, 480, (b for b in stream_of_seven()))["x"]
-    with pytest.raises(ValueError, match="gone through again; got generator"):
+    with pytest.raises(ValueError, match="iterated again; got generator"):
         kt.callbacks.BackupAndRestore("nowhere").restore(None, generator)
 
 

@@ -182,7 +182,7 @@ def test_stream_joins_to_what_generate_returns(shared_model):
             assert "".join(pieces) == whole
             assert all(pieces)
             assert len(pieces) > 1
-    with pytest.raises(ValueError, match="`stream` writes one answer.*num_beams=2"):
+    with pytest.raises(ValueError, match="`stream` needs.*one answer.*num_beams=2"):
         shared_model.stream("a", num_beams=2)
     for text in (["a"], {"encoder_text": "a", "decoder_text": ["The", "fox"]}):
         with pytest.raises(ValueError, match="`text` must be one string"):

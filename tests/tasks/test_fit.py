@@ -306,7 +306,7 @@ def test_saved_and_loaded_models_give_the_same_logits(fresh, tmp_path):
     [
         ({"encoder_txt": ["a"], "decoder_text": ["b"]}, None, "keys.*encoder_txt"),
         (SOURCES, None, "`y` must be the list of targets"),
-        (SOURCES, TARGETS[:3], "equally many rows.*24.*3"),
+        (SOURCES, TARGETS[:3], "number of rows.*24.*3"),
         (PAIRS, TARGETS, "`y` must be None"),
         ("a", "b", "`x` must be a list of strings; got the string 'a'"),
         (["a"], "b", "'decoder_text' must be a list of strings; got 'b'"),

@@ -199,7 +199,7 @@ def test_refusals(tokenizer, model):
     classifier = make_classifier(tokenizer)
     for y, message in (
         (["game", "food"], "labels among .*'library', 'tool'.; got 'food'"),
-        (["game"], "as many rows throughout"),
+        (["game"], "same number of rows in every column"),
         (None, "must come with labels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -301,7 +301,7 @@ def test_refusals(embedder, model, tokenizer):
         embedder.hidden_states(["a longer text"], sequence_length=2)
     with pytest.raises(ValueError, match="dict with keys.*'anchor', 'positive'"):
         embedder.fit({"anchor": ["a"], "negative": ["b"]})
-    with pytest.raises(ValueError, match="as many rows throughout"):
+    with pytest.raises(ValueError, match="same number of rows in every column"):
         embedder.fit({"anchor": ["a"], "positive": ["b", "c"]})
     with pytest.raises(ValueError, match="`temperature` must be a number above 0"):
         kt.InfoNCE(0)

@@ -229,7 +229,7 @@ def test_the_teacher_is_not_saved(tokenizer, tmp_path):
     assert len(model.weights) == count
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.loss_in_parts.temperature == 2.0
+    assert loaded.chunked_loss.temperature == 2.0
     loaded.preprocessor = model.preprocessor
     with pytest.raises(ValueError, match="compile again"):
         loaded.fit(TEXTS[:4], verbose=0)

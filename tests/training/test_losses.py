@@ -228,5 +228,5 @@ def test_loss_and_metrics_survive_saving(make, tmp_path):
     expected = model.evaluate(PAIRS, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert loaded.loss_in_parts.get_config() == model.loss_in_parts.get_config()
+    assert loaded.chunked_loss.get_config() == model.chunked_loss.get_config()
     assert np.allclose(loaded.evaluate(PAIRS, verbose=0), expected, atol=1e-5)
