@@ -29,10 +29,12 @@ LINT = ("ruff==0.17.5", "import-linter==2.17", "mypy==2.4.1")
 
 @nox.session
 def lint(session):
-    """Ruff, rules and format."""
+    """Rules and format, imports that go down only, types."""
     session.install(*LINT)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+    session.run("mypy", "keras_t5gemma")
 
 
 @nox.session

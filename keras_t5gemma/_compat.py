@@ -27,7 +27,7 @@ def pending_variables() -> Iterator[list[keras.Variable]]:
     from keras.src.backend.common import global_state
 
     before = global_state.get_global_attribute(_PENDING) or []
-    pending = []
+    pending: list[keras.Variable] = []
     global_state.set_global_attribute(_PENDING, pending)
     try:
         yield pending
@@ -227,7 +227,7 @@ def fused_adam(
     first: list,
     second: list,
     step: int,
-    **options: float,
+    **options: Any,
 ) -> None:
     """PyTorch's fused Adam step, in place, on lists of tensors.
 
