@@ -131,7 +131,7 @@ class Objective:
             token_ids: rows of ids, at least 2 each: a list of lists, an int array
                 `(rows, length)` or a `Ragged`.
             seeds: int `(rows,)`, at least 0, the random seed of each row.
-            epoch: number of the epoch: others remove as many tokens at other places.
+            epoch: number of the epoch; it changes which tokens are removed.
 
         Returns:
             `(sources, targets)`, the encoder's input and the decoder's target, a

@@ -8,7 +8,6 @@ any epoch: training can resume on another mesh. A process reads only the rows fo
 own devices.
 """
 
-import copy
 import itertools
 import os
 import threading
@@ -45,8 +44,7 @@ class _Files:
         self._next = self._batches = None
         self._lock = threading.Lock()  # TensorFlow prefetches in a thread.
         # Truncation is counted when the lengths are read, and not again.
-        self._silent = copy.copy(preprocessor)
-        self._silent._counts = {}
+        self._silent = preprocessor.silent()
         self.files = FileRows(paths, fields)
         process_group.require_same(
             files=[path.name for path in self.files.paths],

@@ -7,6 +7,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.chunked_cross_entropy import token_losses
 from keras_t5gemma.training.distillation import INPUTS as TEACHER_INPUTS
 from keras_t5gemma.training.distillation import Distillation
@@ -102,7 +103,8 @@ class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
         if keras.config.backend() == "torch":
             self.zero_grad()  # Frees the gradients before activations are allocated.
-        return super().train_step(*self._with_labels(args))
+        with weighted_batch(self, args[-1]):
+            return super().train_step(*self._with_labels(args))
 
     def test_step(self, *args: Any) -> Any:
         """As `train_step`, without an update."""

@@ -16,6 +16,7 @@ from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.tasks.fit import FitMixin
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.token_ids import check_vocabulary
+from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
 from keras_t5gemma.utils.checks import number, one_of
 
@@ -58,8 +59,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
                 "Backbone.from_preset(..., encoder_only=True)."
             )
         one_of(pooling, "pooling", POOLINGS)
-        is_ours = isinstance(backbone, Backbone)
-        if preprocessor is not None and is_ours:
+        is_t5gemma = isinstance(backbone, Backbone)
+        if preprocessor is not None and is_t5gemma:
             check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
         self.backbone = backbone
         self.preprocessor: Any = preprocessor
@@ -67,14 +68,14 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         inputs = {
             name: keras.Input((None,), dtype="int32", name=name) for name in INPUTS
         }
-        if is_ours:
+        if is_t5gemma:
             states = backbone(inputs)["encoder_sequence_output"]
         else:
             ids, padding = (inputs[name] for name in INPUTS)
             states = backbone({"token_ids": ids, "padding_mask": padding})
         outputs = head(states, *inputs.values())
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        if is_ours:
+        if is_t5gemma:
             track_parameters(self)
 
     @classmethod
@@ -150,6 +151,11 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         super().compile(optimizer=optimizer, **kwargs)
         if isinstance(self.backbone, Backbone):
             self.backbone.encoder.rematerialize = bool(rematerialize)
+
+    def train_step(self, *args: Any) -> Any:
+        """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
+        with weighted_batch(self, args[-1]):
+            return super().train_step(*args)
 
     def enable_lora(
         self,

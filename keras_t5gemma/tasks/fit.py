@@ -7,6 +7,8 @@ import keras
 
 from keras_t5gemma.data.resumable import ResumableDataset, any_width, follow
 from keras_t5gemma.distribution import process_group
+from keras_t5gemma.distribution.prediction import SafeInference, exclusive_loop
+from keras_t5gemma.training import accumulation
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
 from keras_t5gemma.training.optimizers import (
@@ -15,7 +17,7 @@ from keras_t5gemma.training.optimizers import (
 )
 
 
-class FitMixin:
+class FitMixin(SafeInference):
     """`fit` and `evaluate` on text, for a KerasHub task with a `preprocessor`."""
 
     backbone: Any
@@ -89,8 +91,10 @@ class FitMixin:
             callbacks.append(backup)  # Last: it saves the logs of the others.
         self._check_processes(data["x"])
         dataset, data["x"] = data["x"], any_width(data["x"])
-        callbacks = [*_reports(dataset, data["x"]), *callbacks]
-        with self._report_truncation():
+        # First and last: see `ApplyRest`.
+        rest = accumulation.callbacks(self.optimizer)
+        callbacks = [*_reports(dataset, data["x"]), *rest, *callbacks, *rest]
+        with self._report_truncation(), exclusive_loop(self, lent=False):
             history = keras.Model.fit(
                 self, **data, epochs=epochs, callbacks=callbacks, **kwargs
             )
@@ -111,15 +115,9 @@ class FitMixin:
     ) -> Any:
         """Loss and metrics; the data arguments of `fit`."""
         if kwargs.get("_use_cached_eval_dataset"):  # Validation inside `fit`.
-            return keras.Model.evaluate(
-                self,
-                x,
-                y,
-                batch_size,
-                sample_weight=sample_weight,
-                steps=steps,
-                **kwargs,
-            )
+            kwargs |= {"sample_weight": sample_weight, "steps": steps}
+            with exclusive_loop(self):
+                return keras.Model.evaluate(self, x, y, batch_size, **kwargs)
         with self._report_truncation():
             data = self._data(
                 x, y, sample_weight, batch_size, steps=steps, batching=batching
@@ -127,7 +125,8 @@ class FitMixin:
             del data["shuffle"]
             data["steps"] = data.pop("steps_per_epoch")
             data["x"] = any_width(data["x"])
-            return keras.Model.evaluate(self, **data, **kwargs)
+            with exclusive_loop(self):
+                return keras.Model.evaluate(self, **data, **kwargs)
 
     def _check_processes(self, dataset):
         """Raise `ValueError` when processes train different models or data."""
@@ -146,10 +145,10 @@ class FitMixin:
             optimizer=keras.optimizers.serialize(self.optimizer),
         )
 
-    def _report_truncation(self, empty_targets=True):
+    def _report_truncation(self, training=True):
         if self.preprocessor is None:
             return contextlib.nullcontext()
-        return self.preprocessor.report_truncation(empty_targets)
+        return self.preprocessor.report_truncation(training, all_threads=training)
 
 
 def _validation_arguments(valid):

@@ -9,7 +9,7 @@ from keras_t5gemma.data.fit_adapters import fit_arguments
 from keras_t5gemma.data.pair_dataset import PairDataset
 from keras_t5gemma.data.resumable import any_width
 from keras_t5gemma.distribution import process_group
-from keras_t5gemma.distribution.prediction import predict_on_batch
+from keras_t5gemma.distribution.prediction import exclusive_loop, predict_on_batch
 from keras_t5gemma.tasks.chunked_loss_task import ChunkedLossTask
 from keras_t5gemma.tasks.fit import FitMixin
 from keras_t5gemma.training.distillation import Distillation
@@ -111,17 +111,14 @@ class TextPairTask(FitMixin, ChunkedLossTask):
         **kwargs: Any,
     ) -> np.ndarray:
         """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
-        with self._report_truncation(empty_targets=False):
+        with self._report_truncation(training=False):
             data = self._data(x, y, None, batch_size, steps=steps, batching="fixed")
             if process_group.process_count() > 1 and isinstance(data["x"], PairDataset):
                 return self._predict_together(data["x"])
-            logits = keras.Model.predict(
-                self,
-                any_width(data["x"]),
-                batch_size=data.get("batch_size"),
-                steps=data["steps_per_epoch"],
-                **kwargs,
-            )
+            kwargs |= {"batch_size": data.get("batch_size")}
+            kwargs |= {"steps": data["steps_per_epoch"]}
+            with exclusive_loop(self):
+                logits = keras.Model.predict(self, any_width(data["x"]), **kwargs)
         # On a mesh the last batch may have filler rows.
         rows = len(data["x"].packs) if isinstance(data["x"], PairDataset) else None
         return logits[:rows]

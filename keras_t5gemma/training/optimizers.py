@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma import _compat
+from keras_t5gemma.training.accumulation import accumulate_exactly
 
 OPTIMIZERS = {
     "adafactor": keras.optimizers.Adafactor,
@@ -17,7 +18,9 @@ OPTIMIZERS = {
 
 
 def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
-    """The optimizer of `compile`, checked for weights of `dtype` and fused.
+    """The optimizer of `compile`: checked for weights of `dtype`, fused, exact.
+
+    With `gradient_accumulation_steps` see `GradientAccumulation`.
 
     Args:
         optimizer: a Keras optimizer, its name or config; `"auto"` is Adafactor at
@@ -32,6 +35,7 @@ def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
     optimizer = keras.optimizers.get(optimizer)
     check_optimizer(optimizer, dtype)
     update_in_place(optimizer)
+    accumulate_exactly(optimizer)
     return optimizer
 
 
@@ -102,7 +106,7 @@ def _fused_adam_on_torch(optimizer, gradients, variables, learning_rate):
 def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
     import tensorflow as tf
 
-    if tf.distribute.has_strategy():  # Where a variable has no handle of its own.
+    if tf.distribute.has_strategy():  # There variables have no handle.
         return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
     count = tf.cast(optimizer.iterations.value, "float32") + 1
     numbers = {

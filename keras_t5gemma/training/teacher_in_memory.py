@@ -94,8 +94,8 @@ class TeacherInMemory:
         size, own = self.embedding.input_dim, tokenizer.vocabulary_size()
         differs = size < own
         if not differs and self.proto not in (None, tokenizer.proto):
-            theirs = Tokenizer(self.proto).get_vocabulary()
-            differs = theirs != tokenizer.get_vocabulary()
+            vocabulary = Tokenizer(self.proto).get_vocabulary()
+            differs = vocabulary != tokenizer.get_vocabulary()
         if differs:
             raise ValueError(
                 f"`teacher` must have the vocabulary of the student, {own} pieces; "
