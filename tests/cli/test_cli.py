@@ -102,7 +102,10 @@ def test_info(preset, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate", "a", "--preset", "nothing_like_it"], "neither a name nor a folder"),
+        (
+            ["generate", "a", "--preset", "nothing_like_it"],
+            "neither a name nor a folder",
+        ),
         (["generate", "a", "--file", "b"], "TEXT or --file, not both"),
         (["generate", "--file", "/does/not/exist"], "/does/not/exist"),
         (["info", "t5gemma_minis"], "Did you mean"),
