@@ -45,12 +45,14 @@ def read_texts(o: options.Generate) -> list[str]:
     if o.text:
         return list(o.text)
     if o.file:
-        content = o.file.read_text(encoding="utf-8")
+        content = o.file.read_text(encoding="utf-8-sig")
     else:
         if sys.stdin.isatty():
             print("Type or paste a text, then Ctrl-D.", file=sys.stderr)
         content = sys.stdin.read()
-    texts = content.splitlines() if o.lines else [content]
+    # Only line feeds separate lines; `splitlines` also cuts at U+2028 and form feeds.
+    content = content.removeprefix("\ufeff")
+    texts = content.removesuffix("\n").split("\n") if o.lines else [content]
     texts = [text.strip() for text in texts]
     if not any(texts):
         raise ValueError("the input is empty: pass a TEXT, --file, or a pipe.")

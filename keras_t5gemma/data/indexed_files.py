@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from keras_t5gemma.utils.texts import check_unicode
+
 ENDINGS = (".jsonl", ".json", ".txt")
 
 
@@ -66,7 +68,7 @@ class FileRows:
     def _parse(self, number, offset, line):
         place = f"{self.paths[number]}, byte {offset}"
         try:
-            text = line.decode("utf-8")
+            text = line.decode("utf-8" if offset else "utf-8-sig")
             if self.paths[number].suffix == ".txt":
                 return (text.strip(),)
             row = json.loads(text)
@@ -76,6 +78,9 @@ class FileRows:
                 f"{place}: must be a JSON object in UTF-8 with {self.fields}; "
                 f"{type(error).__name__} {error}."
             ) from error
+        for field, value in zip(self.fields, found, strict=True):
+            if isinstance(value, str):
+                check_unicode(value, f"{place}: {field!r}")
         if not all(isinstance(text, str) for text in found):
             raise ValueError(f"{place}: {self.fields} must be strings; got {found}.")
         return found

@@ -9,11 +9,11 @@ from numpy.typing import ArrayLike
 from keras_t5gemma.data import packing
 from keras_t5gemma.data.resumable import ResumableDataset, draw_seed
 from keras_t5gemma.distribution import mesh, process_group
-from keras_t5gemma.tokenization.tokenizer import as_texts
 from keras_t5gemma.utils.buckets import ceil_div
 from keras_t5gemma.utils.checks import one_of, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
+from keras_t5gemma.utils.texts import as_texts
 
 BATCHINGS = ("bucketed", "packed", "fixed")
 MAX_WIDTHS = 4

@@ -6,7 +6,11 @@ import functools
 import gzip
 import json
 import os
+import re
+import zlib
 from pathlib import Path
+
+from keras_t5gemma.utils.texts import check_unicode
 
 _READERS = {}
 
@@ -17,9 +21,11 @@ def read_pairs(
     """Read the text pairs of a file into memory.
 
     Args:
-        path: a UTF-8 file: `.jsonl` or `.json` with one object per line; `.csv` or
-            `.tsv` with a header, quoted as by `csv.writer`; each also compressed, with
-            `.gz` appended; or `.parquet`, which needs pyarrow.
+        path: a UTF-8 file: `.jsonl` or `.json` with one object per line; `.csv` with a
+            header, quoted as by `csv.writer`; `.tsv` likewise, where
+            quotation marks that do not enclose a cell are ordinary characters; each
+            also compressed, with `.gz` appended; or `.parquet`,
+            which needs pyarrow.
         source: name of the field or column with the encoder's texts.
         target: name of the field or column with the decoder's texts.
 
@@ -102,6 +108,8 @@ def _whole(path):
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     except EOFError as error:
         raise ValueError(f"{path} ends too early: it was cut off.") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a valid gzip file: {error}") from error
 
 
 def _text(row, name, place):
@@ -112,6 +120,7 @@ def _text(row, name, place):
             f"{place}: {name!r} must be a string; got {type(row[name]).__name__} "
             f"{row[name]!r}."
         )
+    check_unicode(row[name], f"{place}: {name!r}")
     return row[name]
 
 
@@ -144,12 +153,71 @@ def _json_lines(path, names):
             yield f"line {number}", row
 
 
+def _tsv(path, names):
+    """Rows of a TSV file; a stray quotation mark never merges rows."""
+    with _open(path) as file:
+        lines = list(file)
+    header = _cells(lines[0]) if lines else []
+    start = 1
+    while start < len(lines):
+        end = start + 1
+        cells = _cells(lines[start])
+        if any(_is_open(cell) for cell in cells) or len(cells) != len(header):
+            end = _end_of_quoted_row(lines, start, len(header))
+            cells = _cells("".join(lines[start:end]))
+        if len(cells) != len(header) and "".join(lines[start:end]).strip():
+            raise ValueError(
+                f"{path}, line {start + 1}: {len(cells)} cells, but the header has "
+                f"{len(header)}: {header}. Quote cells with tabs or line breaks as "
+                "`csv.writer` does, or use .jsonl."
+            )
+        if len(cells) == len(header):
+            yield f"line {end}", dict(zip(header, cells, strict=True))
+        start = end
+
+
+def _end_of_quoted_row(lines, start, count):
+    """Where a row ends whose quoted cells hold line breaks; else the next line.
+
+    A line that has all cells of a row by itself is a row: the quotation mark before it
+    was an ordinary character.
+    """
+    row = lines[start]
+    for end in range(start + 1, len(lines)):
+        if count > 1 and len(_cells(lines[end])) == count:
+            break
+        row += lines[end]
+        cells = _cells(row)
+        if len(cells) == count and not any(map(_is_open, cells)):
+            return end + 1
+    return start + 1
+
+
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"(?=\t|$)')
+
+
+def _cells(line):
+    """The cells of a TSV row; quotation marks count only where they enclose a cell."""
+    line, cells, position = line.rstrip("\r\n"), [], 0
+    while position <= len(line):
+        quoted = _QUOTED.match(line, position)
+        end = line.find("\t", position)
+        end = quoted.end() if quoted else len(line) if end < 0 else end
+        text = quoted[1].replace('""', '"') if quoted else line[position:end]
+        cells.append(text)
+        position = end + 1
+    return cells
+
+
+def _is_open(cell):
+    return cell.startswith('"')
+
+
 def _csv(path, names):
-    tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes[-2:])
     largest = csv.field_size_limit(2**31 - 1)  # Sources may be long.
     try:
         with _open(path) as file:
-            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+            reader = csv.DictReader(file, strict=True)
             try:
                 for row in reader:
                     if None in row:
@@ -191,7 +259,7 @@ _READERS.update(
         ".jsonl": _json_lines,
         ".json": _json_lines,
         ".csv": _csv,
-        ".tsv": _csv,
+        ".tsv": _tsv,
         ".parquet": _parquet,
     }
 )

@@ -144,8 +144,9 @@ class RunDirectory:
 
         for path in (self.log, self.samples):
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                _write(path, "".join(filter(is_kept, lines)) if epoch else "")
+                with open(path, encoding="utf-8", newline="\n") as file:
+                    kept = "".join(filter(is_kept, file)) if epoch else ""
+                _write(path, kept)
 
     def make_preset(self, model: keras.Model) -> None:
         """Write the result atomically: the best model if one was kept, else `model`."""

@@ -11,6 +11,7 @@ import sentencepiece
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.utils.texts import as_texts, check_unicode
 
 VOCABULARY_FILE = presets.VOCABULARY_FILE
 _REQUIRED = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
@@ -106,6 +107,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
             ValueError: for a value that is not text, naming its position.
         """
         if isinstance(text, str):
+            check_unicode(text, "`text`")
             return self._encode(text, parse_control_tokens)
         texts = as_texts(text, "text")
         if not any(_CONTROL.search(t) for t in texts):
@@ -217,27 +219,3 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
     def load_assets(self, dir_path: str) -> None:
         """Read the SentencePiece model from a folder."""
         self._set_proto(os.path.join(dir_path, VOCABULARY_FILE))
-
-
-def as_texts(values: Any, name: str) -> list[str]:
-    """A list of `str` from a list, tuple, array or tensor of text.
-
-    Raises:
-        ValueError: naming the argument, the position and the value that is not text.
-    """
-    if hasattr(values, "numpy"):  # tf.Tensor of bytes
-        values = values.numpy()
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        raise ValueError(
-            f"`{name}` must be a string or a list of strings; got "
-            f"{type(values).__name__} {values!r}."
-        )
-    texts = [v.decode("utf-8") if isinstance(v, bytes) else v for v in values]
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"`{name}[{i}]` must be a string; got {type(text).__name__} {text!r}."
-            )
-    return texts

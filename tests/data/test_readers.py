@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from keras_t5gemma.data.readers import read_pairs
+from keras_t5gemma.data.readers import read_pairs, read_texts
 from keras_t5gemma.data.text_columns import as_columns
 
 pytestmark = pytest.mark.one_backend
@@ -133,3 +133,47 @@ def test_paths_and_datasets_are_data_for_fit(tmp_path):
 def test_hugging_face_datasets():
     datasets = pytest.importorskip("datasets")
     assert as_columns(datasets.Dataset.from_dict({**PAIRS, "id": [0, 1, 2]})) == PAIRS
+
+
+def test_only_line_feeds_separate_lines(tmp_path):
+    """`str.splitlines` would also cut at these characters."""
+    separators = "a\u2028b\u2029c\x85d\x0ce\x1ef"
+    path = tmp_path / "x.jsonl"
+    row = json.dumps({"source": separators, "target": "t"}, ensure_ascii=False)
+    path.write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert read_pairs(path)["encoder_text"] == [separators] * 2
+    path = tmp_path / "x.txt"
+    path.write_text(f"\ufeff{separators}\nsecond\n", encoding="utf-8")
+    assert read_texts(path) == [separators, "second"]
+
+
+def test_quotation_marks_in_tsv_are_characters(tmp_path):
+    path = tmp_path / "x.tsv"
+    rows = ['5" disk\tsmall', '"open\tb', 'c\td"', '"a ""quoted"" cell"\t"e"']
+    path.write_text("\n".join(["source\ttarget", *rows]) + "\n", encoding="utf-8")
+    assert read_pairs(path) == {
+        "encoder_text": ['5" disk', '"open', "c", 'a "quoted" cell'],
+        "decoder_text": ["small", "b", 'd"', "e"],
+    }
+    path.write_text('source\ttarget\n"a\tb\nc"\td\n\te\tf\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 4: 3 cells, but the header has 2"):
+        read_pairs(path)
+
+
+def test_text_that_is_not_unicode_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        '{"source": "a", "target": "b"}\n{"source": "\\ud83d", "target": ""}\n'
+    )
+    with pytest.raises(ValueError, match=r"x.jsonl, line 2: 'source' is not valid Uni"):
+        read_pairs(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b"x" * 99)[:-20] + b"1" * 20]
+)
+def test_a_broken_gzip_file_is_named(tmp_path, content):
+    path = tmp_path / "x.txt.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.txt.gz (is not a valid gzip|ends too)"):
+        read_texts(path)

@@ -1,0 +1,105 @@
+"""Containers of text, whatever library made them, as lists of valid strings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# How the containers of other libraries become lists: pyarrow, polars, pandas and NumPy.
+_TO_LIST = ("to_pylist", "to_list", "tolist")
+
+
+def to_list(values: Any, name: str) -> list:
+    """The elements of any in-memory sequence as a list.
+
+    Args:
+        values: a list, a tuple, a NumPy array, a tensor, a pandas Series, Index or
+            array, a pyarrow array, a polars Series, a `datasets` column, or a data
+            frame of one column.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: for anything else, and for data frames of several columns.
+    """
+    if isinstance(values, list | tuple):
+        return list(values)
+    if isinstance(values, str | bytes | dict):
+        raise ValueError(_message(values, name))
+    columns = getattr(values, "columns", None)
+    if columns is not None:  # A data frame: pandas', polars' or a pyarrow table.
+        names = [str(column) for column in getattr(values, "column_names", columns)]
+        if len(names) != 1:
+            raise ValueError(
+                f"`{name}` must be one column of texts; got a "
+                f"{type(values).__name__} with the columns {names}. Pass one of them, "
+                f"e.g. {name}[{names[0] if names else 'text'!r}]."
+            )
+        return to_list(values[names[0]], name)
+    if hasattr(values, "numpy") and not hasattr(values, "to_list"):  # A tensor.
+        values = values.numpy()
+    for method in _TO_LIST:
+        convert = getattr(values, method, None)
+        if callable(convert):
+            found = convert()
+            if isinstance(found, list):
+                return found
+            break
+    if isinstance(values, Sequence):  # Such as a column of `datasets`.
+        return list(values)
+    raise ValueError(_message(values, name))
+
+
+def as_texts(values: Any, name: str) -> list[str]:
+    """A list of `str` from any container of text; see `to_list`.
+
+    Args:
+        values: the container; its elements are `str` or UTF-8 `bytes`.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: naming the argument, the position and the value that is not text.
+    """
+    texts = to_list(values, name)
+    for i, text in enumerate(texts):
+        place = f"`{name}[{i}]`"
+        if isinstance(text, bytes):
+            try:
+                text = texts[i] = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place} is not UTF-8 text: {error}") from error
+        if not isinstance(text, str):
+            missing = text is None or (isinstance(text, float) and np.isnan(text))
+            hint = " Drop or fill rows without text first." if missing else ""
+            raise ValueError(
+                f"{place} must be a string; got {type(text).__name__} {text!r}.{hint}"
+            )
+        check_unicode(text, place)
+    return texts
+
+
+def check_unicode(text: str, place: str) -> None:
+    r"""Raise `ValueError` for text with lone surrogates, which cannot be encoded.
+
+    They come from JSON escapes such as a single `\ud83d`.
+
+    Args:
+        text: a string.
+        place: where it is, for the message.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} is not valid Unicode: character {error.start} is the lone "
+            f"surrogate {text[error.start]!r}. Repair it, or replace such characters "
+            "with text.encode('utf-8', 'replace').decode()."
+        ) from error
+
+
+def _message(values: Any, name: str) -> str:
+    kind = type(values).__name__
+    return (
+        f"`{name}` must be a string or a list of strings; got {kind} {values!r:.200}."
+    )
