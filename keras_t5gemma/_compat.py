@@ -178,6 +178,74 @@ def moving_averages(optimizer: keras.optimizers.Optimizer) -> list[keras.Variabl
     return [variable for variable in averages if variable is not None]
 
 
+def replace_accumulation(
+    optimizer: keras.optimizers.Optimizer, accumulate: Callable
+) -> None:
+    """Give an optimizer another gradient accumulation; a schedule counts its updates.
+
+    Keras hands its learning-rate schedule the number of batches.
+
+    Args:
+        optimizer: with `gradient_accumulation_steps`; patched in place.
+        accumulate: `(gradients, variables)`, called for every batch.
+    """
+
+    def learning_rate():
+        schedule = optimizer._learning_rate
+        if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+            return schedule(optimizer.iterations)
+        return type(optimizer)._get_current_learning_rate(optimizer)
+
+    optimizer._backend_apply_gradients = accumulate
+    optimizer._get_current_learning_rate = learning_rate
+
+
+def batch_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """The number of batches so far; `optimizer.iterations` is that of updates."""
+    return optimizer._iterations
+
+
+def optimized_variables(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[keras.Variable]:
+    """The variables that an optimizer was built with; there is no public list."""
+    return list(optimizer._trainable_variables)
+
+
+def gradient_accumulators(
+    optimizer: keras.optimizers.Optimizer, variables: Iterable[keras.Variable]
+) -> list[keras.Variable]:
+    """The variables in which an optimizer accumulates gradients, in this order."""
+    places = [optimizer._get_variable_index(variable) for variable in variables]
+    return [optimizer._accumulated_gradients[place] for place in places]
+
+
+class _WithoutAccumulation:
+    """An optimizer to its own methods, except that it accumulates nothing."""
+
+    gradient_accumulation_steps = None
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def update_once(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Update at once, in spite of `gradient_accumulation_steps`.
+
+    Keras's clipping, weight decay, update and moving averages. `optimizer.apply` is the
+    public way, but accumulates.
+    """
+    alone = _WithoutAccumulation(optimizer)
+    type(optimizer)._backend_apply_gradients(alone, gradients, variables)
+
+
 def replace_apply(
     optimizer: keras.optimizers.Optimizer, apply: Callable | None
 ) -> None:

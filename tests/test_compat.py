@@ -280,6 +280,66 @@ def test_moving_averages():
     assert _compat.moving_averages(trained_adam()[0]) == []
 
 
+ACCUMULATION = "see how an optimizer with `gradient_accumulation_steps` works now."
+
+
+def accumulating_adam(**kwargs):
+    """An optimizer with one step of two behind it, its variables and gradients."""
+    return trained_adam(gradient_accumulation_steps=2, **kwargs)
+
+
+def test_replace_accumulation():
+    optimizer, variables, gradients = accumulating_adam()
+    require(optimizer, "_backend_apply_gradients", ACCUMULATION)
+    require(optimizer, "_get_current_learning_rate", ACCUMULATION)
+    assert float(optimizer.learning_rate) == pytest.approx(0.1)
+    seen = []
+    _compat.replace_accumulation(optimizer, lambda *args: seen.append(args))
+    assert float(optimizer.learning_rate) == pytest.approx(0.1)
+    for _ in range(3):
+        optimizer.apply(gradients, variables)
+    assert len(seen) == 3 and max_difference(variables[0], np.ones(2)) == 0
+    require(optimizer, "_learning_rate", ACCUMULATION)
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.25])
+    optimizer.learning_rate = schedule
+    assert int(optimizer.iterations) == 2  # Of four batches.
+    assert float(optimizer.learning_rate) == pytest.approx(0.25)
+
+
+def test_batch_counter():
+    optimizer, _, _ = accumulating_adam()
+    require(optimizer, "_iterations", ACCUMULATION)
+    assert int(_compat.batch_counter(optimizer)) == 1
+    assert int(optimizer.iterations) == 0
+
+
+def test_optimized_variables():
+    optimizer, variables, _ = accumulating_adam()
+    require(optimizer, "_trainable_variables", "find what `build` keeps.")
+    found = _compat.optimized_variables(optimizer)
+    assert [id(v) for v in found] == [id(v) for v in variables]
+
+
+def test_gradient_accumulators():
+    optimizer, variables, gradients = accumulating_adam()
+    for name in ("_get_variable_index", "_accumulated_gradients"):
+        require(optimizer, name, ACCUMULATION)
+    found = _compat.gradient_accumulators(optimizer, variables[::-1])
+    for accumulator, gradient in zip(found, gradients[::-1], strict=True):
+        assert max_difference(accumulator, gradient) == 0
+
+
+def test_update_once():
+    optimizer, variables, gradients = accumulating_adam(use_ema=True, weight_decay=0.5)
+    _compat.update_once(optimizer, gradients, variables)
+    for variable, average in zip(
+        variables, _compat.moving_averages(optimizer), strict=True
+    ):
+        # Adam's first update is the learning rate, after 0.05 of weight decay.
+        assert max_difference(variable, np.full(variable.shape, 0.85)) < 1e-5
+        assert max_difference(variable, average) == 0
+
+
 def test_replace_apply():
     optimizer, variables, gradients = trained_adam()
     before = keras.ops.convert_to_numpy(variables[0])

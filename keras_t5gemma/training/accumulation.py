@@ -70,7 +70,7 @@ class GradientAccumulation:
         means = [ops.convert_to_tensor(sum_) for sum_ in sums]
         _compat.update_once(self.optimizer, means, self._variables)
         for variable in (*sums, self.total):
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros_like(variable.value))
 
 
 class ApplyRest(keras.callbacks.Callback):

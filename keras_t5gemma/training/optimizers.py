@@ -108,7 +108,7 @@ def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
 
     if tf.distribute.has_strategy():  # There variables have no handle.
         return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
-    count = tf.cast(optimizer.iterations.value, "float32") + 1
+    count = tf.cast(ops.convert_to_tensor(optimizer.iterations), "float32") + 1
     numbers = {
         "beta1_power": tf.pow(optimizer.beta_1, count),
         "beta2_power": tf.pow(optimizer.beta_2, count),
