@@ -131,6 +131,46 @@ def dataset_adapter(dataset: keras.utils.PyDataset, signature: Any) -> Any:
     return adapter
 
 
+# Training
+
+
+@contextlib.contextmanager
+def kept_arrays(model: keras.Model, lent: bool = True) -> Iterator[None]:
+    """Leave a JAX model with its arrays when a loop of Keras over its data is stopped.
+
+    Keras takes the arrays from the variables before the first batch, and gives them
+    back after the last one. On other backends nothing happens.
+
+    Args:
+        model: a compiled model, patched inside the context.
+        lent: for `evaluate` and `predict`, whose functions must not donate the arrays:
+            the variables keep them. `False` is for `fit`: Keras's `finally` finds them
+            also when nothing was trained yet.
+    """
+    if keras.config.backend() != "jax":
+        yield
+        return
+    name = "_get_jax_state"
+    outer = model.__dict__.get(name)  # Of `fit`, for its validation.
+
+    def get_state(**wanted):
+        purge = wanted.pop("purge_model_variables", False) and not lent
+        get = type(model)._get_jax_state
+        state = get(model, **wanted, purge_model_variables=purge)
+        model._jax_state = dict(zip(filter(wanted.get, wanted), state, strict=True))
+        return state
+
+    object.__setattr__(model, name, get_state)
+    try:
+        yield
+    finally:
+        object.__delattr__(model, name)
+        if outer is not None:
+            object.__setattr__(model, name, outer)
+        else:
+            model._jax_state = None
+
+
 # Optimizers
 
 
