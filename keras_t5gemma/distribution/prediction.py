@@ -1,12 +1,121 @@
-"""Model predictions as whole NumPy arrays, also across several processes."""
+"""Forward passes of models: safe to stop, from threads, and across processes."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
-from keras_t5gemma.distribution import mesh, process_group
+from keras_t5gemma import _compat
+from keras_t5gemma.distribution import mesh
+
+_LOCKS: Any = weakref.WeakKeyDictionary()  # Of models, for Keras's loops over data.
+_LOCKS_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def exclusive_loop(model: keras.Model, lent: bool = True) -> Iterator[None]:
+    """Context of a loop of Keras over data: one at a time, and safe to stop.
+
+    Keras keeps the state of a loop on the model, and on JAX takes its arrays away.
+
+    Args:
+        model: a Keras model.
+        lent: see `_compat.kept_arrays`.
+    """
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock, _compat.kept_arrays(model, lent):
+        yield
+
+
+class SafeInference:
+    """Mixin before a Keras model whose `evaluate` and `predict` can be stopped.
+
+    After an exception in a callback or between batches, a KeyboardInterrupt included,
+    the model is as before. On JAX Keras would leave it without arrays.
+    """
+
+    jit_compile: Any
+    run_eagerly: bool
+    steps_per_execution: int
+    metrics_variables: Any
+    test_step: Any
+    predict_step: Any
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.evaluate`."""
+        with exclusive_loop(self):  # type: ignore[arg-type]
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.predict`."""
+        with exclusive_loop(self):  # type: ignore[arg-type]
+            return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """Keras's; on JAX one that does not donate the arrays of the model."""
+        if not self._is_jitted():
+            return super().make_test_function(force)  # type: ignore[misc]
+        if self.test_function is None or force:
+            out = None
+            if keras.distribution.distribution() is not None:
+                metrics = [v.value.sharding for v in self.metrics_variables]
+                out = (None, (None, None, metrics))
+            step = self._jitted(self.test_step, out)
+            self.test_function = self._over_batches(step, lambda logs: logs[-1])
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        """Keras's; on JAX one that does not donate the arrays of the model."""
+        if not self._is_jitted():
+            return super().make_predict_function(force)  # type: ignore[misc]
+        if self.predict_function is None or force:
+            compiled = self._jitted(self.predict_step)
+
+            def step(state, data):
+                outputs, others = compiled(state, data)
+                return outputs, (state[0], others)
+
+            self.predict_function = self._over_batches(step, _concatenate)
+
+    def _is_jitted(self):
+        is_jax = keras.config.backend() == "jax"
+        return is_jax and self.jit_compile and not self.run_eagerly
+
+    @staticmethod
+    def _jitted(step, out_shardings=None):
+        import jax
+
+        # To JAX a model's method is always the same function: it would reuse a program
+        # of an earlier `compile`.
+        return jax.jit(functools.partial(step), out_shardings=out_shardings)
+
+    def _over_batches(self, step, join):
+        def run(state, iterator):
+            results = []
+            for _ in range(self.steps_per_execution):
+                try:
+                    data = next(iterator)
+                except StopIteration:
+                    if not results:
+                        raise
+                    break
+                result, state = step(state, data)
+                results.append(result)
+            return join(results), state
+
+        return run
+
+
+def _concatenate(outputs):
+    if len(outputs) == 1:
+        return outputs[0]
+    return keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *outputs)
 
 
 def predict(
@@ -24,8 +133,6 @@ def predict(
     """
     rows = len(next(iter(arrays.values())))
     arrays = mesh.fill_rows(arrays)
-    if process_group.process_count() == 1:
-        return model.predict(arrays, batch_size=batch_size, verbose=0)[:rows]
     parts = [
         {name: array[start : start + batch_size] for name, array in arrays.items()}
         for start in range(0, rows, batch_size)
@@ -36,7 +143,10 @@ def predict(
 def predict_on_batch(
     model: keras.Model, batch: Mapping[str, np.ndarray], is_local: bool = False
 ) -> np.ndarray:
-    """Like `keras.Model.predict_on_batch`, which only supports one process.
+    """Like `keras.Model.predict_on_batch`, for threads and for several processes.
+
+    Keras's supports one process, and on JAX donates the arrays of the model, which
+    other threads use.
 
     Args:
         model: a Keras model whose inputs are a dict.
@@ -46,7 +156,7 @@ def predict_on_batch(
     Returns:
         A NumPy array, the same in all processes.
     """
-    if process_group.process_count() == 1:
+    if keras.config.backend() != "jax":
         return keras.Model.predict_on_batch(model, batch)
     split = mesh.join_rows if is_local else mesh.split_rows
     return mesh.to_numpy(_compiled(model)(split(batch)))
@@ -89,7 +199,14 @@ class JaxFunction:
         self._compiled = jax.jit(run, donate_argnums=(1,) if donate else ())
 
     def __call__(self, *args):
-        return self._compiled([v.value for v in self.variables], *args)
+        try:
+            values = [v.value for v in self.variables]
+        except TypeError as error:  # Keras has taken them out of the variables.
+            raise RuntimeError(
+                "The model is being trained in another thread, and has no weights "
+                "until that ends: call it after `fit`, or in a callback of it."
+            ) from error
+        return self._compiled(values, *args)
 
     def count(self):
         """How many programs have been traced so far."""

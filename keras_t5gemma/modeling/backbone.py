@@ -15,6 +15,7 @@ from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import layouts, mesh, process_group
+from keras_t5gemma.distribution.prediction import SafeInference
 from keras_t5gemma.modeling import lora, weight_loading
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.towers import Decoder, Encoder
@@ -25,7 +26,7 @@ QUANTIZED = ("int8", "int4")
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Backbone(AtomicSaveToPreset, keras_hub.models.Backbone):
+class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
     """T5Gemma encoder-decoder (arXiv 2504.06225), without a task.
 
     Call it on a dict of int32 arrays `encoder_token_ids`, `encoder_padding_mask`

@@ -1,9 +1,8 @@
 """Preprocessor: text pairs to padded arrays for training and generation."""
 
-import contextlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -13,9 +12,10 @@ import numpy as np
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.token_ids import named, pad, padded_width
-from keras_t5gemma.tokenization.tokenizer import Tokenizer, as_texts
-from keras_t5gemma.tokenization.truncation import warn_of_truncation
+from keras_t5gemma.tokenization.tokenizer import Tokenizer
+from keras_t5gemma.tokenization.truncation import CountsTruncation
 from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.texts import as_texts
 
 INSTRUCTION_TEMPLATE = (
     "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
@@ -26,7 +26,7 @@ TokenRows = list[list[int]]
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
+class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
     """Preprocess pairs of texts to `(x, y, sample_weight)`, and texts to prompts.
 
     The encoder input is the text without bos or eos, the same in training and in
@@ -86,7 +86,6 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         self.template = template
         self.pad_to_multiple_of = pad_to_multiple_of
         self.objective = objective
-        self._counts: dict[str, tuple[int, int]] | None = None
 
     @property
     def objective(self) -> Any:
@@ -226,8 +225,9 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         """Load the preprocessor of a preset.
 
         KerasHub's presets hold the lengths, transformers folders do not: then the
-        defaults are used. Both get the instruction template if their name ends in
-        `-it`.
+        defaults are used. Both get the instruction template only under the exact name
+        of a published instruction-tuned checkpoint; for another name a chat template
+        among the tokenizer's files is reported and not used.
 
         Args:
             preset: name, folder or handle; see `Backbone.from_preset`.
@@ -251,6 +251,8 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
         else:
             if source.is_instruction_tuned:
                 kwargs.setdefault("template", "instruction")
+            elif "template" not in kwargs:
+                presets.warn_about_chat_template(source.location, source.preset)
             for side in ("encoder", "decoder"):
                 name = f"{side}_sequence_length"
                 if config.get(name):
@@ -274,29 +276,6 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
     def stop_ids(self) -> tuple[int, int]:
         """The ids that end a generated response."""
         return (self.tokenizer.end_token_id, self.tokenizer.end_of_turn_id)
-
-    @contextlib.contextmanager
-    def report_truncation(self, empty_targets: bool = False) -> Iterator[None]:
-        """Warn once, with counts, about all texts that were truncated in the context.
-
-        Args:
-            empty_targets: also warn about empty targets.
-        """
-        if self._counts is not None:  # An outer one reports.
-            yield
-            return
-        self._counts = {}
-        try:
-            yield
-        finally:
-            counts, self._counts = self._counts, None
-            lengths = {
-                "encoder": self.encoder_sequence_length,
-                "decoder": self.decoder_sequence_length,
-            }
-            if "text" in counts:
-                lengths["text"] = self.longest_text()
-            warn_of_truncation(counts, lengths, empty_targets)
 
     def _pair(self, x, decoder_optional=False):
         known = ("encoder_text", "decoder_text")
@@ -355,12 +334,6 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Preprocessor):
     def _truncate(self, rows, length, side):
         self.count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
-
-    def count(self, kind: str, truncated: int, total: int) -> None:
-        """Add to the counts of `report_truncation`, in whose context it is called."""
-        assert self._counts is not None
-        before = self._counts.get(kind, (0, 0))
-        self._counts[kind] = (before[0] + truncated, before[1] + total)
 
     def get_config(self):
         return {
