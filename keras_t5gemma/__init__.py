@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from keras_t5gemma import environment as _environment
 
-__version__ = "0.1.0"
+__version__ = _environment.VERSION
 
 # Keras finds a serialized class only after its module was imported, so everything is
 # imported here. The command line shows its help first; see `cli.commands`.

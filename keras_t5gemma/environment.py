@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+VERSION = "0.1.0"
 BACKENDS = ("tensorflow", "jax", "torch")
 COMMAND, COMMAND_MODULE = "keras-t5gemma", "keras_t5gemma.cli"
 

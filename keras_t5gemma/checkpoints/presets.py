@@ -4,11 +4,17 @@ import dataclasses
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, Union
 
-from keras_t5gemma.checkpoints import atomic, hub, keras_hub_format
+from keras_t5gemma.checkpoints import (
+    atomic,
+    hub,
+    keras_hub_format,
+    published_names,
+)
 from keras_t5gemma.checkpoints.hub import get_file
 from keras_t5gemma.config import T5GemmaConfig
 
@@ -173,8 +179,13 @@ class Source:
 
     @property
     def is_instruction_tuned(self) -> bool:
-        """Whether the name says so; see `is_instruction_tuned`."""
-        return is_instruction_tuned(self.preset)
+        """Whether it is a published instruction-tuned checkpoint.
+
+        Nothing is guessed from other names; see `published_names.is_published`.
+        """
+        tuned = {name for name, row in _published().items() if row[-1]}
+        known = [s for name in tuned for s in (name, *_sources()[name])]
+        return published_names.is_published(self.preset, known)
 
 
 def resolve(preset: PresetLike) -> Source:
@@ -337,11 +348,26 @@ def _download_error(location, error):
     )
 
 
-def is_instruction_tuned(preset: str | os.PathLike[str]) -> bool:
-    """Whether a name, folder or handle ends in `-it` or `_it`, or has `instruct`."""
-    parts = [p for p in os.fspath(preset).rstrip("/").split("/") if not p.isdigit()]
-    name = parts[-1] if parts else ""
-    return name.endswith(("-it", "_it")) or "instruct" in name
+def warn_about_chat_template(location: str, name: str | os.PathLike[str]) -> None:
+    """Warn that the chat template of a folder or handle is not used.
+
+    Its tokenizer files may hold one; which template this package should use can be
+    told only for the published checkpoints.
+    """
+    try:
+        fields = read_json(location, "tokenizer_config.json", default={})
+        if not fields.get("chat_template"):
+            get_file(location, "chat_template.jinja")
+    except (OSError, ValueError):  # Missing, or not readable: then there is none.
+        return
+    warnings.warn(
+        f"The tokenizer files of {os.fspath(name)} hold a chat template, which is not "
+        "used: its name is not a published one, so the texts are passed to the model "
+        "as they are. Load it with `Seq2SeqLMPreprocessor.from_preset(..., "
+        'template="instruction")` for the turns of Gemma, or with '
+        '`template="...{text}..."` for other ones; `template=None` is silent.',
+        stacklevel=4,
+    )
 
 
 def check_keywords(kwargs: Iterable[str], known: Iterable[str], where: str) -> None:

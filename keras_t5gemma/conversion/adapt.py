@@ -1,6 +1,5 @@
 """Adapt decoder-only Gemma 2 to T5Gemma (arXiv 2504.06225, section 3.2)."""
 
-import importlib.metadata
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from keras_t5gemma.checkpoints.lazy_tensors import (
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.conversion import adaptation_checks
 from keras_t5gemma.conversion.gemma2_reader import Gemma2, open_gemma2
+from keras_t5gemma.environment import VERSION
 from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
@@ -171,7 +171,7 @@ def plan_adaptation(
         "initializer_std": initializer_std if cross_attention == "random" else None,
         "seed": seed if cross_attention == "random" else None,
         "needs_warm_up": cross_attention == "random",
-        "keras_t5gemma": importlib.metadata.version("keras-t5gemma"),
+        "keras_t5gemma": VERSION,
     }
     return config, tensors, lineage, sources
 
@@ -263,7 +263,5 @@ def _preprocessor(sources):
     file = sources["decoder"].tokenizer_file or sources["encoder"].tokenizer_file
     if file is None:
         return None
-    tuned = sources["decoder"].instruction_tuned
-    return Seq2SeqLMPreprocessor(
-        Tokenizer(file), template="instruction" if tuned else None
-    )
+    template = "instruction" if sources["decoder"].instruction_tuned else None
+    return Seq2SeqLMPreprocessor(Tokenizer(file), template=template)

@@ -14,6 +14,7 @@ from keras_t5gemma.checkpoints import (
     huggingface,
     keras_hub_format,
     presets,
+    published_names,
     safetensors_file,
     weight_maps,
 )
@@ -21,6 +22,7 @@ from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import StackConfig
 
 _MAX_POSITIONS = 8192  # Of all Gemma 2 models; KerasHub's config does not hold it.
+_TUNED_PREFIX = "gemma2_instruct_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Gemma2:
         max_positions: longest sequence in tokens.
         tensors: `{path in a tower of a Backbone: tensor}`.
         tokenizer_file: path of the SentencePiece model, or `None`.
-        instruction_tuned: whether its name says so.
+        instruction_tuned: whether it is a published instruction-tuned model.
     """
 
     name: str
@@ -113,6 +115,8 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         tokenizer_file = presets.tokenizer_file(str(folder), kind)
     except ValueError:
         tokenizer_file = None
+    if not (is_tuned := published_names.is_published(source, _tuned_names(names))):
+        presets.warn_about_chat_template(location, source)
     return Gemma2(
         _name_of(source, location),
         stack,
@@ -121,8 +125,15 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         positions,
         tensors,
         tokenizer_file,
-        presets.is_instruction_tuned(source),
+        is_tuned,
     )
+
+
+def _tuned_names(names):
+    """Names and handles of the instruction-tuned Gemma 2 models that are published."""
+    keras_hub_names = {n: h for n, h in names.items() if n.startswith(_TUNED_PREFIX)}
+    hugging_face = [f"hf://google/gemma-2-{size}-it" for size in ("2b", "9b", "27b")]
+    return [*keras_hub_names, *keras_hub_names.values(), *hugging_face]
 
 
 def _is_quantized(config):

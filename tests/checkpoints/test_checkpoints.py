@@ -69,8 +69,8 @@ def test_kerashub_presets_give_kerashubs_logits(tmp_path, dtype, shard, lora):
 
 
 def test_kerashub_task_presets_bring_tokenizer_and_template(tmp_path, proto):
-    make_kerashub().save_to_preset(str(tmp_path / "model_it"))
-    folder = tmp_path / "model_it"
+    make_kerashub().save_to_preset(str(tmp_path / "t5gemma_b_b_ul2_it"))
+    folder = tmp_path / "t5gemma_b_b_ul2_it"
     with pytest.raises(ValueError, match="has no assets/tokenizer/vocabulary.spm"):
         kt.Seq2SeqLM.from_preset(folder)
     assets = folder / "assets" / "tokenizer"

@@ -215,7 +215,7 @@ def test_reads_the_configs_of_older_transformers(folder):
 
 
 def test_from_preset_reads_the_folder_with_its_tokenizer(folder, proto, tmp_path):
-    path = tmp_path / "model-it"
+    path = tmp_path / "t5gemma-b-b-ul2-it"
     path.mkdir()
     for file in folder.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
