@@ -39,12 +39,16 @@ def start(state: dict, beams: int) -> dict:
 
 
 def write(
-    state: dict, logits: Tensor, options: GenerationOptions, stop_ids: tuple | None
+    state: dict,
+    logits: Tensor,
+    options: GenerationOptions,
+    stop_ids: tuple | None,
+    known_tokens: int | None = None,
 ) -> dict:
     """Append one token to every beam; see `decoding.write_token`."""
     beams, index, done = options.num_beams, state["index"], state["done"]
     sources = done.shape[0]
-    candidates = _candidates(state, logits, options, stop_ids)
+    candidates = _candidates(state, logits, options, stop_ids, known_tokens)
     total, token, _, _ = candidates
 
     ends = ops.broadcast_to(index + 1 >= state["max_length"], token.shape)
@@ -68,7 +72,7 @@ def write(
     return {**state, **finished, **running, "done": done}
 
 
-def _candidates(state, logits, options, stop_ids):
+def _candidates(state, logits, options, stop_ids, known_tokens):
     """The best continuations of each source's beams, enough that k do not end.
 
     Returns:
@@ -78,9 +82,9 @@ def _candidates(state, logits, options, stop_ids):
     """
     beams, sources = options.num_beams, state["done"].shape[0]
     raw = ops.cast(logits, "float32")
-    rows, size = raw.shape
+    rows, size = raw[:, :known_tokens].shape
     log_z = ops.logsumexp(raw, axis=1, keepdims=True)
-    scores = process(raw - log_z, state, options, stop_ids)
+    scores = process((raw - log_z)[:, :known_tokens], state, options, stop_ids)
     keep = min(beams * max(2, 1 + len(stop_ids or ())), size)
     best, ids = (
         ops.reshape(t, (sources, beams * keep)) for t in top_candidates(scores, keep)

@@ -64,6 +64,7 @@ def advance(
     limit: Tensor,
     options: GenerationOptions,
     stop_ids: tuple | None = None,
+    known_tokens: int | None = None,
 ) -> dict:
     """Generate up to position `limit`, or until every row is done.
 
@@ -74,6 +75,7 @@ def advance(
         limit: scalar int, at most L.
         options: a `GenerationOptions`.
         stop_ids: tuple of ids that end a row, or `None`.
+        known_tokens: only ids below this are generated; `None` for all.
 
     Returns:
         The state; a row is filled with 0 after its stop id.
@@ -89,7 +91,9 @@ def advance(
         last = ops.take(state["token_ids"], index - 1, axis=1)
         capped = not options.is_greedy
         logits, cache = step(last, state["cache"], index - 1, capped)
-        state = write({**state, "cache": cache}, logits, options, stop_ids)
+        state = write(
+            {**state, "cache": cache}, logits, options, stop_ids, known_tokens
+        )
         return ({**state, "index": index + 1},)
 
     return ops.while_loop(unfinished, body, (state,))[0]
@@ -129,7 +133,11 @@ def plain_step(backbone: Any) -> Callable:
 
 
 def write_token(
-    state: dict, logits: Tensor, options: GenerationOptions, stop_ids: tuple | None
+    state: dict,
+    logits: Tensor,
+    options: GenerationOptions,
+    stop_ids: tuple | None,
+    known_tokens: int | None = None,
 ) -> dict:
     """Append one token to every row, greedily or by sampling.
 
@@ -138,16 +146,17 @@ def write_token(
         logits: `(R, V)`, of position `index`.
         options: a `GenerationOptions`.
         stop_ids: tuple of ids, or `None`.
+        known_tokens: see `advance`.
 
     Returns:
         The state with that token.
     """
     index, done = state["index"], state["done"]
     if options.is_greedy:
-        token = top_candidates(logits, 1)[1][:, 0]
+        token = top_candidates(logits[:, :known_tokens], 1)[1][:, 0]
     else:
         logits = ops.cast(logits, "float32")
-        scores = process(logits, state, options, stop_ids)
+        scores = process(logits[:, :known_tokens], state, options, stop_ids)
         if options.is_sampling:
             token = sample(scores, state, options)
         else:

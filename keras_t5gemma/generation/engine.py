@@ -26,6 +26,7 @@ class Engine:
         options: the `static_options` of a `GenerationOptions`.
         stop_ids: tuple of ids that end a row, or `None`.
         compiled: on PyTorch, whether to compile the step.
+        known_tokens: see `decoding.advance`.
     """
 
     def __init__(
@@ -34,18 +35,21 @@ class Engine:
         options: GenerationOptions,
         stop_ids: tuple | None = None,
         compiled: bool = False,
+        known_tokens: int | None = None,
     ) -> None:
+        rest = (options, stop_ids, known_tokens)
+
         def start(inputs):
             return decoding.start(backbone, inputs, options)
 
         def advance(state, limit):
             step = decoding.plain_step(backbone)
-            return decoding.advance(step, state, limit, options, stop_ids)
+            return decoding.advance(step, state, limit, *rest)
 
         kinds = {"jax": JaxFunction, "tensorflow": _TensorFlow, "torch": _Torch}
         compile: Any = kinds[keras.config.backend()]
         if compile is _Torch:
-            advance = _torch_advance(backbone, options, stop_ids, compiled)
+            advance = _torch_advance(backbone, rest, compiled)
         self._start = compile(backbone, start)
         self._advance = compile(backbone, advance, donate=True)
 
@@ -126,7 +130,7 @@ class _Torch:
         return 0
 
 
-def _torch_advance(backbone, options, stop_ids, compiled):
+def _torch_advance(backbone, rest, compiled):
     from keras_t5gemma.generation import torch_step
 
     made: dict = {}  # Steps of the current weights.
@@ -147,6 +151,6 @@ def _torch_advance(backbone, options, stop_ids, compiled):
 
     def advance(state, limit):
         step = make_step(one_row=len(state["token_ids"]) == 1)
-        return decoding.advance(step, state, limit, options, stop_ids)
+        return decoding.advance(step, state, limit, *rest)
 
     return advance

@@ -48,7 +48,8 @@ class Generator:
         options = make_options(sampler, given)
         if options is None:
             return None
-        options.check(self.task.backbone.config.vocabulary_size, request.max_length)
+        size = known_tokens(self.task) or self.task.backbone.config.vocabulary_size
+        options.check(size, request.max_length)
         if options.is_sampling and options.seed is None:
             generator = getattr(sampler, "seed_generator", None)
             seed = keras.random.randint((), 0, 2**31 - 1, "int32", generator)
@@ -152,6 +153,7 @@ class Generator:
             options.static_options(),
             stop_ids,
             bool(self.task.jit_compile),
+            known_tokens(self.task),
             variables,
         )
         if key not in self.engines:
@@ -160,6 +162,22 @@ class Generator:
                 self.engines.clear()
             self.engines[key] = Engine(self.task.backbone, *key[:-1])
         return self.engines[key]
+
+
+def known_tokens(task: Any) -> int | None:
+    """How many ids the tokenizer has, where the model has more; else `None`.
+
+    The vocabularies of models are often padded. The additional ids have no text and
+    are never generated.
+
+    Args:
+        task: a `Seq2SeqLM`.
+    """
+    tokenizer = getattr(task.preprocessor, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    size = tokenizer.vocabulary_size()
+    return size if size < task.backbone.config.vocabulary_size else None
 
 
 def _is_late(deadline):

@@ -43,6 +43,7 @@ def decode_batch(
     inputs: dict,
     stop_ids: tuple | None = None,
     model: keras.Model | None = None,
+    known_tokens: int | None = None,
 ) -> Tensor:
     """Generate until every row has stopped or the buffer is full.
 
@@ -52,6 +53,7 @@ def decode_batch(
         inputs: dict of arrays, see `decoding.start`; R = B.
         stop_ids: ids that end a row, or `None` to fill the buffer.
         model: the `keras.Model` whose variables the loop reads.
+        known_tokens: see `decoding.advance`.
 
     Returns:
         int32 `(B, max length)`; a row is filled with 0 after its first stop id.
@@ -68,7 +70,7 @@ def decode_batch(
     def next(prompt, cache, index):
         token = ops.take(prompt, index - 1, axis=1)[:, None]
         hidden, cache = backbone.decode(token, cache=cache, index=index - 1)
-        logits = backbone.next_logits(hidden[:, 0])  # B V
+        logits = backbone.next_logits(hidden[:, 0])[:, :known_tokens]  # B V
         if stop_ids is not None:
             # A sampler that repeats rows (beams) keeps the copies adjacent.
             start = ops.repeat(lengths, prompt.shape[0] // lengths.shape[0], axis=0)

@@ -228,7 +228,8 @@ class TorchStep:
         query = query.view(sources, -1, kv_heads, self.groups, size)
         rows = query.shape[1]
         query = query.transpose(1, 2).reshape(sources, kv_heads, -1, size)
-        query = query * self.stack.query_scale
+        # Keras's products of float64 are float32 on PyTorch, those of the cache too.
+        query = query.to(key.dtype) * self.stack.query_scale
         logits = (query @ key.transpose(-1, -2)).float()  # B K (rows G) S
         cap = self.stack.attention_soft_cap
         if cap is not None:
@@ -240,7 +241,7 @@ class TorchStep:
             weights = weights.masked_fill(mask, 0.0)
         mixed = weights.to(value.dtype) @ value
         mixed = mixed.view(sources, kv_heads, rows, self.groups, size).transpose(1, 2)
-        return mixed.reshape(sources * rows, -1)
+        return mixed.reshape(sources * rows, -1).to(self.dtype)
 
 
 class CompiledStep:
