@@ -26,6 +26,10 @@ def _compile_once(tmp_path_factory):
         folder = tmp_path_factory.getbasetemp()
         folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
         kt.cache_compiled_programs(folder / "programs")
+        # For the processes that tests start.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(autouse=True)

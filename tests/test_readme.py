@@ -27,6 +27,7 @@ def test_it_stays_short():
     assert len(README.splitlines()) < 220
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.splitlines()[-1][:30])
 def test_python_blocks_run(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -81,11 +81,23 @@ def enlarge(model, factor=12.0):
     return model
 
 
-def tiny_model(tokenizer, dtype="float32", **kwargs):
+def tiny_model(tokenizer, dtype="float32", config=None, **kwargs):
     preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16, **kwargs)
-    model = kt.Seq2SeqLM(kt.Backbone(tiny_config(), dtype=dtype), preprocessor)
-    enlarge(model.backbone)
-    return model
+    backbone = kt.Backbone(config or tiny_config(), dtype=dtype)
+    enlarge(backbone)
+    return kt.Seq2SeqLM(backbone, preprocessor)
+
+
+def forward(model, inputs):
+    """`model(inputs)`; JAX compiles one program instead of one an operation."""
+    if keras.config.backend() != "jax":
+        return model(inputs)
+    import jax
+
+    variables = model.trainable_variables, model.non_trainable_variables
+    values = [[v.value for v in group] for group in variables]
+    call = jax.jit(lambda *args: model.stateless_call(*args)[0])
+    return call(*values, inputs)
 
 
 def random_inputs(batch=2, source=20, target=14, vocabulary=480, seed=0):

@@ -1,7 +1,14 @@
 import keras
 import numpy as np
 import pytest
-from helpers.models import enlarge, max_difference, numpy, random_inputs, tiny_config
+from helpers.models import (
+    enlarge,
+    forward,
+    max_difference,
+    numpy,
+    random_inputs,
+    tiny_config,
+)
 
 import keras_t5gemma as kt
 from keras_t5gemma.modeling.attention import Attention
@@ -14,7 +21,7 @@ def backbone():
 
 
 def decoder_states(backbone, x):
-    return numpy(backbone(x)["decoder_sequence_output"])
+    return numpy(forward(backbone, x)["decoder_sequence_output"])
 
 
 def test_shapes_and_parameter_count(backbone):
@@ -33,7 +40,7 @@ def test_cached_equals_uncached_past_the_window(backbone):
     memory = backbone.encode(x["encoder_token_ids"], mask)
     cache = backbone.make_cache(memory, mask, 20)
     ids, states, index = x["decoder_token_ids"], [], 0
-    for length in (3, 1, 1, 5, 1, 9):  # Several tokens at a time, and single ones.
+    for length in (3, 1, 1, 3, 3, 9):  # Several tokens at a time, and single ones.
         part, cache = backbone.decode(
             ids[:, index : index + length], cache=cache, index=index
         )
@@ -72,7 +79,7 @@ def test_no_nan_not_even_for_rows_that_are_all_padding(dtype):
     x = random_inputs()
     x["encoder_padding_mask"][1] = 0
     x["decoder_padding_mask"][1] = 0
-    out = backbone(x)
+    out = forward(backbone, x)
     logits = backbone.logits(out["decoder_sequence_output"])
     compute = keras.dtype_policies.get(dtype).compute_dtype
     for tensor in (*out.values(), logits):

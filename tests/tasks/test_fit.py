@@ -246,7 +246,7 @@ def test_adam_on_bfloat16_weights_is_refused(tokenizer):
 
 
 def test_default_optimizer_moves_bfloat16_weights(tokenizer):
-    model = tiny_model(tokenizer, dtype="bfloat16")
+    model = tiny_model(tokenizer, "bfloat16", one_block_config())
     model.optimizer.learning_rate = 0.05
     before = kernels(model)
     model.fit(SOURCES, TARGETS, batch_size=8, verbose=0)
@@ -259,7 +259,7 @@ def test_mixed_float16_trains_and_pure_float16_is_refused(tokenizer):
     model = tiny_model(tokenizer, dtype="float16")
     with pytest.raises(ValueError, match="float16.*mixed_float16"):
         model.fit(SOURCES, TARGETS, verbose=0)
-    mixed = tiny_model(tokenizer, dtype="mixed_float16")
+    mixed = tiny_model(tokenizer, "mixed_float16", one_block_config())
     history = mixed.fit(SOURCES, TARGETS, batch_size=8, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
 

@@ -6,7 +6,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers.models import enlarge, max_difference, numpy, tiny_config
+from helpers.models import enlarge, max_difference, numpy, one_block_config
 
 import keras_t5gemma as kt
 
@@ -24,7 +24,7 @@ LABELS = ["game", "library", "tool", "game", "library", "tool"]
 
 def make_encoder(tokenizer, length=24):
     keras.utils.set_random_seed(0)
-    backbone = kt.Backbone(dataclasses.replace(tiny_config(), decoder=None))
+    backbone = kt.Backbone(dataclasses.replace(one_block_config(), decoder=None))
     enlarge(backbone, 3)
     return backbone, kt.Seq2SeqLMPreprocessor(tokenizer, length, 8)
 

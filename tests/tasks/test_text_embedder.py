@@ -5,7 +5,13 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from helpers.models import enlarge, max_difference, numpy, tiny_config
+from helpers.models import (
+    enlarge,
+    max_difference,
+    numpy,
+    one_block_config,
+    tiny_config,
+)
 
 import keras_t5gemma as kt
 from keras_t5gemma.data.encoder_dataset import by_length
@@ -26,9 +32,9 @@ PAIRS = {
 }
 
 
-def make_embedder(tokenizer, **kwargs):
+def make_embedder(tokenizer, make_config=one_block_config, **kwargs):
     keras.utils.set_random_seed(0)
-    backbone = kt.Backbone(dataclasses.replace(tiny_config(), decoder=None))
+    backbone = kt.Backbone(dataclasses.replace(make_config(), decoder=None))
     enlarge(backbone)
     preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 96, 8)
     return kt.TextEmbedder(backbone, preprocessor, **kwargs)
@@ -36,7 +42,8 @@ def make_embedder(tokenizer, **kwargs):
 
 @pytest.fixture
 def embedder(tokenizer):
-    return make_embedder(tokenizer)
+    """Of three blocks, to tell its layers apart."""
+    return make_embedder(tokenizer, tiny_config)
 
 
 def weights_of(model):
@@ -61,7 +68,7 @@ def test_pooling_by_hand(pooling):
 def test_a_vector_does_not_depend_on_the_other_texts(tokenizer, pooling):
     embedder = make_embedder(tokenizer, pooling=pooling)
     vectors = embedder.embed(TEXTS, batch_size=2)
-    assert vectors.shape == (5, 32) and vectors.dtype == np.float32
+    assert vectors.shape == (5, 16) and vectors.dtype == np.float32
     assert max_difference(np.linalg.norm(vectors, axis=1), np.ones(5)) < 1e-5
     for text, vector in zip(TEXTS, vectors, strict=True):
         assert max_difference(embedder.embed([text])[0], vector) < 1e-5
@@ -139,7 +146,7 @@ def test_hybrid_vectors_learn_and_come_back(tokenizer, tmp_path):
     again = kt.TextEmbedder.from_preset(tmp_path)
     assert np.array_equal(again.embed(TEXTS), embedder.embed(TEXTS))
     new = kt.TextEmbedder.from_preset(tmp_path, lexical_dim=None)
-    assert new.embed(TEXTS).shape == (5, 32)
+    assert new.embed(TEXTS).shape == (5, 16)
 
 
 def test_a_loss_by_hand():
@@ -170,7 +177,8 @@ def test_a_loss_by_hand():
     assert np.array_equal(hits, nearest == np.arange(3))
 
 
-def test_pairs_come_together(embedder, tmp_path):
+def test_pairs_come_together(tokenizer):
+    embedder = make_embedder(tokenizer)
     embedder.compile(keras.optimizers.Adam(3e-3), loss=kt.InfoNCE(0.1))
     history = embedder.fit(PAIRS, batch_size=4, epochs=12, verbose=0).history
     assert history["loss"][-1] < 0.3 * history["loss"][0]
@@ -235,9 +243,9 @@ def test_it_comes_back_from_its_preset(tokenizer, tmp_path):
     cut = again.embed(TEXTS, dimensions=3)
     assert np.array_equal(cut, vectors[:, :3])
     other = kt.TextEmbedder.from_preset(tmp_path, pooling="mean", projection_dim=None)
-    assert other.embed(TEXTS).shape == (5, 32)
-    wider = kt.TextEmbedder.from_preset(tmp_path, projection_dim=16)
-    assert wider.embed(TEXTS).shape == (5, 16)
+    assert other.embed(TEXTS).shape == (5, 16)
+    wider = kt.TextEmbedder.from_preset(tmp_path, projection_dim=12)
+    assert wider.embed(TEXTS).shape == (5, 12)
 
 
 @pytest.mark.one_backend

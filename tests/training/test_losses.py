@@ -11,7 +11,7 @@ from helpers.losses import (
     TOKENS,
     value_and_gradients,
 )
-from helpers.models import SENTENCES, numpy, tiny_model
+from helpers.models import SENTENCES, numpy, one_block_config, tiny_model
 from keras import ops
 
 import keras_t5gemma as kt
@@ -126,7 +126,7 @@ def make(tokenizer):
 
     def make(loss="auto", prepare=None):
         keras.utils.set_random_seed(0)
-        model = tiny_model(tokenizer)
+        model = tiny_model(tokenizer, config=one_block_config())
         if prepare is not None:
             prepare(model)
         model.compile(optimizer=keras.optimizers.SGD(0.1), loss=loss)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.models import enlarge, numpy, random_inputs, tiny_config
+from helpers.models import enlarge, numpy, one_block_config, random_inputs
 from keras import ops
 
 import keras_t5gemma as kt
@@ -13,7 +13,7 @@ from keras_t5gemma.training.optimizers import update_in_place
 def train(optimizer, dropout=0.0, fits=1, dtype="float32", **compile_arguments):
     """Loss of each step and the weights after it all."""
     keras.utils.set_random_seed(3)
-    model = kt.Seq2SeqLM(kt.Backbone(tiny_config(dropout=dropout), dtype=dtype))
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config(dropout=dropout), dtype=dtype))
     enlarge(model.backbone, 3.0)
     model.compile(optimizer=optimizer, **compile_arguments)
     x = random_inputs()
@@ -47,9 +47,9 @@ def test_dropout_changes_from_step_to_step():
 
 
 def test_rematerialization_is_saved_with_compile():
-    model = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
     model.compile(rematerialize=True)
-    again = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
+    again = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
     again.compile_from_config(model.get_compile_config())
     assert again.backbone.encoder.rematerialize
     assert again.backbone.decoder.rematerialize
@@ -63,7 +63,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     results = []
     for batch, steps in ((4, None), (2, 2)):
         keras.utils.set_random_seed(3)
-        model = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
+        model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
         enlarge(model.backbone, 3.0)
         optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps)
         model.compile(optimizer=optimizer)
@@ -121,7 +121,7 @@ def test_a_second_fit_with_moving_averages():
 
 
 def test_frozen_tower_stays():
-    model = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
     enlarge(model.backbone, 3.0)
     model.backbone.encoder.trainable = False
     model.compile(optimizer=keras.optimizers.SGD(1.0))

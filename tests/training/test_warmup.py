@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.models import enlarge, numpy, random_inputs, tiny_config
+from helpers.models import enlarge, numpy, one_block_config, random_inputs
 
 import keras_t5gemma as kt
 from keras_t5gemma.training.callbacks import CrossAttentionWarmUp
@@ -33,7 +33,7 @@ class Look(keras.callbacks.Callback):
 
 def train(callbacks, dtype="float32", **fit_arguments):
     keras.utils.set_random_seed(0)
-    model = kt.Seq2SeqLM(enlarge(kt.Backbone(tiny_config(), dtype=dtype)))
+    model = kt.Seq2SeqLM(enlarge(kt.Backbone(one_block_config(), dtype=dtype)))
     model.compile(optimizer=keras.optimizers.AdamW(1e-3, weight_decay=0.1))
     before = {v.path: numpy(v) for v in model.trainable_variables}
     x = random_inputs(batch=STEPS)
@@ -56,8 +56,14 @@ def moved(before, after):
     return {path for path in before if (before[path] != after[path]).any()}
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """What a training without the callback shows."""
+    return train([])[2]
+
+
 @pytest.mark.parametrize("norms", [True, False])
-def test_cross_attention_first_then_everything(norms):
+def test_cross_attention_first_then_everything(norms, plain):
     model, before, look = train([CrossAttentionWarmUp(WARM_UP, norms)])
     names = ("cross_attention", "cross_norm") if norms else ("cross_attention",)
     alone = {path for path in before if any(name in path for name in names)}
@@ -67,7 +73,6 @@ def test_cross_attention_first_then_everything(norms):
     assert moved(zeros, look.momentums[WARM_UP - 1]) == alone
     # Everything, and what is known of the first part goes on.
     assert moved(look.weights[WARM_UP - 1], look.weights[WARM_UP]) == set(before)
-    _, _, plain = train([])
     for path in alone:
         kept = 0.9 * look.momentums[WARM_UP - 1][path]
         new = look.momentums[WARM_UP][path] - kept
@@ -77,9 +82,8 @@ def test_cross_attention_first_then_everything(norms):
     assert "apply" not in vars(model.optimizer)
 
 
-def test_without_steps_nothing_changes():
+def test_without_steps_nothing_changes(plain):
     _, before, look = train([CrossAttentionWarmUp(0)])
-    _, _, plain = train([])
     assert len(look.programs) == 1
     for path in before:
         assert (look.weights[-1][path] == plain.weights[-1][path]).all()
@@ -123,7 +127,7 @@ def test_mixed_float16():
 def test_refuses():
     with pytest.raises(ValueError, match="`steps` must be.*from 0; got -1"):
         CrossAttentionWarmUp(-1)
-    model = kt.Seq2SeqLM(kt.Backbone(tiny_config()))
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
     model.backbone.decoder.trainable = False
     model.compile(optimizer="sgd")
     x = random_inputs()
