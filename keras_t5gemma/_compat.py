@@ -324,9 +324,13 @@ def build_with(
 # PyTorch
 
 
-def tensor_version(tensor: Any) -> int:
-    """How often a PyTorch tensor was written in place; there is no public counter."""
-    return tensor._version
+def tensor_version(tensor: Any) -> Any:
+    """How often a PyTorch tensor was written in place; there is no public counter.
+
+    A tensor made inside `torch.inference_mode` does not count: a new object, which
+    equals no other.
+    """
+    return object() if tensor.is_inference() else tensor._version
 
 
 def fused_adam(

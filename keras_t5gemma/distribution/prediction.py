@@ -45,6 +45,8 @@ class SafeInference:
     run_eagerly: bool
     steps_per_execution: int
     metrics_variables: Any
+    test_function: Any
+    predict_function: Any
     test_step: Any
     predict_step: Any
 

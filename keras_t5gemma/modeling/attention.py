@@ -121,7 +121,8 @@ class Attention(keras.layers.Layer):
                 cache = seen = new
             else:
                 seen, cache = kv_cache.extend(cache, *new, index, count)
-        query = query * self.query_scale
+        # The cache may be float64, while Keras's products are float32 on PyTorch.
+        query = ops.cast(query, seen[0].dtype) * self.query_scale
         output = self._attend(query, *seen, attention_mask, seeds)
         return self.output_projection(output), cache
 

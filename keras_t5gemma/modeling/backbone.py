@@ -262,6 +262,7 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
         return ["query", "value"]
 
     @classmethod
+    @weight_loading.normal_tensors()
     def from_preset(
         cls,
         preset: presets.PresetLike,

@@ -3,11 +3,14 @@
 The class is passed in as `build`, so that `Backbone.from_preset` can use this module.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
+
+import keras
 
 from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import h5_file, keras_format, weight_maps
@@ -20,6 +23,21 @@ from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.utils.sizes import UNITS
 
 Model: TypeAlias = Any  # A `Backbone`, which is defined above this module.
+
+
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Leave `torch.inference_mode`, whose tensors cannot be changed or trained later.
+
+    On other backends nothing happens.
+    """
+    if keras.config.backend() != "torch":
+        yield
+        return
+    import torch
+
+    with torch.inference_mode(False):
+        yield
 
 
 def load_backbone(

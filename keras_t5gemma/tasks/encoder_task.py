@@ -13,6 +13,7 @@ from keras_t5gemma.data.encoder_dataset import EncoderDataset
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
 from keras_t5gemma.modeling.layer_iteration import iter_layers
+from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.fit import FitMixin
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.token_ids import check_vocabulary
@@ -79,6 +80,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
             track_parameters(self)
 
     @classmethod
+    @normal_tensors()
     def from_preset(cls, preset: Any, load_weights: bool = True, **kwargs: Any) -> Any:
         """Load the encoder of a checkpoint, with its head if it was saved with one.
 

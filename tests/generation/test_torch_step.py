@@ -1,6 +1,7 @@
 """PyTorch's decoding step, eager and compiled, against the layers."""
 
 import keras
+import numpy as np
 import pytest
 from helpers.models import enlarge, tiny_config, tiny_model
 from helpers.oracles import SOURCES, generated_ids
@@ -99,3 +100,35 @@ def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
     with pytest.warns(UserWarning, match="decoding continues uncompiled.*no compiler"):
         got = generated_ids(model, SOURCES[:1], LENGTH, stop_token_ids=None)
     assert got == rows
+
+
+def test_a_model_that_was_loaded_in_inference_mode(model, tmp_path):
+    """Its tensors are normal ones, so that it can be trained, too."""
+    import torch
+
+    model.save_to_preset(tmp_path / "preset")
+    expected = model.generate("a fox", max_length=6)
+    with torch.inference_mode():
+        loaded = kt.Seq2SeqLM.from_preset(tmp_path / "preset")
+        embedder = kt.TextEmbedder.from_preset(tmp_path / "preset", projection_dim=4)
+        built = kt.Backbone(model.backbone.config)
+        built.set_weights(model.backbone.get_weights())
+    assert loaded.generate("a fox", max_length=6) == expected
+    built = kt.Seq2SeqLM(built, model.preprocessor)
+    assert built.generate("a fox", max_length=6) == expected
+    for task in (loaded, embedder):
+        before = task.get_weights()
+        task.fit([("a", "b"), ("c", "d")], verbose=0)
+        assert np.abs(task.get_weights()[1] - before[1]).max() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"temperature": 0.1}])
+def test_float64_generates_as_float32(model, tokenizer, options):
+    options = {"max_length": 8, "seed": 3, **options}
+    if "temperature" not in options:
+        del options["seed"]
+    expected = model.generate("a fox", **options)
+    exact = tiny_model(tokenizer, dtype="float64")
+    assert exact.generate("a fox", **options) == expected
+    exact.enable_lora(2)  # Decoded by the layers of Keras.
+    assert exact.generate("a fox", **options) == expected
