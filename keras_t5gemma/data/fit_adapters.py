@@ -277,8 +277,9 @@ def fit_arguments(
             f"Distillation needs plain text in memory as `{name}` (a list of strings, "
             "a Dataset, a path) and a preprocessor with an `objective`."
         )
+    size = 32 if batch_size is None else batch_size
     if columns is not None:
-        options = {"preprocessor": preprocessor, "batch_size": batch_size or 32}
+        options = {"preprocessor": preprocessor, "batch_size": size}
         options["batching"] = batching or ("packed" if has_objective else "bucketed")
         training = {"shuffle": shuffle, "steps": steps}
         if teacher is not None:
@@ -295,7 +296,7 @@ def fit_arguments(
             f"`{name}` is {type(x).__name__} of something else."
         )
     if isinstance(x, dict):
-        _check_arrays(x, y, vocabulary_size, batch_size or 32, validation_split, name)
+        _check_arrays(x, y, vocabulary_size, size, validation_split, name)
         arrays = {"x": {key: x[key] for key in INPUTS}, "y": y}
         arrays |= {"sample_weight": sample_weight, "batch_size": batch_size}
         if validation_split:

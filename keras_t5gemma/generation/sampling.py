@@ -67,6 +67,8 @@ def _mark(token_ids, keep, size):
 def _completes_ngram(token_ids, index, n):
     """Boolean `(R, L)`: tokens that followed an earlier copy of the last n - 1."""
     length = token_ids.shape[1]
+    if n > length:  # No n-gram fits.
+        return ops.zeros(token_ids.shape, "bool")
     positions = ops.arange(length)[None]
     follows = ops.logical_and(positions >= n - 1, positions < index)
     for back in range(1, n):

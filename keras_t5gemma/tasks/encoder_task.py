@@ -144,7 +144,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         """`keras.Model.compile`.
 
         Args:
-            optimizer: `"auto"` is Adafactor at 1e-4.
+            optimizer: `"auto"` is Adafactor at 1e-4. `gradient_accumulation_steps` as
+                in `Seq2SeqLM.compile`, with the mean over rows by their weights.
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
             **kwargs: of `keras.Model.compile`.
@@ -220,7 +221,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
                 None if labels is None else labels[rows],
                 self._token_rows,
                 sample_weight=part,
-                batch_size=batch_size or 32,
+                batch_size=32 if batch_size is None else batch_size,
                 batching=batching or "bucketed",
                 name=name,
                 **kwargs,

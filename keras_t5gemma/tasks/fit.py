@@ -68,7 +68,8 @@ class FitMixin(SafeInference):
             if validation_data is not None:
                 if not isinstance(validation_data, tuple):
                     validation_data = (validation_data,)
-                size = validation_batch_size or batch_size
+                size = validation_batch_size
+                size = batch_size if size is None else size
                 valid = self._data(
                     *validation_data,
                     batch_size=size,
@@ -128,6 +129,25 @@ class FitMixin(SafeInference):
             with exclusive_loop(self):
                 return keras.Model.evaluate(self, **data, **kwargs)
 
+    def get_compile_config(self) -> dict | None:
+        config = super().get_compile_config()  # type: ignore[misc]
+        if config is not None:
+            encoder = getattr(self.backbone, "encoder", None)
+            config["rematerialize"] = getattr(encoder, "rematerialize", False)
+            config["optimizer_built"] = self.optimizer.built
+        return config
+
+    def compile_from_config(self, config: dict) -> None:
+        config = dict(config)
+        is_built = config.pop("optimizer_built", False)
+        self.compile(**self._compile_arguments(config))  # type: ignore[attr-defined]
+        if is_built:  # It has a state to load.
+            self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
+
+    def _compile_arguments(self, config):
+        """Arguments of `compile` of a serialized configuration."""
+        return keras.saving.deserialize_keras_object(config)
+
     def _check_processes(self, dataset):
         """Raise `ValueError` when processes train different models or data."""
         distribution = keras.distribution.distribution()
@@ -149,6 +169,34 @@ class FitMixin(SafeInference):
         if self.preprocessor is None:
             return contextlib.nullcontext()
         return self.preprocessor.report_truncation(training, all_threads=training)
+
+
+def check_backbone(task: type, backbone: Any, kind: type, rest: tuple) -> None:
+    """Raise unless a task was called with a backbone.
+
+    Args:
+        task: class of the task.
+        backbone: first argument of the constructor.
+        kind: class that it must have.
+        rest: positional arguments that the constructor does not have. It accepts them
+            because `keras.models.clone_model` passes its graph to such a constructor
+            alone; of others it makes a plain model, or fails without a reason.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    parts = keras.tree.flatten(backbone)
+    if parts and all(isinstance(part, keras.KerasTensor) for part in parts):
+        raise ValueError(
+            f"`keras.models.clone_model` cannot clone a {task.__name__}. Use "
+            "`copy.deepcopy(model)`, which copies the weights too, or "
+            f"`{task.__name__}.from_preset(preset, load_weights=False)`."
+        )
+    if not isinstance(backbone, kind) or rest:
+        found = rest[0] if rest else backbone
+        name = f"An argument of {task.__name__}" if rest else "`backbone`"
+        needed = "passed by its keyword" if rest else f"a {kind.__module__}.Backbone"
+        raise ValueError(f"{name} must be {needed}; got {found!r:.100}.")
 
 
 def _validation_arguments(valid):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import keras_hub
 import numpy as np
 from keras import ops
 
@@ -12,6 +13,7 @@ from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling.heads import HybridVector, l2_normalize, pool
 from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
+from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
 from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.progress import progress_bar
@@ -57,8 +59,10 @@ class TextEmbedder(EncoderTask):
         projection_dim: int | None = None,
         normalize: bool = True,
         lexical_dim: int | None = None,
+        *rest: Any,
         **kwargs: Any,
     ) -> None:
+        check_backbone(type(self), backbone, keras_hub.models.Backbone, rest)
         self._parts = 1
         self.projection_dim = projection_dim
         self.normalize = normalize
@@ -117,6 +121,12 @@ class TextEmbedder(EncoderTask):
             **kwargs,
         )
 
+    def get_compile_config(self) -> dict | None:
+        config = super().get_compile_config()
+        if config is not None:
+            config["gradient_cache_rows"] = self.gradient_cache_rows
+        return config
+
     def fit(  # type: ignore[override]
         self, x: Any = None, y: Any = None, batch_size: int | None = None, **kwargs: Any
     ) -> keras.callbacks.History:
@@ -138,7 +148,7 @@ class TextEmbedder(EncoderTask):
             ValueError: for data that is not pairs of texts, or `gradient_cache_rows`
                 that does not fit the batch size or the model.
         """
-        rows, size = self.gradient_cache_rows, batch_size or 32
+        rows, size = self.gradient_cache_rows, 32 if batch_size is None else batch_size
         if rows is not None and (size % rows or rows < 1):
             raise ValueError(
                 f"`gradient_cache_rows` must divide `batch_size` {size}; got {rows!r}."
