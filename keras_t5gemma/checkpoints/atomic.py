@@ -15,16 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from keras_t5gemma.checkpoints import saved_files
+from keras_t5gemma.checkpoints.saved_files import SAVED as SAVED
+from keras_t5gemma.checkpoints.saved_files import SAVING as SAVING
 from keras_t5gemma.distribution import process_group
 
-SAVING, SAVED = ".saving", ".saved"
-_MANIFEST = ".manifest.json"
-_WEIGHTS = (
-    "model*.weights.h5",
-    "model.weights.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-)
+_COMMIT = ".manifest.json"  # Of the files in `SAVED`.
 
 
 @contextlib.contextmanager
@@ -33,7 +29,7 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a staging folder whose files appear in `folder` together, or never.
 
-    Files of other names in `folder` stay; weight files of an earlier checkpoint are
+    Other files in `folder` stay; weight files that an earlier save has written are
     removed when the new one has weights. With several processes all of them call it,
     with a folder that all of them see; an error in one of them is raised in all.
 
@@ -43,8 +39,12 @@ def atomic_folder(
             only those of the first are kept.
 
     Raises:
+        ValueError: if a file that this package has not written would be replaced.
         OSError: e.g. when the disk is full; then nothing is left behind.
     """
+    if Path(folder).name == SAVING:  # Part of another save.
+        yield Path(folder)
+        return
     if process_group.process_count() == 1:
         with _staging(folder) as staging:
             yield staging
@@ -59,6 +59,8 @@ def atomic_folder(
                 staging = stack.enter_context(_staging(folder))
             elif not together:
                 staging = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                staging /= SAVING  # The name that all processes see.
+                staging.mkdir()
         with process_group.all_or_none(f"{folder} was written"):
             yield staging
 
@@ -102,8 +104,16 @@ def _staging(folder):
         files = [p for p in sorted(staging.rglob("*")) if p.is_file()]
         for file in files:
             _flush(file)
-        names = [str(file.relative_to(staging)) for file in files]
-        (staging / _MANIFEST).write_text(json.dumps(names), encoding="utf-8")
+        new = {file.relative_to(staging).as_posix() for file in files}
+        saved_files.refuse_foreign(folder, new)
+        removed = saved_files.replaced(folder, new)
+        text = saved_files.manifest(folder, new, removed)
+        (staging / saved_files.MANIFEST).write_text(text, encoding="utf-8")
+        _flush(staging / saved_files.MANIFEST)
+        commit = {"files": [*sorted(new), saved_files.MANIFEST]}
+        commit["removed"] = sorted(removed)
+        (staging / _COMMIT).write_text(json.dumps(commit), encoding="utf-8")
+        _flush(staging / _COMMIT)
         os.rename(staging, folder / SAVED)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -124,21 +134,23 @@ def finish_interrupted_save(folder: str | os.PathLike[str]) -> None:
     """Move the files of a committed save into place, if it was interrupted there."""
     folder = Path(folder)
     saved = folder / SAVED
-    manifest = saved / _MANIFEST
-    if not manifest.exists():
+    try:
+        commit = json.loads((saved / _COMMIT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        shutil.rmtree(saved, ignore_errors=True)  # Finished but for empty folders.
         return
-    names = json.loads(manifest.read_text(encoding="utf-8"))
+    is_old = isinstance(commit, list)  # Of a version without `saved_files`.
+    names = commit if is_old else commit["files"]
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # Moved before.
             os.replace(saved / name, target)
     new = set(names)
-    weights = {p.name for kind in _WEIGHTS for p in folder.glob(kind)}
-    if new & weights:
-        for name in weights - new:
-            (folder / name).unlink()
-    shutil.rmtree(saved)
+    removed = saved_files.left_behind(folder, new) if is_old else commit["removed"]
+    for name in removed:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(saved, ignore_errors=True)  # Another reader may do the same.
 
 
 def has_incomplete_save(folder: str | os.PathLike[str]) -> bool:

@@ -160,8 +160,21 @@ class Runs:
         self.runs: dict[str, dict[str, Any]] = {}
         file = self.folder / RESULTS
         if not file.exists():
+            if (self.folder / TABLE).exists():
+                raise ValueError(
+                    f"`output` {self.folder} has a {TABLE} without {RESULTS}, which "
+                    "would be replaced; choose another folder."
+                )
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not {"options", "runs"} <= set(found):
+            raise ValueError(
+                f"`output` {self.folder} has a {RESULTS} that is no evaluation's; "
+                "choose another folder."
+            )
         other = {k: v for k, v in found["options"].items() if options.get(k) != v}
         if other:
             raise ValueError(

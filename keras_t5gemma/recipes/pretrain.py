@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def _train(
     epochs, steps = _plan(o, batches.batches_an_epoch())
     batches.limit(steps)
     if o.warmup_steps is None:
-        updates = epochs * steps // o.gradient_accumulation_steps
+        updates = training_setup.number_of_updates(o, epochs * steps)
         o = dataclasses.replace(o, warmup_steps=min(_WARMUP_STEPS, updates // 10))
     model.compile(
         optimizer=training_setup.make_optimizer(o, epochs * steps),
@@ -238,7 +237,7 @@ class _SaveLast(keras.callbacks.Callback):
         best = self.folder.best
         average_presets(paths, best, overwrite=True)
         run_directory.write_json(best / "best.json", {"mean_of": epochs})
-        shutil.rmtree(self.folder.last)
+        self.folder.remove_last()
 
 
 def _score(

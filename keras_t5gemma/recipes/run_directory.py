@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from keras_t5gemma.checkpoints import saved_files
 from keras_t5gemma.checkpoints.atomic import (
     atomic_file,
     atomic_folder,
@@ -20,6 +21,7 @@ from keras_t5gemma.training.callbacks import SaveBest
 from keras_t5gemma.utils.options import as_json, as_yaml
 
 ADAPTERS_FILE = "adapters.lora.h5"
+_ADDED = (ADAPTERS_FILE, "best.json", "README.md")  # To presets, after their save.
 
 
 class RunDirectory:
@@ -112,8 +114,9 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if clear:  # config.json goes last: it marks the folder as a run directory.
-            for folder in (self.backup, self.best, self.last, self.preset):
-                shutil.rmtree(folder, ignore_errors=True)
+            for folder in (self.backup, self.best, self.preset):
+                saved_files.remove(folder, also=_ADDED)
+            self.remove_last()
             for file in (
                 self.scores,
                 self.samples,
@@ -162,6 +165,12 @@ class RunDirectory:
                 copy_function=_link,
                 dirs_exist_ok=True,
             )
+
+    def remove_last(self) -> None:
+        """Remove the presets of the last epochs."""
+        for folder in sorted(self.last.glob("epoch-*")):
+            saved_files.remove(folder)
+        saved_files.remove_if_empty(self.last)
 
     def which_model(self) -> str:
         """Describe which epoch the result comes from."""

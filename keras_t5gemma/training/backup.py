@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import keras
 
+from keras_t5gemma.checkpoints import saved_files
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish_interrupted_save
 from keras_t5gemma.data.resumable import ResumableDataset
 from keras_t5gemma.distribution import process_group
@@ -38,13 +39,13 @@ class BackupAndRestore(keras.callbacks.Callback):
     Other callbacks are not restored: `EarlyStopping` counts its patience from 0 again.
 
     Args:
-        folder: path, used by this training alone.
+        folder: path, used by this training alone. Other files in it stay.
         save_freq: `"epoch"`, or the number of batches between two backups.
 
     Raises:
         ValueError: for another `save_freq`. `fit` raises it for a backup of another
-            model or of other data, and for data that cannot be iterated again: arrays
-            of ids, or a generator.
+            model or of other data, for data that cannot be iterated again (arrays of
+            ids, or a generator), and if files that are not the backup's are in the way.
     """
 
     def __init__(
@@ -85,10 +86,13 @@ class BackupAndRestore(keras.callbacks.Callback):
                     finish_interrupted_save(self.folder)
         elif self.folder.exists():
             raise ValueError(f"`folder` must be a folder; {self.folder} is a file.")
-        if not (self.folder / _PROGRESS).exists():
+        saved_files.refuse_foreign(self.folder, [*state_file.names(), _PROGRESS])
+        path = self.folder / _PROGRESS
+        if not path.exists():
             return None
-        text = (self.folder / _PROGRESS).read_text(encoding="utf-8")
-        progress = json.loads(text)
+        if not saved_files.is_marked(path):
+            raise ValueError(f"{path} is damaged. Remove {self.folder} to start over.")
+        progress = json.loads(path.read_text(encoding="utf-8"))
         here = self._description(data)
         if progress["data"] != here:
             raise ValueError(
@@ -137,10 +141,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if process_group.process_index():
             return
-        for path in (*self.folder.glob("state*.h5"), self.folder / _PROGRESS):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # It may have other files.
-            self.folder.rmdir()
+        saved_files.remove(self.folder)
 
     def _save(self, epoch, batch):
         self._unsaved = 0

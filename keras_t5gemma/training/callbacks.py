@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_t5gemma.checkpoints import saved_files
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish_interrupted_save
 from keras_t5gemma.data.text_columns import as_columns
 from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
@@ -309,8 +310,13 @@ class SaveBest(keras.callbacks.Callback):
         finish_interrupted_save(self.folder)
         path = self.folder / _BEST_FILE
         if path.exists():
+            if not saved_files.is_marked(path):
+                raise ValueError(
+                    f"`folder` {folder} has a {_BEST_FILE} that SaveBest has not "
+                    "written. Pass another folder."
+                )
             noted = json.loads(path.read_text(encoding="utf-8"))
-            found = (noted["monitor"], noted["mode"])
+            found = (noted.get("monitor"), noted.get("mode"))
             if found != (self.monitor, self.mode):
                 raise ValueError(
                     f"`folder` {folder} has the best model by {found}; got `monitor` "

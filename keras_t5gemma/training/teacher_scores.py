@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_t5gemma.checkpoints import saved_files
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.data.document_dataset import read_pieces
 from keras_t5gemma.data.text_columns import as_documents
@@ -124,9 +125,10 @@ def write_teacher_scores(
         The `TeacherScores`.
 
     Raises:
-        ValueError: for a teacher with another vocabulary, or texts that `fit` does not
-            accept.
+        ValueError: for a teacher with another vocabulary, texts that `fit` does not
+            accept, or a folder with other files of these names.
     """
+    saved_files.refuse_foreign(Path(folder), (IDS, LOG_PROBS, ABOUT))
     if preprocessor.objective is None:
         raise ValueError("`preprocessor` must have an `objective`; it has none.")
     if not isinstance(teacher, TeacherInMemory):

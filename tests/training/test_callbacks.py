@@ -349,7 +349,8 @@ def test_save_best_keeps_the_best(model, tmp_path, monkeypatch):
     assert json.loads((folder / "best.json").read_text()) == noted
     end_of_epoch(1.5, 8, resumed)
     assert (weights_in(folder, variable.path) == 8).all()
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert hidden == [".saved_files.json"]
 
     with pytest.warns(
         UserWarning, match="'val_loss' is not in the logs.*accuracy, los"
