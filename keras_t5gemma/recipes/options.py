@@ -114,7 +114,7 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     """Share of each target spread over the vocabulary, in [0, 1)."""
     gradient_accumulation_steps: int = 1
-    """Steps per optimizer update."""
+    """Steps per optimizer update; those left at the end of the training make one."""
     ema_momentum: float | None = None
     """Momentum of a moving average of the weights, e.g. 0.999, which is validated and
     saved; None keeps no average."""

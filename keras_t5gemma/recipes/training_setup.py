@@ -38,6 +38,16 @@ def load_base(o: Any) -> Seq2SeqLM:
     return Seq2SeqLM.from_preset(o.preset, dtype=o.dtype, preprocessor=preprocessor)
 
 
+def number_of_updates(o: TrainingOptions, steps: int) -> int:
+    """Updates of a training; the last one may accumulate fewer batches.
+
+    Args:
+        o: options of the training.
+        steps: number of training steps.
+    """
+    return -(-steps // o.gradient_accumulation_steps)
+
+
 def make_optimizer(o: TrainingOptions, steps: int) -> keras.optimizers.Optimizer:
     """Build the optimizer and its learning rate schedule.
 
@@ -48,7 +58,7 @@ def make_optimizer(o: TrainingOptions, steps: int) -> keras.optimizers.Optimizer
     Raises:
         ValueError: when the warm-up is not shorter than the training.
     """
-    updates = steps // o.gradient_accumulation_steps
+    updates = number_of_updates(o, steps)
     warmup_steps = o.warmup_steps or 0
     if warmup_steps and warmup_steps >= updates:
         raise ValueError(

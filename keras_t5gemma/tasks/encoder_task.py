@@ -145,7 +145,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
 
         Args:
             optimizer: `"auto"` is Adafactor at 1e-4. `gradient_accumulation_steps` as
-                in `Seq2SeqLM.compile`, with the mean over rows by their weights.
+                in `Seq2SeqLM.fit`, with the mean over rows by their weights.
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
             **kwargs: of `keras.Model.compile`.

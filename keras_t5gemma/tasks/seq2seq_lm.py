@@ -117,7 +117,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
 
         Args:
             optimizer: `"auto"` is Adafactor at 1e-4, as in the official fine-tuning
-                example; it needs little memory and works with bfloat16 weights.
+                example; it needs little memory and works with bfloat16 weights. For
+                `gradient_accumulation_steps` see `fit`.
             loss: `"auto"` is `TokenCrossEntropy()`, the mean over the target tokens
                 of the batch without padding. This loss with the default metrics, or a
                 `Distillation`, is computed in chunks; any other loss gets the logits.

@@ -44,6 +44,12 @@ class TextPairTask(FitMixin, ChunkedLossTask):
         texts and empty targets: pairs with an empty target are kept, and teach the
         model to answer nothing.
 
+        With `gradient_accumulation_steps=k` of the optimizer an update has the gradient
+        of one batch as large as k: the mean over all their tokens. Batches left at the
+        end of each `fit` make one more, smaller update: without it their data would be
+        lost, and fewer than k batches would train nothing. After an exception the next
+        `fit` continues the accumulation. Schedules and averages count updates.
+
         Args:
             x: a list of source strings (with `y`), a list of `(source, target)`
                 pairs or of dicts, a dict of `"encoder_text"` and

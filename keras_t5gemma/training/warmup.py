@@ -19,7 +19,7 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
     computed (on JAX and TensorFlow as far as the compiler removes them).
 
     Args:
-        steps: K; 0 turns it off. Counted from the optimizer's first step, so that a
+        steps: K; 0 turns it off. Counted from the optimizer's first update, so that a
             resumed run continues the warm-up.
         norms: whether the two norms around the cross-attention are trained with it.
 
@@ -35,8 +35,14 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         self.is_on = False
 
     def on_train_begin(self, logs=None):
-        self._done = int(self.model.optimizer.iterations)
-        if self._done < self.steps:
+        # Mixed float16 wraps the optimizer that updates the weights.
+        optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        batches = optimizer.gradient_accumulation_steps or 1  # Of an update.
+        self._end_at = self.steps * batches
+        self._done = int(_compat.batch_counter(optimizer))
+        self._optimizer = optimizer
+        if self._done < self._end_at:
             self._begin()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -45,7 +51,7 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self._done += batch - self._batch
         self._batch = batch
-        if self.is_on and self._done >= self.steps:
+        if self.is_on and self._done >= self._end_at:
             self._end()
 
     def on_train_end(self, logs=None):
@@ -61,14 +67,10 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
                 "CrossAttentionWarmUp needs trainable cross-attention; none is among "
                 f"the model's {len(every)} trainable variables."
             )
-        optimizer = self.model.optimizer
-        optimizer.build(every)
-        # Mixed float16 wraps the optimizer that updates the weights.
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        self.model.optimizer.build(every)
         ids = {id(variable) for variable in alone}
-        apply = functools.partial(_apply_to, optimizer, every, ids)
-        _compat.replace_apply(optimizer, apply)
-        self._optimizer = optimizer
+        apply = functools.partial(_apply_to, self._optimizer, every, ids)
+        _compat.replace_apply(self._optimizer, apply)
         self._frozen = [v for v in every if id(v) not in ids]
         self._switch(True)
 

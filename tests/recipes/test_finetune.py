@@ -315,7 +315,8 @@ def test_learning_rates():
     expected = [0.5 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(5)]
     assert rates(4, schedule="cosine") == pytest.approx(expected, abs=1e-6)
     accumulated = {"gradient_accumulation_steps": 2, "schedule": "cosine"}
-    assert rates(8, **accumulated) == pytest.approx(expected, abs=1e-6)
+    for steps in (7, 8):  # The last of the four updates may have one batch.
+        assert rates(steps, **accumulated) == pytest.approx(expected, abs=1e-6)
     assert rates(9, warmup_steps=2) == pytest.approx([0, 0.25, 0.5, 0.5, 0.5])
     with pytest.raises(ValueError, match="below the 4 updates.*got 4"):
         rates(8, warmup_steps=4, gradient_accumulation_steps=2)

@@ -1,5 +1,8 @@
 """Accumulated gradients update like one large batch."""
 
+import dataclasses
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ from helpers.models import enlarge, numpy, one_block_config, random_inputs
 from keras import ops
 
 import keras_t5gemma as kt
-from keras_t5gemma.training.accumulation import callbacks
+from keras_t5gemma.training.accumulation import callbacks, weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
 
 COUNTS = [5, 1, 2, 7, 3]  # Tokens of batches: two updates with three steps.
@@ -64,6 +67,33 @@ def test_any_optimizer_updates_like_the_large_batch(name, arguments):
         assert np.abs(one - other).max() < 1e-6
 
 
+LOSS = keras.losses.SparseCategoricalCrossentropy
+MEAN = LOSS(reduction="mean_with_sample_weight")
+WEIGHTS = np.array([[1, 1, 0], [1, 0, 0]], "float32")
+
+
+@pytest.mark.parametrize(
+    ("loss", "sample_weight", "expected"),
+    [
+        (MEAN, WEIGHTS, 3),
+        (MEAN, np.array([0.5, 2], "float32"), 2.5 * 3),  # Of rows of three tokens.
+        (MEAN, None, 6),
+        ("sparse_categorical_crossentropy", WEIGHTS, 6),
+        ([LOSS()], WEIGHTS, 6),
+        (LOSS(reduction="sum"), WEIGHTS, None),
+    ],
+)
+def test_what_a_batch_counts(loss, sample_weight, expected):
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+    optimizer = prepare_optimizer(optimizer, "float32")
+    model = types.SimpleNamespace(optimizer=optimizer, loss=loss)
+    accumulation = optimizer.gradient_accumulation
+    with weighted_batch(model, (None, np.zeros((2, 3), "int32"), sample_weight)):
+        found = accumulation.batch_weight
+        assert found is expected is None or float(found) == expected
+    assert accumulation.batch_weight is None
+
+
 def ragged_batches():
     x = random_inputs(batch=5)
     weights = np.zeros(x["decoder_token_ids"].shape, "float32")
@@ -72,30 +102,103 @@ def ragged_batches():
     return x, x["decoder_token_ids"], weights
 
 
-def trained_lm(batch_size, steps, loss="auto", lora=False, dtype="float32", **fit):
+def trained_lm(batch_size, steps, lora=False, dtype="float32", **fit_arguments):
+    """The model's history, and its weights before and after `fit`."""
     keras.utils.set_random_seed(3)
     model = kt.Seq2SeqLM(kt.Backbone(one_block_config(), dtype=dtype))
     enlarge(model.backbone, 3.0)
     if lora:
         model.enable_lora(2)
     optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps)
-    model.compile(optimizer=optimizer, loss=loss)
+    model.compile(optimizer=optimizer)
     before = [numpy(v) for v in model.trainable_variables]
     x, y, weights = ragged_batches()
-    history = model.fit(
-        x, y, sample_weight=weights, batch_size=batch_size, shuffle=False, verbose=0
-    ).history
-    after = [numpy(v) for v in model.trainable_variables]
-    assert int(model.optimizer.iterations) == 1
-    return history, before, after
+    arguments = {"batch_size": batch_size, "shuffle": False, "verbose": 0}
+    history = model.fit(x, y, sample_weight=weights, **arguments, **fit_arguments)
+    return model, history.history, before, [numpy(v) for v in model.trainable_variables]
 
 
-@pytest.mark.parametrize("lora", [False, True])
+def difference(one, other):
+    return max(np.abs(a - b).max() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "lora", [False, pytest.param(True, marks=pytest.mark.one_backend)]
+)
 def test_more_steps_than_batches(lora):
     """Three ragged batches and eight steps: one update, by the mean over tokens."""
-    history, before, expected = trained_lm(5, None, lora=lora)
-    shown, _, found = trained_lm(2, 8, lora=lora)
+    _, history, before, expected = trained_lm(5, None, lora)
+    model, shown, _, found = trained_lm(2, 8, lora)
+    assert int(model.optimizer.iterations) == 1
     assert shown["loss"] == pytest.approx(history["loss"], abs=1e-5)
-    assert max(np.abs(a - b).max() for a, b in zip(before, expected, strict=True)) > 0.1
-    for one, other in zip(found, expected, strict=True):
-        assert np.abs(one - other).max() < 1e-6
+    assert difference(before, expected) > 0.1
+    assert difference(found, expected) < 1e-6
+
+
+@pytest.mark.one_backend
+def test_mixed_float16():
+    _, _, before, expected = trained_lm(5, None, dtype="mixed_float16")
+    model, _, _, found = trained_lm(2, 8, dtype="mixed_float16")
+    assert type(model.optimizer).__name__ == "LossScaleOptimizer"
+    assert int(model.optimizer.iterations) == 1
+    assert difference(before, expected) > 0.1
+    assert difference(found, expected) < 1e-2
+
+
+class Watch(keras.callbacks.Callback):
+    """Notes the updates that validation and the other callbacks see, and may stop."""
+
+    def __init__(self, stop_after=None):
+        super().__init__()
+        self.seen, self.stop_after = [], stop_after
+
+    def on_test_begin(self, logs=None):
+        self.seen.append(int(self.model.optimizer.iterations))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(int(self.model.optimizer.iterations))
+        self.model.stop_training = epoch == self.stop_after
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "expected"),
+    [
+        (None, [0, 0, 1, 1, 2, 2]),
+        pytest.param(1, [0, 0, 1, 1], marks=pytest.mark.one_backend),
+    ],
+)
+def test_the_rest_is_applied_before_the_last_validation(stop_after, expected):
+    """Nine batches in three epochs, five steps: an update after five and after nine."""
+    x, y, weights = ragged_batches()
+    watch = Watch(stop_after)
+    model, _, _, _ = trained_lm(
+        2, 5, epochs=3, callbacks=[watch], validation_data=(x, y, weights)
+    )
+    assert watch.seen == expected
+    assert int(model.optimizer.iterations) == 2
+
+
+@pytest.mark.one_backend
+def test_classifier():
+    """The mean over rows, by their weights."""
+    x = {k: v for k, v in random_inputs(batch=4).items() if k.startswith("encoder")}
+    y = np.array([0, 1, 1, 0])
+    weights = np.array([3, 0.5, 1, 0.25], "float32")
+
+    def trained(size, steps):
+        keras.utils.set_random_seed(3)
+        config = dataclasses.replace(one_block_config(), decoder=None)
+        model = kt.TextClassifier(kt.Backbone(config), None, num_classes=2)
+        enlarge(model, 3.0)
+        optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps)
+        model.compile(optimizer)
+        before = [numpy(v) for v in model.trainable_variables]
+        for rows in (slice(i, i + size) for i in range(0, 4, size)):
+            batch = {name: array[rows] for name, array in x.items()}
+            model.train_on_batch(batch, y[rows], weights[rows])
+        return before, [numpy(v) for v in model.trainable_variables]
+
+    before, expected = trained(4, None)
+    _, found = trained(2, 2)
+    assert difference(before, expected) > 0.1
+    assert difference(found, expected) < 1e-6

@@ -90,6 +90,26 @@ def test_ends_in_the_same_bits(proto, uninterrupted, tmp_path):
         assert (ours == value).all()
 
 
+def test_ends_in_the_same_bits_within_an_accumulation(proto, tmp_path):
+    """Eight batches and three steps: stopped after four, with a backup of that batch.
+
+    The last update has two batches.
+    """
+    settings = {"gradient_accumulation_steps": 3, "lora": False}
+    model = make_model(proto, **settings)
+    fit(model, epochs=1)
+    expected = values(model)
+    model = make_model(proto, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, tmp_path, [Stop(0, 5)], 1, epochs=1)
+    for variable in model.variables + model.optimizer.variables:
+        variable.assign(keras.ops.zeros_like(variable.value))  # All is in the backup.
+    fit(model, tmp_path, epochs=1)
+    assert int(model.optimizer.iterations) == 3
+    for found, value in zip(values(model), expected, strict=True):
+        assert (found == value).all()
+
+
 KILLED = """
 import sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/training"]

@@ -55,32 +55,6 @@ def test_rematerialization_is_saved_with_compile():
     assert again.backbone.decoder.rematerialize
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch():
-    """Keras's argument of its optimizers; here all targets are equally long."""
-    x = random_inputs(batch=4)
-    y = x["decoder_token_ids"]
-    weights = np.ones(y.shape, "float32")
-    results = []
-    for batch, steps in ((4, None), (2, 2)):
-        keras.utils.set_random_seed(3)
-        model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
-        enlarge(model.backbone, 3.0)
-        optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps)
-        model.compile(optimizer=optimizer)
-        model.fit(
-            x,
-            y,
-            sample_weight=weights,
-            batch_size=batch,
-            epochs=1,
-            shuffle=False,
-            verbose=0,
-        )
-        results.append([numpy(v) for v in model.trainable_variables])
-    for ours, theirs in zip(*results, strict=True):
-        assert np.abs(ours - theirs).max() < 1e-5
-
-
 @pytest.mark.skipif(keras.config.backend() == "jax", reason="XLA fuses Keras's own")
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_fused_kernel_is_keras_adam(name):
