@@ -140,7 +140,7 @@ main(["adapt", small, "--output", balanced, "--overwrite"])
 # ## It learns faster than from nothing
 #
 # Out of the box it writes nonsense: its encoder never looked ahead, its decoder never
-# saw another's states. It has to go on learning, on plain text, out of which an
+# saw another's states. It needs further pretraining on plain text, out of which an
 # objective makes the pairs. Here a few steps with `PrefixLM`, and the same steps for a
 # model of the same shape that starts from nothing.
 
@@ -207,4 +207,4 @@ print("large reads, small writes:", losses)
 # of 80 GB. Its cross-attention is random, so `keras-t5gemma pretrain` trains that alone
 # for the first 1,000 steps without being asked to.
 #
-# The guide *continue_pretraining* goes on from here.
+# The guide *continue_pretraining* continues from here.

@@ -162,7 +162,7 @@ print(f"from disk: training loss {history.history['loss'][0]:.2f}")
 # ## The same from files, in one command
 #
 # `keras-t5gemma pretrain` adds what a long run needs: cosine schedule with warm-up,
-# clipping, backups from which a stopped run goes on to the same bits, the mean of the
+# clipping, backups from which a run resumes bit-exactly, the mean of the
 # last models, curves, scores before and after, a model card. A document a line.
 
 # %%

@@ -104,7 +104,7 @@ print(len(train["encoder_text"]), "pairs to learn,", VALID_ROWS, "to check")
 # ## Before
 #
 # `score_texts` measures answers. It takes names of known metrics or a function of your
-# own. Ours is the share of answers that start with a kind. Ten rows are few: look at
+# own. This one is the share of answers that start with a kind. Ten rows are few: look at
 # the standard errors before you believe a difference.
 
 # %%
@@ -137,7 +137,7 @@ answers_before, scores_before = measure(model)
 #
 # - `GenerationMetrics` writes answers to a sample after epochs and measures them.
 # - `SaveBest` keeps the best epoch as a preset.
-# - `BackupAndRestore` makes the same `fit` go on after a kill, with the same result.
+# - `BackupAndRestore` lets the same `fit` resume after a kill, with the same result.
 # - `fit` itself stops at a NaN loss, names the rows, and shows tokens a second.
 #
 # `batching="bucketed"`, the default, puts texts of similar length together.
@@ -206,7 +206,7 @@ print(
 # ## Your own data
 #
 # The same as a command, with everything in a run folder: configuration, log, curves,
-# samples, scores, preset, model card. Stopped and given again, it goes on.
+# samples, scores, preset, model card. The same command resumes an interrupted run.
 #
 # ```bash
 # keras-t5gemma finetune --preset t5gemma_mini_synopsis --train train.jsonl \

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Fine-tune for translation with LoRA
 #
-# What this shows: training small matrices beside frozen weights (LoRA, arXiv
+# What this shows: training small matrices next to frozen weights (LoRA, arXiv
 # 2106.09685), part by part. The result is a small file of adapters. It can be loaded
 # onto the base, or merged into it.
 #
@@ -143,7 +143,7 @@ model.enable_lora(
     32, parts=["encoder", "decoder", "cross_attention", "mlp", "embeddings"]
 )
 learns = sum(math.prod(v.shape) for v in model.trainable_variables)
-print(f"{learns:,} weights learn, beside {sum(map(np.size, before)):,} that do not")
+print(f"{learns:,} weights learn, next to {sum(map(np.size, before)):,} that do not")
 
 # %% [markdown]
 # ## Train

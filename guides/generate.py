@@ -208,7 +208,7 @@ for old, new in zip(beams, int8, strict=True):
 #
 # **2B-2B on one GPU.** `from_preset("t5gemma_2b_2b_prefixlm_it", dtype="bfloat16")`.
 # It has 5.6 billion parameters, 2 bytes each: 5.6 x 2 = 11.2 GB, so a card of 16 GB
-# does. With `quantize("int8")` it is 5.6 GB. The cache of a row is small beside that:
+# does. With `quantize("int8")` it is 5.6 GB. The cache of a row is small in comparison:
 # keys and values of 26 layers, 4 heads x 256 numbers x 2 bytes, are 26 x 2 x 2,048
 # bytes = 0.1 MB for each token of the source and each of the answer. A row of 512 + 512
 # tokens takes 0.11 GB, eight such rows 0.9 GB.
