@@ -80,7 +80,13 @@ class FitMixin(SafeInference):
                 )
         if valid:
             kwargs |= _validation_arguments(valid)
-        return self._fit(data, keras.tree.flatten(callbacks or []), epochs, kwargs)
+        callbacks = keras.tree.flatten(callbacks or [])
+        try:
+            return self._fit(data, callbacks, epochs, kwargs)
+        finally:
+            for backup in callbacks:
+                if isinstance(backup, BackupAndRestore):
+                    backup.release()
 
     def _fit(self, data, callbacks, epochs, kwargs):
         """`keras.Model.fit` on the result of `_data`, with backup and reports."""

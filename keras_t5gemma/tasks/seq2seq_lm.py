@@ -10,12 +10,14 @@ import numpy as np
 from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
-from keras_t5gemma.generation.generator import Generator
+from keras_t5gemma.generation.generator import Generator, known_tokens
 from keras_t5gemma.generation.keras_hub_sampler import decode_batch
 from keras_t5gemma.generation.options import options_of_sampler
 from keras_t5gemma.generation.requests import answer_mask, read_request
 from keras_t5gemma.generation.scoring import make_scorer, score
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.modeling.weight_loading import normal_tensors
+from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.tasks.text_pair_task import TextPairTask
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.token_ids import check_vocabulary
@@ -45,14 +47,16 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         self,
         backbone: Backbone,
         preprocessor: Seq2SeqLMPreprocessor | None = None,
+        *rest: Any,
         **kwargs: Any,
     ) -> None:
+        check_backbone(type(self), backbone, Backbone, rest)
         if backbone.decoder is None:
             raise ValueError(
                 "`backbone` must have a decoder; this one is an encoder alone "
                 "(`config.decoder` is None)."
             )
-        if preprocessor is not None and preprocessor.tokenizer.proto is not None:
+        if preprocessor is not None:
             check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
         self.backbone = backbone
         self.preprocessor: Any = preprocessor
@@ -63,6 +67,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         track_parameters(self)
 
     @classmethod
+    @normal_tensors()
     def from_preset(
         cls, preset: Any, load_weights: bool = True, **kwargs: Any
     ) -> "Seq2SeqLM":
@@ -162,17 +167,11 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         config = super().get_compile_config()
         if config is not None:
             config["sampler"] = keras_hub.samplers.serialize(self.sampler)
-            config["optimizer_built"] = self.optimizer.built
-            config["rematerialize"] = self.backbone.decoder.rematerialize
         return config
 
-    def compile_from_config(self, config: dict) -> None:
-        config = dict(config)
+    def _compile_arguments(self, config):
         sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
-        optimizer_built = config.pop("optimizer_built")
-        self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler)
-        if optimizer_built:  # It has a state to load.
-            self.optimizer.build(self.trainable_variables)
+        return {**super()._compile_arguments(config), "sampler": sampler}
 
     def generate(
         self,
@@ -315,7 +314,12 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
     def generate_step(self, inputs: dict, stop_token_ids: Any = None) -> Any:
         """One compiled batch; KerasHub's `make_generate_function` wraps it."""
         return decode_batch(
-            self.backbone, self.sampler, inputs, stop_token_ids, model=self
+            self.backbone,
+            self.sampler,
+            inputs,
+            stop_token_ids,
+            model=self,
+            known_tokens=known_tokens(self),
         )
 
     def score(self, source: Any, target: Any, batch_size: int = 32) -> dict[str, Any]:

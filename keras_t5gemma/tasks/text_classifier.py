@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
+import keras_hub
 import numpy as np
 
 from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
@@ -11,6 +12,7 @@ from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling.heads import pool
 from keras_t5gemma.tasks.encoder_task import EncoderTask
+from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.utils.checks import one_of, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 
@@ -56,8 +58,10 @@ class TextClassifier(EncoderTask):
         pooling: str = "last",
         dropout: float = 0.0,
         separator: str = "\n",
+        *rest: Any,
         **kwargs: Any,
     ) -> None:
+        check_backbone(type(self), backbone, keras_hub.models.Backbone, rest)
         one_of(kind, "kind", KINDS)
         class_names = None if class_names is None else list(class_names)
         outputs = 1

@@ -1,0 +1,113 @@
+"""Copies of a task: `.keras` files, pickles, deep copies, configurations, clones."""
+
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from helpers.models import SENTENCES, one_block_config
+
+import keras_t5gemma as kt
+
+KINDS = ["lm", "embedder", "classifier"]
+
+
+def make(kind, tokenizer):
+    config = one_block_config()
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 64, 8)
+    if kind == "lm":
+        return kt.Seq2SeqLM(kt.Backbone(config), preprocessor)
+    encoder = kt.Backbone(kt.T5GemmaConfig(config.encoder, None, 480))
+    if kind == "embedder":
+        return kt.TextEmbedder(encoder, preprocessor, projection_dim=8)
+    return kt.TextClassifier(encoder, preprocessor, class_names=["a", "b"])
+
+
+def through_file(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    return keras.saving.load_model(tmp_path / "model.keras")
+
+
+def through_pickle(model, tmp_path):
+    return pickle.loads(pickle.dumps(model))
+
+
+def deep_copied(model, tmp_path):
+    return copy.deepcopy(model)
+
+
+one_backend = pytest.mark.one_backend
+COPIES = [
+    through_file,
+    pytest.param(through_pickle, marks=one_backend),
+    pytest.param(deep_copied, marks=one_backend),
+]
+
+
+def answer(model):
+    if isinstance(model, kt.TextEmbedder):
+        return model.embed(SENTENCES)
+    if isinstance(model, kt.TextClassifier):
+        return model.predict(SENTENCES)
+    return np.array(model.score(SENTENCES, ["a"] * 6)["log_prob"])
+
+
+def data(model):
+    if isinstance(model, kt.TextClassifier):
+        return SENTENCES[:2], ["a", "b"]
+    return SENTENCES[:2], ["x", "y"]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_answers_and_is_compiled_like_the_original(
+    kind, copied, tokenizer, tmp_path
+):
+    model = make(kind, tokenizer)
+    options = {"gradient_cache_rows": 1} if kind == "embedder" else {}
+    model.compile(keras.optimizers.SGD(0.125), rematerialize=True, **options)
+    found = copied(model, tmp_path)
+    assert type(found) is type(model)
+    np.testing.assert_array_equal(answer(found), answer(model))
+    assert found.optimizer.learning_rate == 0.125
+    assert found.backbone.encoder.rematerialize is True
+    if kind == "embedder":
+        assert found.gradient_cache_rows == 1
+    for tower in filter(None, (found.backbone.encoder, found.backbone.decoder)):
+        tower.rematerialize = False  # It compiles faster.
+    assert len(found.evaluate(*data(model), verbose=0)) > 1  # Loss and metrics.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_makes_a_task_without_a_vocabulary(kind, tokenizer):
+    model = make(kind, tokenizer)
+    found = type(model).from_config(model.get_config())
+    assert found.get_config() == model.get_config()
+    assert [v.path for v in found.weights] == [v.path for v in model.weights]
+    with pytest.raises(ValueError, match="has no vocabulary yet"):
+        answer(found)
+    found.set_weights(model.get_weights())
+    found.preprocessor = model.preprocessor
+    np.testing.assert_array_equal(answer(found), answer(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clone_is_refused_with_what_to_do(kind, tokenizer):
+    with pytest.raises(ValueError, match="cannot clone .*copy.deepcopy.*from_preset"):
+        keras.models.clone_model(make(kind, tokenizer))
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("kind", [kt.Seq2SeqLM, kt.TextEmbedder, kt.TextClassifier])
+def test_a_backbone_that_is_none_is_refused(kind):
+    for value in (5, None, {}, "t5gemma"):
+        with pytest.raises(ValueError, match="`backbone` must be a .*Backbone; got"):
+            kind(value)
+
+
+@pytest.mark.one_backend
+def test_more_positional_arguments_are_refused(tokenizer):
+    model = make("lm", tokenizer)
+    with pytest.raises(ValueError, match="Seq2SeqLM must be passed by its keyword"):
+        kt.Seq2SeqLM(model.backbone, model.preprocessor, "name")
