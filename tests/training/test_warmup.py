@@ -31,10 +31,11 @@ class Look(keras.callbacks.Callback):
         )
 
 
-def train(callbacks, dtype="float32", **fit_arguments):
+def train(callbacks, dtype="float32", steps=None, **fit_arguments):
     keras.utils.set_random_seed(0)
     model = kt.Seq2SeqLM(enlarge(kt.Backbone(one_block_config(), dtype=dtype)))
-    model.compile(optimizer=keras.optimizers.AdamW(1e-3, weight_decay=0.1))
+    settings = {"weight_decay": 0.1, "gradient_accumulation_steps": steps}
+    model.compile(optimizer=keras.optimizers.AdamW(1e-3, **settings))
     before = {v.path: numpy(v) for v in model.trainable_variables}
     x = random_inputs(batch=STEPS)
     y = x["decoder_token_ids"]
@@ -114,6 +115,17 @@ def test_goes_on_where_a_stopped_run_was():
     alone = {path for path in before if "cross" in path}
     assert moved(before, look.weights[2 - steps]) == alone
     assert moved(before, look.weights[3 - steps]) == set(before)
+
+
+@pytest.mark.one_backend
+def test_accumulated_steps_are_updates():
+    """Three batches are an update: the fourth is left, with the warm-up over."""
+    _, before, look = train([CrossAttentionWarmUp(1)], steps=3)
+    assert moved(before, look.weights[1]) == set()
+    assert moved(before, look.weights[2]) == {p for p in before if "cross" in p}
+    model, before, _ = train([CrossAttentionWarmUp(2)], steps=3)
+    after = {v.path: numpy(v) for v in model.trainable_variables}
+    assert moved(before, after) == {p for p in before if "cross" in p}
 
 
 def test_mixed_float16():
