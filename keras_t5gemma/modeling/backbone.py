@@ -375,7 +375,7 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
             **kwargs,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "config": self.config.to_dict(),

@@ -335,7 +335,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
         self.count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "encoder_sequence_length": self.encoder_sequence_length,

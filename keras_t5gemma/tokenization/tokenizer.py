@@ -11,6 +11,7 @@ import sentencepiece
 
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.utils.files import open_regular
 from keras_t5gemma.utils.texts import as_texts, check_unicode
 
 VOCABULARY_FILE = presets.VOCABULARY_FILE
@@ -53,7 +54,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
 
     def _set_proto(self, proto):
         if not isinstance(proto, bytes):
-            with open(proto, "rb") as file:
+            with open_regular(proto) as file:
                 proto = file.read()
         processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -164,7 +165,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
                 run.append(i)
         return "".join([*out, self.processor.Decode(run)])
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> list:
         """Same as `tokenize`."""
         return self.tokenize(inputs)
 
