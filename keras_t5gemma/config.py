@@ -8,9 +8,14 @@ from keras_t5gemma.utils.checks import number, whole_number
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
+MAX_COUNT = 2**31 - 1  # Sizes beyond it only come from damaged files.
+MAX_LAYERS = 10_000
+
+
 def _store_counts(config, *names):
     for name in names:
-        value = whole_number(getattr(config, name), name, 1)
+        high = MAX_LAYERS if name == "num_layers" else MAX_COUNT
+        value = whole_number(getattr(config, name), name, 1, high)
         object.__setattr__(config, name, value)
 
 
@@ -85,8 +90,13 @@ class StackConfig:
         types = self.layer_types
         if types is None:
             types = [FULL if i % 2 else SLIDING for i in range(self.num_layers)]
-        types = tuple(types)  # JSON gives lists back.
-        if len(types) != self.num_layers or set(types) - {SLIDING, FULL}:
+        if isinstance(types, list):  # As JSON gives them back.
+            types = tuple(types)
+        if (
+            not isinstance(types, tuple)
+            or len(types) != self.num_layers
+            or any(kind not in (SLIDING, FULL) for kind in types)
+        ):
             raise ValueError(
                 f"`layer_types` must be {self.num_layers} of {SLIDING!r} or "
                 f"{FULL!r}; got {types!r}."
@@ -219,6 +229,8 @@ class T5GemmaConfig:
 
 
 def _from_dict(cls, config, name):
+    if not isinstance(config, dict):
+        raise ValueError(f"`{name}` must be a dict of fields; got {config!r}.")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = set(config) - known
     if unknown:

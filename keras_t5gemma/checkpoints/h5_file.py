@@ -22,9 +22,12 @@ from keras_t5gemma.checkpoints.lazy_tensors import (
 )
 from keras_t5gemma.checkpoints.safetensors_file import plan_shards
 from keras_t5gemma.distribution import process_group
+from keras_t5gemma.utils.files import check_regular, read_json_file
 
 INDEX_FILE = "model.weights.json"
 SINGLE_FILE = "model.weights.h5"
+# A preset needs a depth of 8, and about 40 objects for a layer.
+_MAX_DEPTH, _MAX_OBJECTS = 32, 100_000
 
 
 def read_folder(
@@ -42,11 +45,30 @@ def read_folder(
     Raises:
         ValueError: naming the file and the tensor that is missing or broken.
     """
+    entries = {}
+    for path in weight_files(folder, wanted):
+        entries.update(read_file(path))
+    return entries
+
+
+def weight_files(
+    folder: str | Path, wanted: Collection[str] | None = None
+) -> list[Path]:
+    """The weight files of a preset folder, all of them regular files in it.
+
+    Args:
+        folder: path of the folder.
+        wanted: as in `read_folder`.
+
+    Raises:
+        ValueError: naming the file that is missing or elsewhere.
+    """
     folder, index = Path(folder), weights_file(folder)
+    check_regular(index)
     if index.name == SINGLE_FILE:
-        return read_file(index)
+        return [index]
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_file(index)["weight_map"]
         shards = {  # A group may be spread over several shards.
             group.strip("/"): [files] if isinstance(files, str) else list(files)
             for group, files in weight_map.items()
@@ -60,14 +82,13 @@ def read_folder(
         if groups is None or group in groups
         for file in files
     }
-    entries = {}
     for file in sorted(needed):
         if Path(file).name != file:
             raise ValueError(f"{index} names the shard {file}, outside its folder.")
         if not (folder / file).exists():
             raise ValueError(f"{index} names the shard {file}, which is missing.")
-        entries.update(read_file(folder / file))
-    return entries
+        check_regular(folder / file)
+    return [folder / file for file in sorted(needed)]
 
 
 def weights_file(folder: str | Path) -> Path:
@@ -90,21 +111,44 @@ def read_file(path: Path) -> dict[str, FileTensor]:
     Raises:
         ValueError: if it is truncated, or holds what Keras does not write.
     """
-    entries = {}
-
-    def visit(name, item):
-        if isinstance(item, h5py.Dataset):
-            entries[name] = _entry(Path(path), name, item)
-
+    check_regular(path)
     try:
         with h5py.File(path, "r") as file:
-            file.visititems(visit)
+            datasets = _datasets(path, file)
+            entries = {n: _entry(Path(path), n, item) for n, item in datasets.items()}
     except OSError as error:
         raise ValueError(
             f"{path} is truncated or not an HDF5 file: {error}. Download or save it "
             "again."
         ) from error
     return entries
+
+
+def _datasets(path, file):
+    """`{dataset path: dataset}` of a file, in a walk of bounded depth and length.
+
+    Links to other places or files are not followed.
+    """
+    datasets: dict[str, h5py.Dataset] = {}
+    pending = [(file, "", 0)]
+    seen = 0
+    while pending:
+        group, prefix, depth = pending.pop()
+        for name in group:
+            seen += 1
+            if depth >= _MAX_DEPTH or seen > _MAX_OBJECTS:
+                raise ValueError(
+                    f"{path} has groups deeper than {_MAX_DEPTH} levels or more than "
+                    f"{_MAX_OBJECTS} of them: Keras did not write it."
+                )
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                continue
+            item = group[name]
+            if isinstance(item, h5py.Dataset):
+                datasets[prefix + name] = item
+            elif isinstance(item, h5py.Group):
+                pending.append((item, f"{prefix}{name}/", depth + 1))
+    return datasets
 
 
 def _entry(path: Path, name: str, dataset: h5py.Dataset) -> FileTensor:

@@ -12,6 +12,7 @@ import numpy as np
 from keras_t5gemma.checkpoints import h5_file, weight_maps
 from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.utils.files import read_json_file
 
 CHECKSUM_FILE = "checksums.json"
 
@@ -95,7 +96,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     path = folder / CHECKSUM_FILE
     if not path.exists():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["tensors"]
+    return read_json_file(path)["tensors"]
 
 
 def _write_json(path, value):

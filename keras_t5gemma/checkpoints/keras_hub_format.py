@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from keras_t5gemma.config import FULL, StackConfig, T5GemmaConfig
+from keras_t5gemma.config import FULL, MAX_LAYERS, StackConfig, T5GemmaConfig
+from keras_t5gemma.utils.checks import whole_number
 
 T5GEMMA, GEMMA = "keras_hub>T5GemmaBackbone", "keras_hub>GemmaBackbone"
 
@@ -81,7 +82,8 @@ def read_gemma2_config(
         by_head = config["query_head_dim_normalize"]
         layer_types: Any = None
         if not config["use_sliding_window_attention"]:
-            layer_types = (FULL,) * config["num_layers"]
+            count = whole_number(config["num_layers"], "num_layers", 1, MAX_LAYERS)
+            layer_types = (FULL,) * count
         return (
             StackConfig(
                 num_layers=config["num_layers"],

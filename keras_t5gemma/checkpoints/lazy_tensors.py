@@ -7,12 +7,11 @@ slices that it holds.
 """
 
 import dataclasses
-import io
 import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import keras
 import ml_dtypes
@@ -21,6 +20,7 @@ import numpy as np
 from keras_t5gemma.checkpoints.byte_ranges import bounds, byte_runs
 from keras_t5gemma.checkpoints.layout_transforms import LayoutTransform
 from keras_t5gemma.distribution.shared_arrays import gathered
+from keras_t5gemma.utils.files import open_regular
 from keras_t5gemma.utils.types import Tensor
 
 DTYPES: dict[str, np.dtype] = {
@@ -79,6 +79,11 @@ class FileTensor(LazyTensor):
     shape: tuple
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> np.ndarray:
         """The values, as a new array."""
         return self.read_slice(())
@@ -93,7 +98,7 @@ class FileTensor(LazyTensor):
         start = -buffer.ctypes.data % 64
         buffer = buffer[start : start + size]
         starts, length = byte_runs(parts, self.shape, self.dtype.itemsize)
-        with open(self.file, "rb", buffering=0) as file:
+        with open_regular(self.file, buffering=0) as file:
             view = memoryview(buffer.data)
             for first in starts if size else ():
                 run, view = view[:length], view[length:]
@@ -102,7 +107,7 @@ class FileTensor(LazyTensor):
         return buffer.view(self.dtype).reshape(shape)
 
 
-def read_into(file: io.FileIO | io.BufferedReader, view: memoryview, name: str) -> None:
+def read_into(file: BinaryIO, view: memoryview, name: str) -> None:
     """Fill a view from the current position of an open file.
 
     Raises:
@@ -110,7 +115,7 @@ def read_into(file: io.FileIO | io.BufferedReader, view: memoryview, name: str) 
     """
     done = 0
     while done < len(view):  # One call reads at most 2 GB.
-        count = file.readinto(view[done:])
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
             raise ValueError(f"{file.name} ended while tensor {name!r} was read.")
         done += count

@@ -17,6 +17,7 @@ from keras_t5gemma.checkpoints import (
 )
 from keras_t5gemma.checkpoints.hub import get_file
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.utils.files import check_regular, read_json_file
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "_presets"
 KERAS, KERAS_HUB, HUGGING_FACE = "keras_t5gemma", "keras_hub", "transformers"
@@ -274,10 +275,7 @@ def read_json(location: str, name: str = "config.json", default: Any = None) -> 
         if isinstance(error, FileNotFoundError):
             raise ValueError(_no_checkpoint(location, name)) from error
         raise
-    try:
-        parsed = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    parsed = read_json_file(path)
     if not isinstance(parsed, dict):
         raise ValueError(f"{path} must hold a JSON object; got {parsed!r}.")
     return parsed
@@ -305,6 +303,16 @@ def download(location: str) -> Path:
         raise _download_error(location, error) from error
 
 
+def _tokenizer_name(kind):
+    is_keras = kind != HUGGING_FACE
+    return f"assets/tokenizer/{VOCABULARY_FILE}" if is_keras else HUGGING_FACE_TOKENIZER
+
+
+def has_tokenizer(folder: str | os.PathLike[str], kind: str) -> bool:
+    """Whether a local folder of a format has a SentencePiece model."""
+    return os.path.exists(os.path.join(folder, _tokenizer_name(kind)))
+
+
 def tokenizer_file(location: str, kind: str) -> str:
     """Path of the SentencePiece model of a folder or handle, downloaded if needed.
 
@@ -316,11 +324,9 @@ def tokenizer_file(location: str, kind: str) -> str:
         ValueError: if a folder has none.
         OSError: when a download fails, with instructions.
     """
-    name = HUGGING_FACE_TOKENIZER
-    if kind != HUGGING_FACE:
-        name = f"assets/tokenizer/{VOCABULARY_FILE}"
+    name = _tokenizer_name(kind)
     try:
-        return get_file(location, name)
+        path = get_file(location, name)
     except Exception as error:
         if "://" in location:
             raise _download_error(location, error) from error
@@ -328,6 +334,8 @@ def tokenizer_file(location: str, kind: str) -> str:
             f"{location} has no {name}, the SentencePiece model; copy it there, or "
             "pass preprocessor=None to work on ids."
         ) from error
+    check_regular(path)
+    return path
 
 
 def _download_error(location, error):

@@ -24,6 +24,7 @@ from keras_t5gemma.checkpoints.lazy_tensors import (
     to_bytes,
 )
 from keras_t5gemma.distribution import process_group
+from keras_t5gemma.utils.files import open_regular, parse_json, read_json_file
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -72,7 +73,7 @@ def read_folder(
 
 def _read_sharded(folder, index, wanted):
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_file(index)["weight_map"]
         shards = {name: Path(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a safetensors index: {error}") from error
@@ -101,7 +102,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         ValueError: if the file is truncated or not a safetensors file.
     """
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size or length > _HEADER_LIMIT:
@@ -115,19 +116,37 @@ def read_header(path: Path) -> dict[str, FileTensor]:
                 f"fit in {size} bytes.{kind}"
             )
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), f"The safetensors header of {path}")
             header.pop("__metadata__", None)
-            return {
+            entries = {
                 name: _entry(Path(path), name, field, 8 + length, size)
                 for name, field in header.items()
             }
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} has an invalid safetensors header: "
                 f"{type(error).__name__} {error}"
             ) from error
+    _check_coverage(path, entries.values(), 8 + length, size)
+    return entries
+
+
+def _check_coverage(path, tensors, first, size):
+    """The tensors share no byte and leave none out, as the format demands."""
+    end, before = first, "the header"
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            fault = "overlaps" if tensor.offset < end else "leaves a gap after"
+            raise ValueError(
+                f"{path}: tensor {tensor.name!r} starts at byte {tensor.offset} and "
+                f"{fault} {before}, which ends at byte {end}."
+            )
+        end, before = tensor.offset + tensor.nbytes, repr(tensor.name)
+    if end != size:
+        raise ValueError(
+            f"{path} has {size - end} bytes after its last tensor, which belong to "
+            "none. It is damaged or was not written as safetensors."
+        )
 
 
 def _entry(
@@ -140,12 +159,18 @@ def _entry(
         )
     dtype, shape = _CODES[field["dtype"]], tuple(field["shape"])
     first, end = field["data_offsets"]
+    for number in (*shape, first, end):
+        if type(number) is not int or number < 0:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {list(shape)} and offsets "
+                f"{[first, end]}; all must be whole numbers from 0."
+            )
     if base + end > size:
         raise ValueError(
             f"{path} is truncated: tensor {name!r} ends at byte {base + end}, the "
             f"file at {size}. Download it again."
         )
-    if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+    if end - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(
             f"{path}: tensor {name!r} is {end - first} bytes, its shape {shape} "
             f"and dtype {dtype} need {math.prod(shape) * dtype.itemsize}."

@@ -111,10 +111,9 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         dropped,
         str(location),
     )
-    try:
+    tokenizer_file = None
+    if presets.has_tokenizer(folder, kind):
         tokenizer_file = presets.tokenizer_file(str(folder), kind)
-    except ValueError:
-        tokenizer_file = None
     if not (is_tuned := published_names.is_published(source, _tuned_names(names))):
         presets.warn_about_chat_template(location, source)
     return Gemma2(

@@ -1,10 +1,15 @@
 """Random access to the lines of many files."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from keras_t5gemma.utils.files import (
+    MAX_RECORD,
+    bounded_lines,
+    open_regular,
+    parse_json,
+)
 from keras_t5gemma.utils.texts import check_unicode
 
 ENDINGS = (".jsonl", ".json", ".txt")
@@ -49,20 +54,21 @@ class FileRows:
 
     def lines(self, number: int) -> Iterator[tuple[int, tuple[str, ...]]]:
         """`(byte offset, row)` of every line of a file that is not empty."""
-        with open(self.paths[number], "rb") as file:
+        path = self.paths[number]
+        with open_regular(path) as file:
             offset = 0
-            for line in file:
+            for line in bounded_lines(file, path):
                 if line.strip():
                     yield offset, self._parse(number, offset, line)
                 offset += len(line)
 
     def read(self, number: int, offsets: Sequence[int]) -> list[tuple[str, ...]]:
         """The rows of a file that begin at these byte offsets, in that order."""
-        with open(self.paths[number], "rb") as file:
+        with open_regular(self.paths[number]) as file:
             rows = []
             for offset in offsets:
                 file.seek(offset)
-                rows.append(self._parse(number, offset, file.readline()))
+                rows.append(self._parse(number, offset, file.readline(MAX_RECORD)))
         return rows
 
     def _parse(self, number, offset, line):
@@ -71,7 +77,7 @@ class FileRows:
             text = line.decode("utf-8" if offset else "utf-8-sig")
             if self.paths[number].suffix == ".txt":
                 return (text.strip(),)
-            row = json.loads(text)
+            row = parse_json(text, "the line")
             found = tuple(row[field] for field in self.fields)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -4,12 +4,19 @@ import contextlib
 import csv
 import functools
 import gzip
-import json
+import io
 import os
 import re
 import zlib
 from pathlib import Path
 
+from keras_t5gemma.utils.files import (
+    MAX_RECORD,
+    bounded_lines,
+    check_regular,
+    open_data,
+    parse_json,
+)
 from keras_t5gemma.utils.texts import check_unicode
 
 _READERS = {}
@@ -124,9 +131,14 @@ def _text(row, name, place):
     return row[name]
 
 
+@contextlib.contextmanager
 def _open(path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    """The lines of a text file, with their ends; bounded in length."""
+    with (
+        open_data(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
+    ):
+        yield bounded_lines(text, path)
 
 
 def _lines(path, names, field):
@@ -141,10 +153,7 @@ def _json_lines(path, names):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+            row = parse_json(line, f"{path}, line {number}")
             if not isinstance(row, dict):
                 raise ValueError(
                     f"{path}, line {number}: must be a JSON object; got "
@@ -187,6 +196,8 @@ def _end_of_quoted_row(lines, start, count):
         if count > 1 and len(_cells(lines[end])) == count:
             break
         row += lines[end]
+        if len(row) > MAX_RECORD:
+            break
         cells = _cells(row)
         if len(cells) == count and not any(map(_is_open, cells)):
             return end + 1
@@ -214,7 +225,7 @@ def _is_open(cell):
 
 
 def _csv(path, names):
-    largest = csv.field_size_limit(2**31 - 1)  # Sources may be long.
+    largest = csv.field_size_limit(MAX_RECORD)  # Sources may be long.
     try:
         with _open(path) as file:
             reader = csv.DictReader(file, strict=True)
@@ -238,6 +249,7 @@ def _parquet(path, names):
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError("Parquet files need pyarrow: pip install pyarrow") from error
+    check_regular(path)
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:

@@ -1,0 +1,123 @@
+"""Open and parse files that may be damaged or made to harm: bounded, regular ones."""
+
+import contextlib
+import gzip
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, AnyStr, BinaryIO, cast
+
+MAX_JSON_BYTES = 64 * 1024**2  # Gemma's longest, tokenizer.json, has 34 MB.
+MAX_RECORD = 64 * 1024**2  # Characters or bytes of a line or a cell of a data file.
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse anything but a regular file, also at the end of a symbolic link.
+
+    Others may block for ever or never end.
+
+    Raises:
+        FileNotFoundError: if there is nothing of this name.
+        ValueError: naming the path and its kind.
+    """
+    _check_mode(path, os.stat(path).st_mode)
+
+
+def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading in binary mode; never blocks on a FIFO.
+
+    Args:
+        path: of the file, or of a symbolic link to it.
+        buffering: as in `open`.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: for a directory, FIFO, device or socket, naming the path.
+    """
+    check_regular(path)
+    file = cast(BinaryIO, open(path, "rb", buffering=buffering, opener=_opener))
+    try:
+        _check_mode(path, os.fstat(file.fileno()).st_mode)  # It may have changed.
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def _opener(path, flags):
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_mode(path, mode):
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "of another kind")
+        raise ValueError(f"{os.fspath(path)} must be a regular file; it is {kind}.")
+
+
+def read_json_file(path: str | os.PathLike[str]) -> Any:
+    """Parse a JSON file in UTF-8.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: naming the path, if it is not a regular file, larger than
+            `MAX_JSON_BYTES`, not JSON, or nested too deeply.
+    """
+    with open_regular(path) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{os.fspath(path)} has {os.path.getsize(path)} bytes; JSON files may "
+            f"have at most {MAX_JSON_BYTES}."
+        )
+    return parse_json(text, os.fspath(path))
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """Parse JSON; every fault is a `ValueError` with `name`."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply for JSON.") from error
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def open_data(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a data file in binary mode; one that ends in `.gz` is decompressed.
+
+    Raises:
+        ValueError: for anything but a regular file; see `open_regular`.
+    """
+    with open_regular(path) as file:
+        if Path(path).suffix == ".gz":
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield cast(BinaryIO, unpacked)
+        else:
+            yield file
+
+
+def bounded_lines(file: IO[AnyStr], path: str | os.PathLike[str]) -> Iterator[AnyStr]:
+    """Lines of an open file, in text or binary mode, each with its line end.
+
+    Raises:
+        ValueError: with the number of a line longer than `MAX_RECORD`.
+    """
+    number = 0
+    while line := file.readline(MAX_RECORD + 1):
+        number += 1
+        if len(line) > MAX_RECORD:
+            raise ValueError(
+                f"{os.fspath(path)}, line {number}: longer than {MAX_RECORD} "
+                f"{'bytes' if isinstance(line, bytes) else 'characters'}."
+            )
+        yield line
