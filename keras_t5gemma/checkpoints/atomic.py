@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keras_t5gemma.checkpoints import saved_files
+from keras_t5gemma.checkpoints.folder_lock import LOCK, folder_lock
 from keras_t5gemma.checkpoints.saved_files import SAVED as SAVED
 from keras_t5gemma.checkpoints.saved_files import SAVING as SAVING
 from keras_t5gemma.distribution import process_group
@@ -25,7 +26,7 @@ _COMMIT = ".manifest.json"  # Of the files in `SAVED`.
 
 @contextlib.contextmanager
 def atomic_folder(
-    folder: str | os.PathLike[str], together: bool = False
+    folder: str | os.PathLike[str], together: bool = False, lock: bool = True
 ) -> Iterator[Path]:
     """Yield a staging folder whose files appear in `folder` together, or never.
 
@@ -37,16 +38,18 @@ def atomic_folder(
         folder: path; created if it does not exist.
         together: with several processes, keep the files of all of them. Otherwise
             only those of the first are kept.
+        lock: refuse other writers meanwhile; `False` if the caller has the lock.
 
     Raises:
         ValueError: if a file that this package has not written would be replaced.
+        FolderInUseError: if another process or thread is writing the folder.
         OSError: e.g. when the disk is full; then nothing is left behind.
     """
     if Path(folder).name == SAVING:  # Part of another save.
         yield Path(folder)
         return
     if process_group.process_count() == 1:
-        with _staging(folder) as staging:
+        with _staging(folder, lock) as staging:
             yield staging
         return
     with (
@@ -56,7 +59,7 @@ def atomic_folder(
         with process_group.all_or_none(f"{folder} was prepared"):
             staging = Path(folder) / SAVING
             if process_group.process_index() == 0:
-                staging = stack.enter_context(_staging(folder))
+                staging = stack.enter_context(_staging(folder, lock))
             elif not together:
                 staging = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 staging /= SAVING  # The name that all processes see.
@@ -91,35 +94,26 @@ def _flush(path):
 
 
 @contextlib.contextmanager
-def _staging(folder):
+def _staging(folder, lock):
     folder = Path(folder)
     existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    finish_interrupted_save(folder)
     staging = folder / SAVING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
     try:
-        yield staging
-        files = [p for p in sorted(staging.rglob("*")) if p.is_file()]
-        for file in files:
-            _flush(file)
-        new = {file.relative_to(staging).as_posix() for file in files}
-        saved_files.refuse_foreign(folder, new)
-        removed = saved_files.replaced(folder, new)
-        text = saved_files.manifest(folder, new, removed)
-        (staging / saved_files.MANIFEST).write_text(text, encoding="utf-8")
-        _flush(staging / saved_files.MANIFEST)
-        commit = {"files": [*sorted(new), saved_files.MANIFEST]}
-        commit["removed"] = sorted(removed)
-        (staging / _COMMIT).write_text(json.dumps(commit), encoding="utf-8")
-        _flush(staging / _COMMIT)
-        os.rename(staging, folder / SAVED)
+        with folder_lock(folder) if lock else contextlib.nullcontext():
+            folder.mkdir(parents=True, exist_ok=True)
+            finish_interrupted_save(folder)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            try:
+                yield staging
+                _commit(folder, staging)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+            finish_interrupted_save(folder)
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
         if not existed:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            saved_files.remove_if_empty(folder)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
@@ -127,7 +121,22 @@ def _staging(folder):
                 "free disk space and run it again",
             ) from error
         raise
-    finish_interrupted_save(folder)
+
+
+def _commit(folder, staging):
+    """Decide that the staged files replace earlier ones of ours in the folder."""
+    files = [p for p in sorted(staging.rglob("*")) if p.is_file()]
+    new = {file.relative_to(staging).as_posix() for file in files}
+    saved_files.refuse_foreign(folder, new)
+    removed = saved_files.replaced(folder, new)
+    text = saved_files.manifest(folder, new, removed)
+    (staging / saved_files.MANIFEST).write_text(text, encoding="utf-8")
+    names = [*sorted(new), saved_files.MANIFEST]
+    text = json.dumps({"files": names, "removed": sorted(removed)})
+    (staging / _COMMIT).write_text(text, encoding="utf-8")
+    for name in (*names, _COMMIT):
+        _flush(staging / name)
+    os.rename(staging, folder / SAVED)
 
 
 def finish_interrupted_save(folder: str | os.PathLike[str]) -> None:
@@ -158,11 +167,18 @@ def has_incomplete_save(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / SAVING).is_dir()
 
 
+def has_files(folder: Path) -> bool:
+    """Whether a folder has files, except those of an interrupted save."""
+    if not folder.is_dir():
+        return False
+    return any(path.name not in (SAVING, LOCK) for path in folder.iterdir())
+
+
 def check_overwrite(folder: Path, overwrite: bool) -> None:
     """Raise `ValueError` if the folder is not empty, unless `overwrite`."""
     if folder.is_dir():
         finish_interrupted_save(folder)
-        occupied = any(path.name != SAVING for path in folder.iterdir())
+        occupied = has_files(folder)
     else:
         occupied = folder.exists()
         overwrite = False  # A file is not a checkpoint.

@@ -67,11 +67,12 @@ def finetune(o: FinetuneOptions) -> dict[str, Any]:
     folder = run_directory.RunDirectory(o.output)
     files = {k: (given[k], len(v["encoder_text"])) for k, v in data.items()}
     config = run_directory.describe(given, files)
-    clear = folder.must_be_cleared(config, o.overwrite)
-    if clear or not folder.is_trained():
-        _train(o, folder, data, config, clear)
-        gc.collect()  # Free the trained model before another one is loaded.
-    scores = _score(o, folder, data, config)
+    with folder.locked():
+        clear = folder.must_be_cleared(config, o.overwrite)
+        if clear or not folder.is_trained():
+            _train(o, folder, data, config, clear)
+            gc.collect()  # Free the trained model before another one is loaded.
+        scores = _score(o, folder, data, config)
     if o.verbose:
         command = f"keras-t5gemma generate --preset {folder.preset} 'a text'"
         print("\n".join(training_setup.report(folder, scores, [command])))

@@ -63,11 +63,12 @@ def pretrain(o: PretrainOptions) -> dict[str, Any]:
     texts, files = _read_splits(o)
     folder = run_directory.RunDirectory(o.output)
     config = run_directory.describe(given, files)
-    clear = folder.must_be_cleared(config, o.overwrite)
-    if clear or not folder.is_trained():
-        _train(o, folder, texts, config, clear)
-        gc.collect()  # Free the trained model before another one is loaded.
-    scores = _score(o, folder, texts, config)
+    with folder.locked():
+        clear = folder.must_be_cleared(config, o.overwrite)
+        if clear or not folder.is_trained():
+            _train(o, folder, texts, config, clear)
+            gc.collect()  # Free the trained model before another one is loaded.
+        scores = _score(o, folder, texts, config)
     if o.verbose:
         commands = [
             f"keras-t5gemma finetune --preset {folder.preset} --train pairs.jsonl "

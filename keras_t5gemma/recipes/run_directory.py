@@ -16,7 +16,9 @@ from keras_t5gemma.checkpoints.atomic import (
     atomic_file,
     atomic_folder,
     finish_interrupted_save,
+    has_files,
 )
+from keras_t5gemma.checkpoints.folder_lock import folder_lock
 from keras_t5gemma.training.callbacks import SaveBest
 from keras_t5gemma.utils.options import as_json, as_yaml
 
@@ -57,6 +59,16 @@ class RunDirectory:
         self.preset = self.path / "preset"
         self.scores = self.path / "scores.json"
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which no other process or thread writes the run directory.
+
+        Raises:
+            FolderInUseError: when entered while another one does.
+        """
+        if self.path.is_file():  # See `must_be_cleared`.
+            return contextlib.nullcontext()
+        return folder_lock(self.path)
+
     def is_trained(self) -> bool:
         """Whether the result has been saved."""
         finish_interrupted_save(self.preset)
@@ -75,7 +87,7 @@ class RunDirectory:
         """
         if self.path.is_file():
             raise ValueError(f"`output` {self.path} is a file; it must be a folder.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not has_files(self.path):
             return False
         if "keras_t5gemma" not in _read_json(self.config):
             raise ValueError(
@@ -100,7 +112,7 @@ class RunDirectory:
 
     def _has_begun(self) -> bool:
         folders = (self.backup, self.best, self.preset)
-        if any(folder.is_dir() and any(folder.iterdir()) for folder in folders):
+        if any(map(has_files, folders)):
             return True
         return self.log.exists() and self.log.stat().st_size > 0
 

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import keras
 
-from keras_t5gemma.checkpoints import saved_files
+from keras_t5gemma.checkpoints import folder_lock, saved_files
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish_interrupted_save
 from keras_t5gemma.data.resumable import ResumableDataset
 from keras_t5gemma.distribution import process_group
@@ -58,9 +58,12 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.save_freq = save_freq
         self.history: dict[str, list[float]] = {}
         self.data: Any = None
+        self._lock: Any = None
 
     def restore(self, model: keras.Model, data: Any) -> int | None:
         """Restore model and data from the backup, if there is one.
+
+        The folder is locked for other trainings until `release`.
 
         Args:
             model: the compiled `Seq2SeqLM`.
@@ -72,6 +75,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         Raises:
             ValueError: for a backup of another model or other data, or data that is
                 not a `ResumableDataset`.
+            FolderInUseError: if another training uses the folder.
         """
         if not isinstance(data, ResumableDataset):
             raise ValueError(
@@ -80,12 +84,12 @@ class BackupAndRestore(keras.callbacks.Callback):
             )
         self.data = data
         self._unsaved, self._in_epoch, self._metrics = 0, 0, None
-        if self.folder.is_dir():
-            with process_group.all_or_none(f"{self.folder} was opened"):
-                if process_group.process_index() == 0:
-                    finish_interrupted_save(self.folder)
-        elif self.folder.exists():
+        if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`folder` must be a folder; {self.folder} is a file.")
+        with process_group.all_or_none(f"{self.folder} was opened"):
+            if process_group.process_index() == 0:
+                self._lock = folder_lock.acquire(self.folder)
+                finish_interrupted_save(self.folder)
         saved_files.refuse_foreign(self.folder, [*state_file.names(), _PROGRESS])
         path = self.folder / _PROGRESS
         if not path.exists():
@@ -112,6 +116,13 @@ class BackupAndRestore(keras.callbacks.Callback):
         data.start_at(progress["epoch"], progress["batch"])
         self._in_epoch = progress["batch"]
         return progress["epoch"]
+
+    def release(self) -> None:
+        """Unlock the folder: `fit` has ended, or was stopped."""
+        if self._lock is not None:
+            folder_lock.release(self._lock)
+            self._lock = None
+            saved_files.remove_if_empty(self.folder)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch, self._before = epoch, self._in_epoch
@@ -142,6 +153,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if process_group.process_index():
             return
         saved_files.remove(self.folder)
+        self.release()
 
     def _save(self, epoch, batch):
         self._unsaved = 0
@@ -155,7 +167,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             "files": state_file.names(),
         }
         try:
-            with atomic_folder(self.folder, together=True) as staging:
+            with atomic_folder(self.folder, together=True, lock=False) as staging:
                 own = staging / progress["files"][process_group.process_index()]
                 with h5py.File(own, "w") as file:
                     for name, variables in self._variables(model).items():
