@@ -47,7 +47,7 @@ def test_configs_are_frozen():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 0}, "num_layers.*whole number from 1; got 0"),
+        ({"num_layers": 0}, "num_layers.*whole number from 1 to 10000; got 0"),
         ({"hidden_dim": 2.5}, "hidden_dim"),
         ({"num_key_value_heads": 3}, "multiple of `num_key_value_heads`; got 8 and 3"),
         ({"head_dim": 7}, "head_dim.*even; got 7"),

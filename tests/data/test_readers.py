@@ -82,7 +82,7 @@ GOOD = '{"source": "a", "target": "b"}\n'
         ("a.csv", "source,target\n", "a.csv has no rows"),
         ("a.jsonl", GOOD + '{"text": "a"}', r"line 2: no field 'source'.*\['text'\]"),
         ("a.jsonl", GOOD + "\n[1]", "line 3: must be a JSON object.*got list"),
-        ("a.jsonl", GOOD + "{", "line 2: not JSON: Expecting"),
+        ("a.jsonl", GOOD + "{", "line 2 is not JSON: Expecting"),
         ("a.jsonl", '{"source": "a", "target": null}', "line 1: 'target'.*NoneType"),
         ("a.csv", "source;target\na;b\n", r"line 2: no field.*\['source;target'\]"),
         ("a.csv", "source,target\na,b,c\n", "line 2: more cells than the header"),
@@ -122,7 +122,7 @@ def test_paths_and_datasets_are_data_for_fit(tmp_path):
             return len(ROWS)
 
         def __getitem__(self, key):
-            return iter(PAIRS[key])
+            return tuple(PAIRS[key])
 
     assert as_columns(Dataset()) == PAIRS
     Dataset.column_names = ["en", "it"]
