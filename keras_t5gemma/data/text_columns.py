@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from keras_t5gemma.data.readers import read_pairs, read_texts
+from keras_t5gemma.utils.texts import column_names, in_memory, to_list
 
 TEXT_KEYS = ("encoder_text", "decoder_text")
 
@@ -15,9 +14,10 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
 
     Args:
         x: that dict; or a list of sources (with `y`); or a list of
-            `(source, target)` pairs; or a list of dicts, one per pair; or a
-            `datasets.Dataset` with these columns; or a `pathlib.Path`, see
-            `read_pairs`.
+            `(source, target)` pairs; or a list of dicts, one per pair; or a tuple of
+            two lists, the sources and the targets; or a data frame, a pyarrow table or
+            a `datasets.Dataset` with these columns; or a `pathlib.Path`, see
+            `read_pairs`. A list may be any container of `to_list`.
         y: a list of targets, only with a list of sources.
 
     Returns:
@@ -30,17 +30,14 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
         raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
     if isinstance(x, Path):
         x = read_pairs(x)
-    elif hasattr(x, "column_names") and hasattr(x, "__len__"):
-        missing = [key for key in TEXT_KEYS if key not in x.column_names]
-        if missing:
-            raise ValueError(
-                f"`x` must have the columns {TEXT_KEYS}; it has {x.column_names}. "
-                "Rename them with `rename_columns` of the dataset."
-            )
-        x = {key: list(x[key]) for key in TEXT_KEYS}
+    _check_columns(x, TEXT_KEYS)
+    x = in_memory(x, TEXT_KEYS)
+    sides = _two_columns(x, "x")
     if isinstance(x, dict) and any("text" in str(key) for key in x):
         columns = x
-    elif isinstance(x, list | tuple | np.ndarray) and len(x):
+    elif sides is not None:
+        columns = dict(zip(TEXT_KEYS, sides, strict=True))
+    elif isinstance(x, list | tuple) and len(x):
         first = x[0]
         if isinstance(first, str | bytes):
             if y is None:
@@ -49,7 +46,7 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
                     "strings; got None. A dict with keys "
                     f"{TEXT_KEYS} holds both in `x`."
                 )
-            return _no_single_strings({"encoder_text": x, "decoder_text": y})
+            return _lists({"encoder_text": x, "decoder_text": y})
         if isinstance(first, dict) and any("text" in str(k) for k in first):
             columns = {key: [row.get(key) for row in x] for key in first}
         elif (
@@ -64,19 +61,21 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
         return None
     if set(columns) != set(TEXT_KEYS):
         raise ValueError(
-            f"`x` must be text pairs with keys {TEXT_KEYS}; got {sorted(columns)}."
+            f"`x` must be text pairs with keys {TEXT_KEYS}; got "
+            f"{sorted(map(str, columns))}."
         )
     if y is not None:
         raise ValueError("`y` must be None when `x` has the targets.")
-    return _no_single_strings(columns)
+    return _lists(columns)
 
 
 def as_documents(x: Any, y: Any = None) -> dict | None:
     """In-memory texts for an objective as `{"text": [...]}`.
 
     Args:
-        x: a list of strings; or a dict or a `datasets.Dataset` with `"text"`; or a
-            `pathlib.Path`, see `read_texts`.
+        x: a list of strings, or any container of `to_list`; or a dict, a data frame, a
+            pyarrow table or a `datasets.Dataset` with `"text"`; or a `pathlib.Path`,
+            see `read_texts`.
         y: must be `None`.
 
     Returns:
@@ -91,37 +90,74 @@ def as_documents(x: Any, y: Any = None) -> dict | None:
         raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
     if isinstance(x, Path):
         return {"text": read_texts(x)}
-    names = getattr(x, "column_names", x if isinstance(x, dict) else ())
-    if "text" in names and hasattr(x, "__len__"):
-        texts = x["text"] if isinstance(x, dict) else list(x["text"])
-        return _no_single_strings({"text": texts})
+    if not set(TEXT_KEYS) & set(column_names(x) or ()):
+        _check_columns(x, ("text",))
+    x = in_memory(x, ("text", *TEXT_KEYS))
+    names = x if isinstance(x, dict) else ()
+    if "text" in names:
+        return _lists({"text": x["text"]})
     if set(TEXT_KEYS) & set(names):
         raise ValueError(
             "`x` must be plain texts, a list or a column `text`, since the "
             f"preprocessor has an objective; got {sorted(names)}. For pairs set "
             "`preprocessor.objective = None`."
         )
-    is_list = isinstance(x, list | tuple | np.ndarray) and len(x)
-    return {"text": x} if is_list and isinstance(x[0], str | bytes) else None
+    is_texts = isinstance(x, list | tuple) and x and isinstance(x[0], str | bytes)
+    return _lists({"text": x}) if is_texts else None
+
+
+def _check_columns(x, wanted, name="x"):
+    """Raise `ValueError` for a table without the columns that are needed."""
+    found = column_names(x)
+    if found is not None and not set(wanted) <= set(found):
+        raise ValueError(
+            f"`{name}` must have the columns {wanted}; it has {found}. Rename them "
+            "first."
+        )
 
 
 def _is_pair(row):
     return isinstance(row, list | tuple) and len(row) == 2
 
 
-def _no_single_strings(columns):
+def _two_columns(x, name):
+    """The two columns of a tuple of two lists of texts, or `None`.
+
+    Raises:
+        ValueError: for two tuples of two strings, which may be two pairs as well.
+    """
+    if not isinstance(x, tuple) or len(x) != 2:
+        return None
+    sides = [in_memory(side) for side in x]
+    for side in sides:
+        if not isinstance(side, list | tuple):
+            return None
+        if not side or not isinstance(side[0], str | bytes):
+            return None
+    if all(isinstance(side, tuple) and len(side) == 2 for side in sides):
+        raise ValueError(
+            f"`{name}` must not be a tuple of two tuples of two strings, which are two "
+            "pairs or two columns: pass a list of pairs, or a tuple of two lists; got "
+            f"{x!r:.200}."
+        )
+    return sides
+
+
+def _lists(columns):
+    """Columns of any container as lists."""
     for key, column in columns.items():
         if isinstance(column, str | bytes):
             raise ValueError(f"{key!r} must be a list of strings; got {column!r}.")
-    return columns
+    return {key: to_list(column, key) for key, column in columns.items()}
 
 
 def pairs_of(x: Any, y: Any, names: tuple[str, str], name: str = "x") -> dict:
     """Pairs of texts as two columns.
 
     Args:
-        x: a dict of the two columns; a list of pairs; or, with `y`, the list of the
-            first texts.
+        x: a dict or a table of the two columns; a list of pairs; a tuple of two lists,
+            the first and the second texts; or, with `y`, the list of the first texts.
+            A list may be any container of `to_list`.
         y: the list of the second texts, or `None`.
         names: of the two columns.
         name: of the argument that `x` was passed as, for messages.
@@ -132,10 +168,15 @@ def pairs_of(x: Any, y: Any, names: tuple[str, str], name: str = "x") -> dict:
     Raises:
         ValueError: for anything else.
     """
-    if y is not None and isinstance(x, list | tuple | np.ndarray):
+    _check_columns(x, names, name)
+    x = in_memory(x, names)
+    sides = _two_columns(x, name) if y is None else None
+    if y is not None and isinstance(x, list | tuple):
         columns = dict(zip(names, (x, y), strict=True))
     elif isinstance(x, dict) and y is None:
         columns = dict(x)
+    elif sides is not None:
+        columns = dict(zip(names, sides, strict=True))
     elif isinstance(x, list | tuple) and all(_is_pair(row) for row in x):
         columns = {key: [row[i] for row in x] for i, key in enumerate(names)}
     else:
@@ -144,6 +185,6 @@ def pairs_of(x: Any, y: Any, names: tuple[str, str], name: str = "x") -> dict:
         raise ValueError(
             f"`{name}` must be a dict with keys {names}, a list of pairs, or two lists "
             f"of texts, `x` and `y`; got {type(x).__name__}"
-            f"{sorted(x) if isinstance(x, dict) else ''}."
+            f"{sorted(map(str, x)) if isinstance(x, dict) else ''}."
         )
-    return _no_single_strings({key: columns[key] for key in names})
+    return _lists({key: columns[key] for key in names})

@@ -13,6 +13,7 @@ from keras_t5gemma.generation.options import GenerationOptions, id_tuple
 from keras_t5gemma.tokenization.token_ids import INPUTS, check_range, pad
 from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.texts import to_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,31 @@ class Request:
     def max_length(self) -> int:
         """Maximum number of decoder tokens."""
         return self.arrays["decoder_token_ids"].shape[1]
+
+
+def text_lists(inputs: Any) -> Any:
+    """The texts in the `inputs` of `Seq2SeqLM.generate`, as strings or lists.
+
+    Args:
+        inputs: a string, any container of `to_list`, a dict of those, or a dict of
+            arrays of ids, which is returned unchanged.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(inputs, str):
+        return inputs
+    if not isinstance(inputs, dict):
+        return to_list(inputs, "inputs")
+    if "encoder_token_ids" in inputs:
+        return inputs
+    texts = {"encoder_text", "decoder_text"}
+    return {
+        key: to_list(value, key)
+        if key in texts and not isinstance(value, str | None)
+        else value
+        for key, value in inputs.items()
+    }
 
 
 def read_request(

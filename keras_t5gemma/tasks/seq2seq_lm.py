@@ -13,7 +13,7 @@ from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.generation.generator import Generator, known_tokens
 from keras_t5gemma.generation.keras_hub_sampler import decode_batch
 from keras_t5gemma.generation.options import options_of_sampler
-from keras_t5gemma.generation.requests import answer_mask, read_request
+from keras_t5gemma.generation.requests import answer_mask, read_request, text_lists
 from keras_t5gemma.generation.scoring import make_scorer, score
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.weight_loading import normal_tensors
@@ -185,12 +185,12 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         """Generate an answer to each source.
 
         Args:
-            inputs: a source string, a list of them, a dict of `"encoder_text"`
-                and (optional) `"decoder_text"` to continue, strings or lists, where
-                one source with a list of prompts is encoded only once; or a dict of
-                int arrays: `encoder_token_ids` `(batch, length)` and, optionally,
-                `encoder_padding_mask`, `decoder_token_ids` (start token and prompt)
-                and `decoder_padding_mask`.
+            inputs: a source string, a list of them (any container of `to_list`), a dict
+                of `"encoder_text"` and (optional) `"decoder_text"` to continue, strings
+                or lists, where one source with a list of prompts is encoded only once;
+                or a dict of int arrays: `encoder_token_ids` `(batch, length)` and,
+                optionally, `encoder_padding_mask`, `decoder_token_ids` (start token and
+                prompt) and `decoder_padding_mask`.
             max_length: maximum number of decoder tokens, with start token and prompt;
                 `None` means the preprocessor's `decoder_sequence_length`.
             stop_token_ids: ids that end an answer; `"auto"` is eos and
@@ -216,6 +216,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 than `max_length`, a `max_length` beyond the model's positions, or
                 options that do not fit.
         """
+        if self.preprocessor is not None:
+            inputs = text_lists(inputs)
         is_arrays = isinstance(inputs, dict) and "encoder_token_ids" in inputs
         first = inputs
         if isinstance(inputs, dict):
@@ -342,8 +344,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         if self.preprocessor is None:
             raise ValueError("`score` needs a preprocessor: it works on text.")
         single = isinstance(source, str)
-        pairs = {"encoder_text": source, "decoder_text": target}
-        if not single and not len(source):
+        pairs = text_lists({"encoder_text": source, "decoder_text": target})
+        if pairs["encoder_text"] == pairs["decoder_text"] == []:
             return {"log_prob": [], "token_log_probs": [], "token_ids": []}
         x, labels, weights = self.preprocessor(pairs)
         if self.__dict__.get("_scorer") is None:

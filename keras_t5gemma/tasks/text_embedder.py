@@ -17,6 +17,7 @@ from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
 from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.texts import as_texts
 from keras_t5gemma.utils.types import Tensor
 
 PAIR = ("anchor", "positive")
@@ -192,7 +193,7 @@ class TextEmbedder(EncoderTask):
         """Embed texts.
 
         Args:
-            texts: a list of strings.
+            texts: a list of strings, or any container of `to_list`; it may be empty.
             batch_size: texts in a batch; texts of similar length share one.
             dimensions: cut vectors to this length, and normalize them again if they
                 were (for a model trained with `InfoNCE(dimensions=...)`).
@@ -208,6 +209,7 @@ class TextEmbedder(EncoderTask):
         size = self.output.shape[-1]
         if dimensions is not None:
             dimensions = whole_number(dimensions, "dimensions", 1, size)
+        texts = _as_list(texts)
         result = np.zeros((len(texts), size), "float32")
         for rows, batch in self._by_length(texts, batch_size):
             result[rows] = self._run(self, batch)[: len(rows)]
@@ -226,7 +228,7 @@ class TextEmbedder(EncoderTask):
         """Encoder states of every token, e.g. for image, audio or video generators.
 
         Args:
-            texts: a list of strings.
+            texts: a list of strings, or any container of `to_list`; it may be empty.
             layer: index as in transformers' `hidden_states`: 0 are the embeddings, i
                 the states after block i, -1 the last ones after the final norm, -2
                 those before the last block.
@@ -242,6 +244,7 @@ class TextEmbedder(EncoderTask):
             ValueError: for a layer that does not exist, or a text longer than
                 `sequence_length`.
         """
+        texts = _as_list(texts)
         encoder = self.backbone.encoder
         count = encoder.stack.num_layers
         layer = whole_number(layer, "layer", -count - 1, count) % (count + 1)
@@ -249,7 +252,8 @@ class TextEmbedder(EncoderTask):
         tower = encoder(*arrays, layer=None if layer == count else layer)
         model = keras.Model(self.input, tower)
         batches = list(self._by_length(texts, batch_size))
-        longest = max(int(b["encoder_padding_mask"].sum(1).max()) for _, b in batches)
+        widths = [int(b["encoder_padding_mask"].sum(1).max()) for _, b in batches]
+        longest = max(widths, default=0)
         length = sequence_length or longest
         if longest > length:
             raise ValueError(
@@ -267,6 +271,9 @@ class TextEmbedder(EncoderTask):
 
     def _by_length(self, texts, batch_size):
         preprocessor = self._need_preprocessor()
+        whole_number(batch_size, "batch_size", 1)
+        if not texts:
+            return
         columns = {"texts": texts}
         (ids,) = encoder_ids(preprocessor, columns, "texts", self._token_rows)
         limit = preprocessor.encoder_sequence_length
@@ -291,6 +298,12 @@ class TextEmbedder(EncoderTask):
             "normalize": self.normalize,
             "lexical_dim": self.lexical_dim,
         }
+
+
+def _as_list(texts):
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"'texts' must be a list of texts; got {texts!r}.")
+    return as_texts(texts, "texts")
 
 
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -318,6 +331,8 @@ def nearest(
         ValueError: for a `k` that is not in 1..m.
     """
     k = whole_number(k, "k", 1, len(vectors))
+    if not len(queries):
+        return np.zeros((0, k), "int64"), np.zeros((0, k), "float32")
     numbers, found = [], []
     for start in range(0, len(queries), rows_at_once):
         near = cosine_similarity(queries[start : start + rows_at_once], vectors)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from keras_t5gemma.utils.texts import as_texts
+
 _RESAMPLES = 400
 
 
@@ -31,7 +33,8 @@ def score_texts(
         ValueError: for no rows, lists of unequal length, or an unknown metric.
         ImportError: for a metric whose library is not installed, with its name.
     """
-    predictions, references = list(predictions), list(references)
+    predictions = as_texts(predictions, "predictions")
+    references = as_texts(references, "references")
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             "`predictions` and `references` must have the same number of rows, at "

@@ -25,9 +25,8 @@ def to_list(values: Any, name: str) -> list:
         return list(values)
     if isinstance(values, str | bytes | dict):
         raise ValueError(_message(values, name))
-    columns = getattr(values, "columns", None)
-    if columns is not None:  # A data frame: pandas', polars' or a pyarrow table.
-        names = [str(column) for column in getattr(values, "column_names", columns)]
+    names = column_names(values)
+    if names is not None:
         if len(names) != 1:
             raise ValueError(
                 f"`{name}` must be one column of texts; got a "
@@ -47,6 +46,46 @@ def to_list(values: Any, name: str) -> list:
     if isinstance(values, Sequence):  # Such as a column of `datasets`.
         return list(values)
     raise ValueError(_message(values, name))
+
+
+def column_names(values: Any) -> list | None:
+    """Names of the columns of a data frame, a pyarrow table or a `datasets.Dataset`.
+
+    Returns:
+        The list, or `None` for anything else, tables without a length too.
+    """
+    names = getattr(values, "column_names", None)
+    if names is None:
+        names = getattr(values, "columns", None)
+    if names is None or isinstance(values, type) or not hasattr(values, "__len__"):
+        return None
+    return list(names)
+
+
+def in_memory(values: Any, wanted: Sequence[str] = ()) -> Any:
+    """Tables as dicts and columns of other libraries as lists.
+
+    Args:
+        values: anything that holds data.
+        wanted: the columns of a table that are read, if it has them.
+
+    Returns:
+        A dict of columns for a table, see `column_names`; a list for a column of
+        pandas, pyarrow, polars or `datasets`, an array or a tensor; lists, tuples,
+        dicts and all others, such as iterables of batches, unchanged.
+    """
+    if isinstance(values, list | tuple | dict | str | bytes):
+        return values
+    names = column_names(values)
+    if names is not None:
+        return {name: values[name] for name in names if name in wanted}
+    if getattr(values, "shape", None) == ():
+        return values
+    is_column = any(callable(getattr(values, method, None)) for method in _TO_LIST)
+    if not is_column and isinstance(values, Sequence) and len(values):
+        # Others may hold batches, and read each from a file.
+        is_column = isinstance(values[0], str)
+    return to_list(values, "x") if is_column or hasattr(values, "numpy") else values
 
 
 def as_texts(values: Any, name: str) -> list[str]:

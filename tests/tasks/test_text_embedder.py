@@ -296,7 +296,7 @@ def test_refusals(embedder, model, tokenizer):
     with pytest.raises(ValueError, match="'texts' must be a list of texts"):
         embedder.embed("a text")
     with pytest.raises(ValueError, match="at least one"):
-        embedder.embed([])
+        embedder.fit([], [])
     with pytest.raises(ValueError, match="2 of 4 texts.*the first is number 1"):
         embedder.embed(["a", "", "b", ""])
     with pytest.warns(UserWarning, match="1 of 2 encoder texts were longer than 96"):
