@@ -141,13 +141,13 @@ def _torch_advance(backbone, rest, compiled):
         if not torch_step.is_supported(backbone):
             return decoding.plain_step(backbone)
         key = (torch_step.fingerprint(backbone), compiled and one_row)
-        if key not in made:
-            if any(other[0] != key[0] for other in made):
+        step = made.get(key)
+        if step is None:
+            if any(other[0] != key[0] for other in list(made)):  # Threads add others.
                 made.clear()
-            made[key] = torch_step.TorchStep(backbone, compiled, one_row)
-            if compiled:
-                made[key] = torch_step.CompiledStep(made[key])
-        return made[key]
+            step = torch_step.TorchStep(backbone, compiled, one_row)
+            step = made[key] = torch_step.CompiledStep(step) if compiled else step
+        return step
 
     def advance(state, limit):
         step = make_step(one_row=len(state["token_ids"]) == 1)

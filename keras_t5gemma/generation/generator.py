@@ -135,7 +135,8 @@ class Generator:
 
     def compiled_programs(self) -> int:
         """Number of programs compiled so far."""
-        return sum(engine.compiled_programs() for engine in self.engines.values())
+        engines = list(self.engines.values())
+        return sum(engine.compiled_programs() for engine in engines)
 
     def _width(self, max_length):
         """Length of the decoder's arrays, rounded up so that few programs exist."""
@@ -156,12 +157,14 @@ class Generator:
             known_tokens(self.task),
             variables,
         )
-        if key not in self.engines:
-            # LoRA and quantization replace variables: old programs are invalid.
-            if any(other[-1] != variables for other in self.engines):
+        engine = self.engines.get(key)
+        if engine is None:
+            # LoRA and quantization replace variables: old programs are invalid. The
+            # list is a copy: other threads add engines meanwhile.
+            if any(other[-1] != variables for other in list(self.engines)):
                 self.engines.clear()
-            self.engines[key] = Engine(self.task.backbone, *key[:-1])
-        return self.engines[key]
+            engine = self.engines[key] = Engine(self.task.backbone, *key[:-1])
+        return engine
 
 
 def known_tokens(task: Any) -> int | None:
