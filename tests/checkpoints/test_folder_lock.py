@@ -16,7 +16,10 @@ from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.folder_lock import LOCK, FolderInUseError, folder_lock
 from keras_t5gemma.recipes.run_directory import RunDirectory
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [
+    pytest.mark.one_backend,
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
 
 
 @contextlib.contextmanager
