@@ -81,6 +81,7 @@ class Checkpoint:
             )
         folder = self.source.download()
         dropped: set[str] = set()
+        copies: dict[str, str] = {}
         rows: dict[str, Any] = {}
         stacks: dict[str, StackConfig] = {}
         for side, templates in self._table().items():
@@ -95,7 +96,9 @@ class Checkpoint:
                 stacks[f"{side}/"] = stack
         wanted = {name for name, _ in rows.values()} if encoder_only else None
         if self.format == presets.HUGGING_FACE:
-            dropped |= set(weight_maps.HUGGING_FACE_DROPPED)
+            # Without the decoder's table there is nothing to compare, nor to lose.
+            copies = weight_maps.HUGGING_FACE_COPIES
+            dropped |= set(copies) if encoder_only else set()
             entries = safetensors_file.read_folder(folder, wanted)
         else:
             entries = h5_file.read_folder(folder, wanted)
@@ -105,7 +108,13 @@ class Checkpoint:
             if path.startswith(tuple(stacks))
         }
         return weight_maps.import_tensors(
-            rows, stacks, shapes, entries, dropped, self.location
+            rows,
+            stacks,
+            shapes,
+            entries,
+            dropped,
+            self.location,
+            {} if encoder_only else copies,
         )
 
 

@@ -35,6 +35,10 @@ def read_config(config: dict[str, Any], source: str = "config.json") -> T5GemmaC
             f"{source} has a separate logit table (tie_word_embeddings is false); "
             "T5Gemma's is the decoder's embedding table."
         )
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{source} has a quantization_config; only float weights are implemented."
+        )
     try:
         # transformers' config of an encoder alone has a decoder too, which is ignored.
         alone = config.get("is_encoder_decoder") is False
@@ -53,6 +57,32 @@ def read_config(config: dict[str, Any], source: str = "config.json") -> T5GemmaC
         raise ValueError(f"{source} has a field of a wrong type: {error}.") from error
 
 
+# Variants of the network; what does not change the result is not listed.
+_NEEDED = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "mlp_bias": False,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+}
+_ROPE_FIELDS = {"rope_theta", "rope_type", "type"}
+
+
+def _check_rope(stack, field, source):
+    """Refuse rotary embeddings other than the default ones."""
+    rope = stack.get(field) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    changed = {k: v for k, v in rope.items() if k not in _ROPE_FIELDS}
+    changed = {k: v for k, v in changed.items() if v not in (None, 1, 1.0)}
+    if kind != "default" or changed:
+        raise ValueError(
+            f"{source} has {field} {rope!r}; only rope_type 'default' with a "
+            "rope_theta is implemented."
+        )
+
+
 def read_stack(stack: dict[str, Any], source: str) -> StackConfig:
     """A `StackConfig` from transformers' dict of one tower, or of a Gemma 2.
 
@@ -60,15 +90,13 @@ def read_stack(stack: dict[str, Any], source: str) -> StackConfig:
         ValueError: for a variant of the network that Gemma 2 does not have.
         KeyError: for a missing field.
     """
-    for field, needed in (
-        ("hidden_activation", "gelu_pytorch_tanh"),
-        ("attention_bias", False),
-        ("tie_word_embeddings", True),
-    ):
-        if stack.get(field, needed) != needed:
+    for field, needed in _NEEDED.items():
+        if stack.get(field) not in (None, needed):
             raise ValueError(
                 f"{source} has {field} {stack[field]!r}; only {needed!r} is T5Gemma."
             )
+    for field in ("rope_scaling", "rope_parameters"):
+        _check_rope(stack, field, source)
     rope = stack.get("rope_parameters") or {}
     layer_types: Any = stack.get("layer_types")
     return StackConfig(

@@ -8,14 +8,18 @@ layers in a file: nothing, `_1`, `_2`, ... The transforms are those of
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from keras_t5gemma.checkpoints.layout_transforms import TRANSFORMS, LayoutTransform
 from keras_t5gemma.checkpoints.lazy_tensors import (
     ExportedTensor,
     ImportedTensor,
     LazyTensor,
+    nbytes,
 )
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
+_COMPARED = 2**26  # Bytes that are in memory at a time to compare two tensors.
 Row = tuple[str, str, str]
 Shape = tuple[int, ...]
 
@@ -174,7 +178,7 @@ HUGGING_FACE = {
 # transformers' T5GemmaEncoderModel.
 HUGGING_FACE_ENCODER = {"encoder": _hugging_face("encoder", "encoder.")}
 # The logit table is the decoder's embedding table; some files hold it twice.
-HUGGING_FACE_DROPPED = ("lm_head.out_proj.weight",)
+HUGGING_FACE_COPIES = {"lm_head.out_proj.weight": "model.decoder.embed_tokens.weight"}
 KERAS_HUB = {
     "encoder": _tower(
         "encoder",
@@ -203,7 +207,7 @@ KERAS = {
 }
 # Gemma 2, under the paths that our towers have.
 GEMMA2_HUGGING_FACE = _hugging_face("", "model.", _GEMMA2_HUGGING_FACE)
-GEMMA2_HUGGING_FACE_DROPPED = ("lm_head.weight",)  # The embedding table again.
+GEMMA2_HUGGING_FACE_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 GEMMA2_KERAS_HUB = _tower(
     "",
     _GEMMA2_KERAS_HUB,
@@ -283,6 +287,7 @@ def import_tensors(
     entries: Mapping[str, LazyTensor],
     dropped: Iterable[str],
     source: str,
+    copies: Mapping[str, str] | None = None,
 ) -> dict[str, LazyTensor]:
     """Lazily loaded tensors by our paths, in our layout, of a checkpoint's entries.
 
@@ -293,6 +298,8 @@ def import_tensors(
         entries: `{name in the file: tensor}`.
         dropped: names in the file that are left out on purpose.
         source: name of the checkpoint for messages.
+        copies: `{name in the file: name}` of tensors that must equal another one and
+            are then left out; read and compared if both are there.
 
     Returns:
         `{our path: tensor}` in the order of `shapes`.
@@ -307,7 +314,8 @@ def import_tensors(
         problems.append(f"the weight map does not fit the model: {unmapped}")
     wanted = {name for name, _ in rows.values()}
     missing = sorted(wanted - set(entries))
-    extra = sorted(set(entries) - wanted - set(dropped))
+    copies = copies or {}
+    extra = sorted(set(entries) - wanted - set(dropped) - set(copies))
     if missing:
         problems.append(f"missing tensors {missing}")
     if extra:
@@ -326,9 +334,26 @@ def import_tensors(
                 f"{tuple(entry.shape)}, the config needs {needed}"
             )
         tensors[path] = ImportedTensor(entry, transform, shape)
+    for copy, name in copies.items():
+        if {copy, name} <= set(entries) and not _are_equal(
+            entries[copy], entries[name]
+        ):
+            problems.append(
+                f"tensor {copy!r} differs from {name!r}: a separate logit table is "
+                "not implemented, T5Gemma's is the embedding table"
+            )
     if problems:
         raise ValueError(f"{source} cannot be loaded: " + "; ".join(problems) + ".")
     return tensors
+
+
+def _are_equal(a, b):
+    """Whether two tensors have the same values; some rows are in memory at a time."""
+    if tuple(a.shape) != tuple(b.shape):
+        return False
+    rows = max(1, _COMPARED // max(1, nbytes(a) // max(1, a.shape[0])))
+    parts = (slice(i, i + rows) for i in range(0, a.shape[0], rows))
+    return all(np.array_equal(a.read_slice((p,)), b.read_slice((p,))) for p in parts)
 
 
 def export_tensors(

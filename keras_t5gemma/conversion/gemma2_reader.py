@@ -80,7 +80,7 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
     config = presets.read_json(location)
     file = f"{location}: config.json"
     registered, model_type = config.get("registered_name"), config.get("model_type")
-    dropped: tuple[str, ...] = ()
+    copies: dict[str, str] = {}
     if registered == keras_hub_format.GEMMA:
         kind, rows = presets.KERAS_HUB, weight_maps.GEMMA2_KERAS_HUB
         if _is_quantized(config["config"]):
@@ -92,7 +92,7 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         positions = _MAX_POSITIONS
     elif model_type == "gemma2":
         kind, rows = presets.HUGGING_FACE, weight_maps.GEMMA2_HUGGING_FACE
-        dropped = weight_maps.GEMMA2_HUGGING_FACE_DROPPED
+        copies = weight_maps.GEMMA2_HUGGING_FACE_COPIES
         stack, size, cap = huggingface.read_gemma2_config(config, file)
         positions = config.get("max_position_embeddings", _MAX_POSITIONS)
     else:
@@ -108,8 +108,9 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         {"": stack},
         weight_maps.tower_shapes(stack, size),
         reader.read_folder(folder),
-        dropped,
+        (),
         str(location),
+        copies,
     )
     tokenizer_file = None
     if presets.has_tokenizer(folder, kind):

@@ -12,7 +12,15 @@ import pytest
 from helpers.models import tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints import h5_file, presets, safetensors_file
+from keras_t5gemma.checkpoints import (
+    h5_file,
+    huggingface,
+    presets,
+    safetensors_file,
+    weight_maps,
+)
+from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
+from keras_t5gemma.conversion import adapt
 from keras_t5gemma.data.indexed_files import FileRows
 from keras_t5gemma.data.readers import read_pairs, read_texts
 from keras_t5gemma.utils import files
@@ -184,3 +192,100 @@ def test_a_number_of_layers_is_refused_before_memory_is_taken():
         kt.StackConfig(num_layers=2, layer_types=[{}, 1], **sizes)
     with pytest.raises(ValueError, match="`hidden_dim` must be"):
         kt.StackConfig(num_layers=2, **{**sizes, "hidden_dim": 2**62})
+
+
+def write_hugging_face(folder, change=None):
+    """A transformers folder of a tiny model; `change` edits config and arrays."""
+    config = tiny_config()
+    fields = huggingface.write_config(config, "float32")
+    shapes = weight_maps.model_shapes(config)
+    rng = np.random.default_rng(0)
+    tensors = weight_maps.export_tensors(
+        weight_maps.HUGGING_FACE,
+        config,
+        {
+            path: Array(rng.normal(size=shape).astype("float32"))
+            for path, shape in shapes.items()
+        },
+    )
+    arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    if change is not None:
+        change(fields, arrays)
+    (folder / "config.json").write_text(json.dumps(fields))
+    entries = {name: Array(array) for name, array in arrays.items()}
+    safetensors_file.write_folder(folder, entries, 1e9, lambda names, data: None)
+    return folder
+
+
+class Array(LazyTensor):
+    """A lazy tensor of an array in memory."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def read(self):
+        return self.array
+
+
+TABLE, HEAD = "model.decoder.embed_tokens.weight", "lm_head.out_proj.weight"
+
+
+def test_a_separate_logit_table_is_refused(tmp_path):
+    def copied(fields, arrays):
+        arrays[HEAD] = arrays[TABLE].copy()
+
+    def changed(fields, arrays):
+        arrays[HEAD] = arrays[TABLE].copy()
+        arrays[HEAD][-1, -1] += 1
+
+    kt.Backbone.from_preset(write_hugging_face(tmp_path, copied))
+    write_hugging_face(tmp_path, changed)
+    with pytest.raises(ValueError, match=f"'{HEAD}' differs from '{TABLE}'"):
+        kt.Backbone.from_preset(tmp_path)
+    kt.Backbone.from_preset(tmp_path, encoder_only=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("partial_rotary_factor", 0.5),
+        ("attention_bias", True),
+        ("hidden_activation", "silu"),
+        ("tie_word_embeddings", False),
+    ],
+)
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_variants_that_are_not_implemented_are_refused(tmp_path, side, field, value):
+    fields = huggingface.write_config(tiny_config(), "float32")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    kt.Backbone.from_preset(tmp_path, load_weights=False)
+    fields[side][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"has {field} "):
+        kt.Backbone.from_preset(tmp_path)
+    gemma2 = {**fields[side], "model_type": "gemma2"}
+    (tmp_path / "config.json").write_text(json.dumps(gemma2))
+    with pytest.raises(ValueError, match=f"has {field} "):
+        adapt.plan_adaptation(tmp_path)
+
+
+def test_adapt_refuses_a_separate_logit_table(tmp_path):
+    def change(fields, arrays):
+        stack = fields.pop("decoder")
+        fields |= {**stack, "model_type": "gemma2"}
+        rows = weight_maps.expand(
+            weight_maps.GEMMA2_HUGGING_FACE, stack["num_hidden_layers"]
+        )
+        shapes = weight_maps.tower_shapes(tiny_config().decoder, stack["vocab_size"])
+        arrays.clear()
+        for path, (name, transform) in rows.items():
+            shape = transform.file_shape(shapes[path], stack["head_dim"])
+            arrays[name] = np.ones(shape, "float32")
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"] * 2
+
+    with pytest.raises(ValueError, match="'lm_head.weight' differs from 'model.embed"):
+        adapt.plan_adaptation(write_hugging_face(tmp_path, change))
