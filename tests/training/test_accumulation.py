@@ -94,6 +94,16 @@ def test_what_a_batch_counts(loss, sample_weight, expected):
     assert accumulation.batch_weight is None
 
 
+def test_without_accumulation_keras_is_left_alone():
+    optimizer = prepare_optimizer(keras.optimizers.SGD(), "float32")
+    assert not {"_backend_apply_gradients", "gradient_accumulation"} & set(
+        vars(optimizer)
+    )
+    assert callbacks(optimizer) == []
+    with weighted_batch(types.SimpleNamespace(optimizer=optimizer), None):
+        pass
+
+
 def ragged_batches():
     x = random_inputs(batch=5)
     weights = np.zeros(x["decoder_token_ids"].shape, "float32")
