@@ -52,6 +52,11 @@ class FitMixin(SafeInference):
     ) -> keras.callbacks.History:
         """Train; see the `fit` of the task for the arguments."""
         check_trainable_dtype(self.backbone.variable_dtype)
+        if kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "`class_weight` must be None: only a TextClassifier has classes. Pass "
+                f"`sample_weight`; got {kwargs['class_weight']!r}."
+            )
         with self._report_truncation():  # Of in-memory text, before training.
             data = self._data(
                 x,

@@ -7,6 +7,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_t5gemma.data.class_labels import LabelReader
 from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
 from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
@@ -15,6 +16,8 @@ from keras_t5gemma.tasks.encoder_task import EncoderTask
 from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.utils.checks import one_of, whole_number
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.ragged import Ragged
+from keras_t5gemma.utils.texts import as_texts, column_names, in_memory, to_list
 
 KINDS = ("single_label", "multi_label", "regression")
 _MEAN = "mean_with_sample_weight"
@@ -140,17 +143,27 @@ class TextClassifier(EncoderTask):
         )
 
     def fit(  # type: ignore[override]
-        self, x: Any = None, y: Any = None, batch_size: int | None = None, **kwargs: Any
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        *,
+        class_weight: dict | None = None,
+        **kwargs: Any,
     ) -> keras.callbacks.History:
         """Train on texts and labels.
 
         Args:
-            x: a list of texts, or of pairs of texts; or a dict of `"text"` and, for
-                pairs, `"text_pair"`.
+            x: a list of texts, or of pairs of texts; or a dict or a table of `"text"`
+                and, for pairs, `"text_pair"`. A list may be any container of `to_list`.
             y: one label per text: a name, or a number from 0 without names; with
-                `"multi_label"` a list of those, or a row of zeros and ones; with
-                `"regression"` a number.
+                `"regression"` a number. With `"multi_label"` a list of labels per text,
+                or a row with a zero or one for each class: rows of exactly
+                `num_classes` zeros and ones are read as such, `[0, 1]` of two classes
+                is the second one. A table has a column of them for each class.
             batch_size: texts per step, 32 when `None`.
+            class_weight: dict of labels and the weights of their texts, 1 for others,
+                for `"single_label"`; multiplied with `sample_weight`.
             **kwargs: those of `Seq2SeqLM.fit`: `epochs`, `validation_data`,
                 `validation_split`, `shuffle`, `sample_weight`, `callbacks`, ...
 
@@ -158,8 +171,13 @@ class TextClassifier(EncoderTask):
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: for unknown labels, NaN, or empty texts.
+            ValueError: for unknown labels, rows that may be labels or zeros and ones,
+                NaN, or empty texts.
         """
+        if class_weight is not None:
+            kwargs["sample_weight"] = self._label_reader().weights(
+                y, class_weight, kwargs.get("sample_weight")
+            )
         return super().fit(x, y, batch_size, **kwargs)
 
     def predict(self, x: Any, batch_size: int = 32) -> np.ndarray:
@@ -174,9 +192,12 @@ class TextClassifier(EncoderTask):
             `"regression"` the numbers, `(texts,)`.
         """
         columns = texts_of(x, "x")
-        (ids,) = encoder_ids(self._need_preprocessor(), columns, "x", self._token_rows)
+        preprocessor, ids = self._need_preprocessor(), Ragged.from_rows([])
+        whole_number(batch_size, "batch_size", 1)
+        if any(columns.values()):
+            (ids,) = encoder_ids(preprocessor, columns, "x", self._token_rows)
         logits = np.zeros((len(ids), self.output.shape[-1]), "float32")
-        limit = self.preprocessor.encoder_sequence_length
+        limit = preprocessor.encoder_sequence_length
         with progress_bar(
             "Classifying", len(ids), verbose=len(ids) >= _MANY
         ) as advance:
@@ -220,38 +241,10 @@ class TextClassifier(EncoderTask):
         return texts_of(x, name), self._labels(y)
 
     def _labels(self, y):
-        """Labels as int32 `(texts,)`, or float32 `(texts, outputs)`."""
-        if self.kind == "regression":
-            labels = np.asarray(y, "float32").reshape(-1, 1)
-            if not np.isfinite(labels).all():
-                bad = np.flatnonzero(~np.isfinite(labels))
-                raise ValueError(
-                    f"`y` must be finite numbers; number {bad[0]} is {y[bad[0]]}."
-                )
-            return labels
-        if self.kind == "single_label":
-            return np.array([self._number(label) for label in y], "int32")
-        labels = np.zeros((len(y), self.num_classes), "float32")
-        for i, row in enumerate(y):
-            if isinstance(row, np.ndarray) and row.shape == (self.num_classes,):
-                if not np.isin(row, (0, 1)).all():
-                    raise ValueError(f"`y` must be zeros and ones; got {row}.")
-                labels[i] = row
-            else:
-                labels[i, [self._number(label) for label in row]] = 1
-        return labels
+        return self._label_reader().read(y)
 
-    def _number(self, label):
-        if self.class_names is not None:
-            if label in self.class_names:
-                return self.class_names.index(label)
-            accepted = self.class_names
-        else:
-            is_number = isinstance(label, int | np.integer)
-            if is_number and 0 <= label < self.num_classes:
-                return int(label)
-            accepted = f"0..{self.num_classes - 1}"
-        raise ValueError(f"`y` must be labels among {accepted}; got {label!r}.")
+    def _label_reader(self):
+        return LabelReader(self.kind, self.class_names, self.num_classes)
 
     def _token_rows(self, columns):
         """Token ids of texts, or of pairs, truncating the longer text first."""
@@ -293,9 +286,12 @@ def texts_of(x: Any, name: str) -> dict:
     names = ("text", "text_pair")
     if isinstance(x, str | bytes):
         raise ValueError(f"`{name}` must be a list of texts; got {x!r}.")
+    found = in_memory(x, names)
+    x = found if found or column_names(x) is None else to_list(x, name)
     if isinstance(x, dict) and set(x) == {"text"}:
         x = x["text"]
-    if isinstance(x, dict) or (len(x) and isinstance(x[0], list | tuple)):
+    is_rows = isinstance(x, list | tuple) and len(x) and hasattr(x[0], "__len__")
+    if isinstance(x, dict) or (is_rows and not isinstance(x[0], str | bytes)):
         columns = pairs_of(x, None, names, name)
         return dict(zip(("encoder", "second"), columns.values(), strict=True))
-    return {"encoder": x}
+    return {"encoder": as_texts(x, name)}

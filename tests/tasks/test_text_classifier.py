@@ -220,3 +220,103 @@ def test_refusals(tokenizer, model):
         values.fit(TEXTS[:2], [1.0, float("nan")])
     with pytest.raises(ValueError, match="'packed'"):
         classifier.fit(TEXTS, LABELS, batching="packed")
+
+
+@pytest.mark.one_backend
+def test_rows_of_zeros_and_ones(tokenizer):
+    ones = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    for names in ({"class_names": NAMES}, {"num_classes": 3}):
+        classifier = make_classifier(tokenizer, kind="multi_label", **names)
+        for cast in (
+            list,
+            lambda y: [tuple(map(float, row)) for row in y],
+            lambda y: [list(map(bool, row)) for row in y],
+            lambda y: np.array(y, "bool"),
+            lambda y: list(np.array(y, "float32")),
+        ):
+            assert classifier._labels(cast(ones)).tolist() == ones
+    assert classifier._labels([[0, 2], [], [np.int64(1)]]).tolist() == ones
+    with pytest.raises(ValueError, match=r"`y\[1\]` is \[1, 0, 0\], labels or one"):
+        classifier._labels([[0, 2], [1, 0, 0]])
+    with pytest.raises(ValueError, match=r"among 0..2; got 0.5.*integers.*zeros and"):
+        classifier._labels([[0.5, 0, 1]])
+    with pytest.raises(ValueError, match=r"`y\[0\]` must be a list of labels.*got 1"):
+        classifier._labels([1, 0, 1])
+    two = make_classifier(tokenizer, kind="multi_label", num_classes=2)
+    assert two._labels([[0, 1], [1, 0]]).tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(ValueError, match="labels or one number per class"):
+        two._labels([[0, 1], [1]])
+
+
+@pytest.mark.one_backend
+def test_labels_in_columns_and_tables(tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    single = make_classifier(tokenizer)
+    for y in (pyarrow.array(LABELS), pyarrow.table({"y": LABELS}), np.array(LABELS)):
+        assert single._labels(y).tolist() == [0, 1, 2, 0, 1, 2]
+    several = make_classifier(tokenizer, class_names=NAMES, kind="multi_label")
+    table = {"tool": [0, 1], "game": [1, 0], "library": [1, 1]}
+    found = several._labels(pyarrow.table(table))
+    assert found.tolist() == [[1, 1, 0], [0, 1, 1]]  # By name, not by position.
+    del table["tool"]
+    with pytest.raises(ValueError, match=r"one column.*'tool'.*got the columns"):
+        several._labels(pyarrow.table(table))
+    with pytest.raises(ValueError, match=r"`y` must be a list of one label.*'tool'"):
+        single._labels(pyarrow.table(table))
+    with pytest.raises(ValueError, match=r"`y` must be a list of one label.*got str"):
+        single._labels("game")
+    numbers = make_classifier(tokenizer, num_classes=2)
+    assert numbers._labels([True, np.bool_(False), np.int8(1)]).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"among 0..1; got 1.0. .*integers"):
+        numbers._labels([1.0])
+    values = make_classifier(tokenizer, kind="regression")
+    for y in (pyarrow.array([1, 2]), range(1, 3), (1, np.float32(2))):
+        assert values._labels(y).tolist() == [[1], [2]]
+    for y in (["a", "b"], [[1, 2], [3, 4]]):
+        with pytest.raises(ValueError, match="`y` must be one number per text"):
+            values._labels(y)
+
+
+@pytest.mark.one_backend
+def test_class_weights(tokenizer):
+    """A class of weight 0 is not learned, as without its texts."""
+    classifier = make_classifier(tokenizer)
+    train(classifier, LABELS, class_weight={"tool": 0, "game": np.int64(2)})
+    assert "tool" not in classifier.classify(TEXTS)
+    found = classifier._label_reader().weights(["tool", "game"], {"tool": 0.5}, [3, 4])
+    assert found.tolist() == [1.5, 4]
+    for weights, message in (
+        ({"food": 1}, "labels among .*got 'food'"),
+        ({"tool": -1}, r"`class_weight\['tool'\]` must be a number at least 0"),
+        ([1, 2, 3], "`class_weight` must be a dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classifier.fit(TEXTS, LABELS, class_weight=weights)
+    with pytest.raises(ValueError, match="`class_weight` must be.*for 'regression'"):
+        make_classifier(tokenizer, kind="regression").fit(
+            TEXTS, range(6), class_weight={0: 1}
+        )
+
+
+@pytest.mark.one_backend
+def test_texts_in_columns_and_tables_and_no_texts(tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    classifier = make_classifier(tokenizer)
+    expected = classifier.predict(TEXTS)
+    for x in (
+        pyarrow.array(TEXTS),
+        np.array(TEXTS),
+        pyarrow.table({"text": TEXTS, "id": range(6)}),
+        {"text": pyarrow.array(TEXTS)},
+    ):
+        assert np.array_equal(classifier.predict(x), expected)
+    expected = classifier.predict([("a", "b"), ("c", "d")])
+    assert np.array_equal(classifier.predict((["a", "c"], ["b", "d"])), expected)
+    for nothing in ([], (), pyarrow.array([], "string"), {"text": []}):
+        found = classifier.predict(nothing)
+        assert found.shape == (0, 3) and found.dtype == np.float32
+        assert classifier.classify(nothing) == []
+    values = make_classifier(tokenizer, kind="regression")
+    assert values.predict([]).shape == (0,)
+    with pytest.raises(ValueError, match=r"`x\[1\]` must be a string; got NoneType"):
+        classifier.predict(["a", None])

@@ -1,0 +1,183 @@
+"""Labels of texts in every accepted form, as arrays."""
+
+import dataclasses
+import numbers
+from typing import Any
+
+import numpy as np
+
+from keras_t5gemma.utils.checks import number
+from keras_t5gemma.utils.texts import column_names, in_memory, to_list
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelReader:
+    """Labels of a `TextClassifier`.
+
+    Args:
+        kind: `"single_label"`, `"multi_label"` or `"regression"`.
+        class_names: names of the classes, or `None` for numbers from 0.
+        num_classes: number of classes; `None` for `"regression"`.
+    """
+
+    kind: str
+    class_names: list | None
+    num_classes: Any
+
+    def read(self, y: Any) -> np.ndarray:
+        """Labels of texts as an array.
+
+        Args:
+            y: any container with a name or number per text; for `"multi_label"` a list
+                of them per text, or rows of exactly `num_classes` zeros and ones, or
+                a table with a column of zeros and ones for each class.
+
+        Returns:
+            int32 `(texts,)`; float32 `(texts, classes)` for `"multi_label"`, and
+            `(texts, 1)` for `"regression"`.
+
+        Raises:
+            ValueError: for labels that are not accepted, and rows that may be labels
+                or zeros and ones.
+        """
+        y = self._label_rows(y)
+        if self.kind == "single_label":
+            return np.array([self._number(label) for label in y], "int32")
+        if self.kind == "multi_label":
+            return self._multi_hot(y)
+        try:
+            labels = np.asarray(y, "float32")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`y` must be one number per text: {error}") from error
+        if labels.size != len(y):
+            raise ValueError(
+                f"`y` must be one number per text; got shape {labels.shape}."
+            )
+        bad = np.flatnonzero(~np.isfinite(labels))
+        if len(bad):
+            raise ValueError(
+                f"`y` must be finite numbers; number {bad[0]} is {y[bad[0]]}."
+            )
+        return labels.reshape(-1, 1)
+
+    def _label_rows(self, y):
+        """Labels of any container as a list."""
+        names = column_names(y)
+        if names is not None and self.kind == "multi_label":
+            wanted = self.class_names or names
+            if set(wanted) != set(names) or len(names) != self.num_classes:
+                raise ValueError(
+                    f"`y` must have one column of zeros and ones for each of the "
+                    f"classes {self._accepted()}; got the columns {names}."
+                )
+            columns = [to_list(y[name], "y") for name in wanted]
+            return list(zip(*columns, strict=True))
+        if names is not None and len(names) == 1:
+            y = y[names[0]]
+        is_rows = isinstance(y, np.ndarray) and y.ndim or isinstance(y, range)
+        y = list(y) if is_rows else in_memory(y)
+        if not isinstance(y, list | tuple):
+            found = f"the columns {names}" if names else type(y).__name__
+            raise ValueError(
+                f"`y` must be a list of one label per text among {self._accepted()}; "
+                f"got {found}."
+            )
+        return y
+
+    def _multi_hot(self, y):
+        """Float32 `(texts, classes)` of lists of labels, or of zeros and ones."""
+        labels = np.zeros((len(y), self.num_classes), "float32")
+        is_row = [_zeros_and_ones(row, self.num_classes) for row in y]
+        names = self.class_names or range(self.num_classes)
+        for i, row in enumerate(y):
+            if isinstance(row, np.ndarray) and row.shape == (self.num_classes,):
+                if not is_row[i]:
+                    raise ValueError(f"`y` must be zeros and ones; got {row}.")
+                labels[i] = row
+            elif is_row[i]:
+                if not all(is_row) and any(value in names for value in row):
+                    raise ValueError(
+                        f"`y[{i}]` is {row!r}, labels or one number per class: pass "
+                        f"{self.num_classes} zeros and ones for every text, or for "
+                        "none."
+                    )
+                labels[i] = row
+            elif isinstance(row, list | tuple | set | np.ndarray):
+                labels[i, [self._number(label) for label in row]] = 1
+            else:
+                raise ValueError(
+                    f"`y[{i}]` must be a list of labels among {self._accepted()}, or "
+                    f"{self.num_classes} zeros and ones; got {row!r}."
+                )
+        return labels
+
+    def _accepted(self):
+        if self.kind == "regression":
+            return "finite numbers"
+        return self.class_names or f"0..{self.num_classes - 1}"
+
+    def _number(self, label):
+        if self.class_names is not None:
+            if not hasattr(label, "__len__") or isinstance(label, str):
+                if label in self.class_names:
+                    return self.class_names.index(label)
+        elif isinstance(label, int | np.integer | np.bool_):
+            if 0 <= label < self.num_classes:
+                return int(label)
+        is_float = self.class_names is None and isinstance(label, float | np.floating)
+        hint = " Numbers of classes are integers, not floats." if is_float else ""
+        if self.kind == "multi_label":
+            hint += f" A row of {self.num_classes} zeros and ones is accepted too."
+        raise ValueError(
+            f"`y` must be labels among {self._accepted()}; got {label!r}.{hint}"
+        )
+
+    def weights(
+        self, y: Any, class_weight: dict, sample_weight: Any = None
+    ) -> np.ndarray:
+        """Weights of texts by their class.
+
+        Args:
+            y: as in `read`.
+            class_weight: dict of labels and weights; 1 for the others.
+            sample_weight: one weight per text to multiply with, or `None`.
+
+        Returns:
+            float32 `(texts,)`.
+
+        Raises:
+            ValueError: for unknown labels, negative weights, or another `kind`.
+        """
+        if (
+            self.kind != "single_label"
+            or y is None
+            or not isinstance(class_weight, dict)
+        ):
+            raise ValueError(
+                "`class_weight` must be a dict of labels and weights, for labels `y` "
+                f"of kind 'single_label'; got {class_weight!r} for {self.kind!r}."
+            )
+        table = np.ones(self.num_classes, "float32")
+        for label, weight in class_weight.items():
+            name = f"class_weight[{label!r}]"
+            table[self._number(label)] = number(weight, name, at_least=0)
+        weights = table[self.read(y)]
+        if sample_weight is None:
+            return weights
+        sample_weight = np.asarray(sample_weight, "float32")
+        if sample_weight.size != len(weights):
+            raise ValueError(
+                "`sample_weight` must have one weight for each of the "
+                f"{len(weights)} texts; got shape {sample_weight.shape}."
+            )
+        return weights * sample_weight.reshape(-1)
+
+
+def _zeros_and_ones(row, count):
+    """Whether a row of labels is one zero or one for each class."""
+    return (
+        isinstance(row, list | tuple | np.ndarray)
+        and getattr(row, "ndim", 1) == 1
+        and len(row) == count
+        and all(isinstance(v, numbers.Real | np.bool_) and v in (0, 1) for v in row)
+    )
