@@ -1,6 +1,5 @@
 """Presets of keras_t5gemma in Keras's format, written from lazily loaded tensors."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,12 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_t5gemma.checkpoints import h5_file, weight_maps
-from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor
+from keras_t5gemma.checkpoints import h5_file, integrity, weight_maps
+from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor, to_bytes
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.utils.files import read_json_file
-
-CHECKSUM_FILE = "checksums.json"
 
 
 def write(
@@ -41,17 +37,20 @@ def write(
     """
     names = dataset_names(config)
     paths = {name: path for path, name in names.items()}
-    digests = {}
+    digests: dict[str, str] = {}
+    fast: dict[str, str] = {}
 
     def written(names, data):
-        digest = hashlib.sha256(data).hexdigest()
-        digests.update((paths[name], digest) for name in names)
+        for algorithm, table in (("sha256", digests), ("crc32", fast)):
+            digest = integrity.digest(algorithm, data)
+            table.update((paths[name], digest) for name in names)
         if progress is not None:
             progress(data.nbytes * len(names))
 
     entries = {names[path]: CastTensor(t, dtype) for path, t in tensors.items()}
     h5_file.write_folder(folder, entries, max_shard_bytes, written)
-    _write_json(folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": digests})
+    checksums = {"algorithm": "sha256", "tensors": digests, "crc32": fast}
+    _write_json(folder / integrity.CHECKSUM_FILE, checksums)
     if preprocessor is not None:
         preprocessor.save_to_preset(str(folder))
     _write_json(folder / "config.json", serialize(config, dtype.name, lineage))
@@ -87,16 +86,21 @@ def serialize(
     }
 
 
-def read_checksums(folder: Path) -> dict[str, str] | None:
-    """The sha256 of every tensor's bytes, recorded when the folder was written.
+def write_checksums(folder: Path, config: T5GemmaConfig) -> None:
+    """Record checksums of the float weight files that Keras wrote into a folder."""
+    paths = {name: path for path, name in dataset_names(config).items()}
+    digests = {
+        paths[name]: integrity.digest("crc32", to_bytes(tensor.read()))
+        for name, tensor in h5_file.read_folder(folder).items()
+        if name in paths
+    }
+    save_checksums(folder, digests)
 
-    Returns:
-        `{our variable path: hex digest}`, or `None` without checksums.
-    """
-    path = folder / CHECKSUM_FILE
-    if not path.exists():
-        return None
-    return read_json_file(path)["tensors"]
+
+def save_checksums(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write CRC-32 checksums by our variable paths; none replace those of before."""
+    fields = {"algorithm": "crc32", "tensors": dict(digests)}
+    _write_json(folder / integrity.CHECKSUM_FILE, fields)
 
 
 def _write_json(path, value):

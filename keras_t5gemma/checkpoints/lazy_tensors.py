@@ -71,6 +71,8 @@ class FileTensor(LazyTensor):
         dtype: NumPy dtype of the stored values.
         shape: tuple.
         offset: first byte.
+        check: called with the values of every part that is read; raises if they are
+            damaged.
     """
 
     file: Path
@@ -78,6 +80,7 @@ class FileTensor(LazyTensor):
     dtype: np.dtype
     shape: tuple
     offset: int
+    check: Callable[[np.ndarray], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +107,10 @@ class FileTensor(LazyTensor):
                 run, view = view[:length], view[length:]
                 file.seek(self.offset + first)
                 read_into(file, run, self.name)
-        return buffer.view(self.dtype).reshape(shape)
+        array = buffer.view(self.dtype).reshape(shape)
+        if self.check is not None:
+            self.check(array)
+        return array
 
 
 def read_into(file: BinaryIO, view: memoryview, name: str) -> None:

@@ -15,7 +15,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.checkpoints import checkpoint, keras_format, weight_maps
+from keras_t5gemma.checkpoints import checkpoint, integrity, weight_maps
 from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, FirstRows
 from keras_t5gemma.conversion.gemma2_reader import Gemma2, live_layers
 from keras_t5gemma.modeling import weight_loading
@@ -84,7 +84,7 @@ def check_identities(
 
 
 def _check_copies(folder, opened):
-    checksums = keras_format.read_checksums(Path(folder))
+    checksums = integrity.read_checksums(Path(folder)).tensors
     for i in range(opened.config.decoder.num_layers):
         for name in ("query", "key", "value", "output"):
             block = f"decoder/block_{i}"

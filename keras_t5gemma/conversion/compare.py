@@ -1,7 +1,6 @@
 """Compare a checkpoint with another one, or with its own checksums."""
 
 import dataclasses
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.checkpoints import checkpoint, keras_format
-from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, to_bytes
+from keras_t5gemma.checkpoints import checkpoint, integrity
+from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
 from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
 
@@ -136,7 +135,7 @@ def _free_memory():
 
 
 def check_checksums(folder: str | Path) -> int:
-    """Compare every tensor of a preset with the sha256 recorded when it was saved.
+    """Compare every tensor of a preset with the checksum recorded when it was saved.
 
     Returns:
         The number of tensors, 0 when the folder has no checksums.
@@ -146,16 +145,15 @@ def check_checksums(folder: str | Path) -> int:
             have changed.
     """
     opened = checkpoint.open_checkpoint(folder)
-    recorded = keras_format.read_checksums(Path(folder))
+    recorded = integrity.read_checksums(Path(folder))
     if recorded is None:
         return 0
     tensors = opened.tensors()
-    changed = sorted(set(recorded) ^ set(tensors))
+    changed = sorted(set(recorded.tensors) ^ set(tensors))
     changed += [
         path
         for path, tensor in tensors.items()
-        if path in recorded
-        and hashlib.sha256(to_bytes(tensor.read()).data).hexdigest() != recorded[path]
+        if not recorded.match(path, tensor.read())
     ]
     if changed:
         raise ValueError(

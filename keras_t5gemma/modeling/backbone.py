@@ -268,6 +268,8 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
         preset: presets.PresetLike,
         load_weights: bool = True,
         encoder_only: bool = False,
+        verify_checksums: bool = True,
+        allow_non_finite: bool = False,
         **kwargs: Any,
     ) -> "Backbone":
         """Load a preset.
@@ -279,6 +281,9 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
             load_weights: `False` leaves the weights random; a published name then
                 needs no network.
             encoder_only: build the encoder alone and read only its tensors.
+            verify_checksums: compare the float weights of this package's presets with
+                their checksums while they are read.
+            allow_non_finite: warn about NaN and infinite weights instead of raising.
             **kwargs: `dtype` (a policy or its name; by default float checkpoints are
                 loaded in Keras's global policy; `"int8"` and `"int4"` also quantize),
                 `name`, `trainable`.
@@ -288,9 +293,12 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
                 not fit.
             OSError: when a download fails, with instructions.
         """
+        checks = verify_checksums, allow_non_finite
         if kwargs.get("dtype") in QUANTIZED:
             mode = kwargs.pop("dtype")
-            backbone = cls.from_preset(preset, load_weights, encoder_only, **kwargs)
+            backbone = cls.from_preset(
+                preset, load_weights, encoder_only, *checks, **kwargs
+            )
             stored = backbone.encoder.token_embedding.quantization_mode
             if stored is None:
                 backbone.quantize(mode)
@@ -310,7 +318,9 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
                     cls, opened, load_weights, encoder_only, **kwargs
                 )
             if load_weights:
-                return weight_loading.load_backbone(cls, opened, encoder_only, **kwargs)
+                return weight_loading.load_backbone(
+                    cls, opened, encoder_only, *checks, **kwargs
+                )
             config, kwargs["lineage"] = opened.config, opened.lineage
         if encoder_only:
             config = dataclasses.replace(config, decoder=None)
@@ -338,6 +348,7 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
                 "those of the preset; `save_lora_weights` saves trained adapters."
             )
         super().save_weights(filepath, overwrite, max_shard_size)
+        weight_loading.record_checksums(self, filepath)
 
     def save_to_huggingface(
         self,

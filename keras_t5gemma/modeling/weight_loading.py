@@ -8,15 +8,23 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import keras
 
 from keras_t5gemma._compat import track_parameters
-from keras_t5gemma.checkpoints import h5_file, keras_format, weight_maps
+from keras_t5gemma.checkpoints import (
+    h5_file,
+    integrity,
+    keras_format,
+    presets,
+    weight_maps,
+)
 from keras_t5gemma.checkpoints.checkpoint import Checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.shared_arrays import is_shared
 from keras_t5gemma.modeling.deferred_init import build_and_fill
 from keras_t5gemma.modeling.layer_iteration import iter_layers
@@ -44,6 +52,8 @@ def load_backbone(
     build: Callable[..., Model],
     checkpoint: Checkpoint,
     encoder_only: bool = False,
+    verify_checksums: bool = True,
+    allow_non_finite: bool = False,
     **kwargs: Any,
 ) -> Model:
     """A `Backbone` of a float checkpoint, each tensor read once into its variable.
@@ -52,15 +62,22 @@ def load_backbone(
         build: `(config, **kwargs) -> Backbone`, the class itself or a subclass.
         checkpoint: a `Checkpoint`.
         encoder_only: build and read the encoder alone.
+        verify_checksums: compare what is read with the preset's checksums.
+        allow_non_finite: warn about NaN and infinite weights instead of raising.
         **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
 
     Raises:
-        ValueError: naming the file and the tensors that do not fit.
+        ValueError: naming the file and the tensors that do not fit or are damaged.
     """
     config = checkpoint.config
     if encoder_only:
         config = dataclasses.replace(config, decoder=None)
     tensors = checkpoint.tensors(encoder_only)
+    checksums = None
+    if verify_checksums and checkpoint.format == presets.KERAS:
+        folder = checkpoint.source.download()
+        checksums = integrity.read_checksums(folder, fast=True)
+    tensors = integrity.checked(tensors, checksums, allow_non_finite)
     return fill(build, config, tensors, lineage=checkpoint.lineage, **kwargs)
 
 
@@ -91,6 +108,7 @@ def load_quantized(
     backbone = build(config, lineage=checkpoint.lineage, **kwargs)
     if load_weights:
         folder = checkpoint.source.download()
+        h5_file.weight_files(folder)  # Raises if one is missing, or elsewhere.
         backbone.load_weights(h5_file.weights_file(folder))
     return backbone
 
@@ -187,5 +205,28 @@ def gather_weights(
     names = keras_format.dataset_names(backbone.config)
     entries = {names[p]: tensor for p, tensor in model_tensors(backbone).items()}
     size = max_shard_size * UNITS["GiB"] if max_shard_size else math.inf
-    h5_file.write_folder(folder, entries, size, lambda names, data: None)
+    digests: dict[str, str] = {}
+    paths = {dataset: path for path, dataset in names.items()}
+
+    def written(datasets, data):
+        digest = integrity.digest("crc32", data)
+        digests.update((paths[dataset], digest) for dataset in datasets)
+
+    h5_file.write_folder(folder, entries, size, written)
+    if not process_group.process_index():
+        keras_format.save_checksums(Path(folder), digests)
     return True
+
+
+def record_checksums(backbone: Model, filepath: str | os.PathLike[str]) -> None:
+    """Write the checksums of weight files of a preset that Keras has written.
+
+    Quantized weights get none; those of an earlier checkpoint are removed.
+    """
+    folder, name = os.path.split(filepath)
+    if name not in (h5_file.SINGLE_FILE, h5_file.INDEX_FILE):
+        return
+    if backbone.encoder.token_embedding.quantization_mode:
+        keras_format.save_checksums(Path(folder), {})
+    else:
+        keras_format.write_checksums(Path(folder), backbone.config)

@@ -7,20 +7,25 @@ import struct
 import time
 
 import h5py
+import ml_dtypes
 import numpy as np
 import pytest
+from helpers.gemma2 import SMALL, make_gemma2
 from helpers.models import tiny_config
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints import (
     h5_file,
     huggingface,
+    integrity,
     presets,
     safetensors_file,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
+from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor
 from keras_t5gemma.conversion import adapt
+from keras_t5gemma.conversion.compare import check_checksums
 from keras_t5gemma.data.indexed_files import FileRows
 from keras_t5gemma.data.readers import read_pairs, read_texts
 from keras_t5gemma.utils import files
@@ -289,3 +294,65 @@ def test_adapt_refuses_a_separate_logit_table(tmp_path):
 
     with pytest.raises(ValueError, match="'lm_head.weight' differs from 'model.embed"):
         adapt.plan_adaptation(write_hugging_face(tmp_path, change))
+
+
+def flip_a_bit(folder, path):
+    tensors = open_checkpoint(folder).tensors()
+    entry = tensors[path].source
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.offset + entry.nbytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("shard", [10, "80KB"])
+def test_a_flipped_bit_is_found_while_loading(backbone, tmp_path, shard):
+    backbone.save_to_preset(tmp_path, max_shard_size=shard)
+    kt.Backbone.from_preset(tmp_path)
+    assert check_checksums(tmp_path) == len(backbone.weights)
+    path = "decoder/block_1/mlp/up/kernel"
+    flip_a_bit(tmp_path, path)
+    with pytest.raises(ValueError, match=f"damaged: tensor '{path}' differs"):
+        kt.Backbone.from_preset(tmp_path)
+    kt.Backbone.from_preset(tmp_path, verify_checksums=False)
+    kt.Backbone.from_preset(tmp_path, encoder_only=True)  # It does not read it.
+    backbone.save_to_preset(tmp_path)
+    kt.Backbone.from_preset(tmp_path)
+
+
+def test_adapted_presets_are_verified_and_can_be_saved_over(tmp_path):
+    make_gemma2(**SMALL).save_to_preset(str(tmp_path / "gemma"))
+    folder = tmp_path / "adapted"
+    adapt.adapt_to_folder(tmp_path / "gemma", folder=folder, check=False)
+    loaded = kt.Backbone.from_preset(folder)
+    loaded.weights[0].assign(loaded.weights[0] + 1)
+    loaded.save_to_preset(folder)
+    kt.Backbone.from_preset(folder)
+    path = "encoder/token_embedding/embeddings"
+    flip_a_bit(folder, path)
+    with pytest.raises(ValueError, match=f"damaged: tensor '{path}' differs"):
+        kt.Backbone.from_preset(folder, encoder_only=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    def change(fields, arrays):
+        arrays["model.encoder.norm.weight"][3] = value
+
+    write_hugging_face(tmp_path, change)
+    with pytest.raises(ValueError, match="'encoder/final_norm/scale' has NaN or inf"):
+        kt.Backbone.from_preset(tmp_path)
+    with pytest.warns(UserWarning, match="'encoder/final_norm/scale' has NaN or inf"):
+        kt.Backbone.from_preset(tmp_path, allow_non_finite=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_non_finite_value_is_seen(dtype):
+    dtype = DTYPES[dtype]
+    largest = float(ml_dtypes.finfo(dtype).max)
+    finite = np.array([0, -1, largest, -largest, 1e-8], dtype)
+    assert not integrity.has_non_finite(finite)
+    for value in (np.nan, np.inf, -np.inf):
+        array = np.array([[1, 2], [3, value]], dtype).T
+        assert integrity.has_non_finite(array)

@@ -1,0 +1,140 @@
+"""Checks of weights while they are read: checksums, and values that are not finite."""
+
+import dataclasses
+import hashlib
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    DTYPES,
+    FileTensor,
+    ImportedTensor,
+    LazyTensor,
+    to_bytes,
+)
+from keras_t5gemma.utils.files import read_json_file
+
+CHECKSUM_FILE = "checksums.json"
+_PIECE = 2**20  # Values that are checked at a time, so that they stay in the cache.
+# Bits of the exponent, all of which are set in NaN and infinity.
+_EXPONENTS = {
+    DTYPES["float32"]: ("uint32", 0x7F800000),
+    DTYPES["bfloat16"]: ("uint16", 0x7F80),
+    DTYPES["float16"]: ("uint16", 0x7C00),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checksums:
+    """Recorded checksums of the bytes of tensors.
+
+    Args:
+        algorithm: `"sha256"` or `"crc32"`.
+        tensors: `{our variable path: hex digest}`.
+    """
+
+    algorithm: str
+    tensors: dict[str, str]
+
+    def match(self, path: str, array: np.ndarray) -> bool:
+        """Whether an array has the recorded checksum, if there is one."""
+        recorded = self.tensors.get(path)
+        return recorded in (None, digest(self.algorithm, to_bytes(array)))
+
+
+def digest(algorithm: str, data: np.ndarray) -> str:
+    """Hex digest of flat bytes."""
+    if algorithm == "crc32":
+        return f"{zlib.crc32(data.data):08x}"
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def read_checksums(folder: Path, fast: bool = False) -> Checksums | None:
+    """Checksums of every tensor, recorded when the folder was written.
+
+    Args:
+        folder: path of a preset.
+        fast: prefer CRC-32, which finds accidents but no forgery.
+
+    Returns:
+        `Checksums`, or `None` if the folder has none.
+
+    Raises:
+        ValueError: if checksums.json is damaged.
+    """
+    path = folder / CHECKSUM_FILE
+    if not path.exists():
+        return None
+    fields = read_json_file(path)
+    try:
+        if fast and "crc32" in fields:
+            return Checksums("crc32", dict(fields["crc32"]))
+        if fields["algorithm"] not in ("sha256", "crc32"):
+            raise ValueError(f"unknown algorithm {fields['algorithm']!r}")
+        return Checksums(fields["algorithm"], dict(fields["tensors"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def checked(
+    tensors: Mapping[str, LazyTensor],
+    checksums: Checksums | None = None,
+    allow_non_finite: bool = False,
+) -> dict[str, LazyTensor]:
+    """The same tensors of files, which raise when damaged values are read.
+
+    Args:
+        tensors: `{our variable path: tensor}`.
+        checksums: compared with every tensor that is read whole; parts are not.
+        allow_non_finite: warn about NaN and infinite values instead of raising.
+
+    Returns:
+        `{our variable path: tensor}`, whose `read` raises `ValueError` with the name
+        of the tensor.
+    """
+    result = {}
+    for path, tensor in tensors.items():
+        if isinstance(tensor, ImportedTensor) and isinstance(tensor.source, FileTensor):
+            check = _Check(path, tensor.source, checksums, allow_non_finite)
+            source = dataclasses.replace(tensor.source, check=check)
+            tensor = dataclasses.replace(tensor, source=source)
+        result[path] = tensor
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """Called with the values that were read of one tensor."""
+
+    path: str
+    tensor: FileTensor
+    checksums: Checksums | None
+    allow_non_finite: bool
+
+    def __call__(self, array):
+        whole = array.shape == tuple(self.tensor.shape)
+        if whole and self.checksums and not self.checksums.match(self.path, array):
+            raise ValueError(
+                f"{self.tensor.file} is damaged: tensor {self.path!r} differs from "
+                f"its checksum in {CHECKSUM_FILE}. Download or save it again; "
+                "`verify_checksums=False` loads it as it is."
+            )
+        if has_non_finite(array):
+            message = (
+                f"{self.tensor.file}: tensor {self.path!r} has NaN or infinite values"
+            )
+            if not self.allow_non_finite:
+                raise ValueError(message + "; `allow_non_finite=True` only warns.")
+            warnings.warn(message + ".", stacklevel=2)
+
+
+def has_non_finite(array: np.ndarray) -> bool:
+    """Whether a float array has a NaN or an infinite value."""
+    kind, bits = _EXPONENTS[array.dtype]
+    flat = np.ascontiguousarray(array).reshape(-1).view(kind)
+    pieces = (flat[i : i + _PIECE] for i in range(0, flat.size, _PIECE))
+    return any(bool(((piece & bits) == bits).any()) for piece in pieces)
