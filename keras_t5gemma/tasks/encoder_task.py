@@ -236,6 +236,12 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
             result["held_out"] = {"x": held_out}
         return result
 
+    def _text_batch(self, x, y, sample_weight):
+        """See `FitMixin`."""
+        columns, _ = self._columns(x, y, "x")
+        count = len(next(iter(columns.values())))
+        return self._data(x, y, sample_weight, count, batching="fixed")["x"][0]
+
     def _need_preprocessor(self):
         if self.preprocessor is None:
             raise ValueError(f"{type(self).__name__} needs a `preprocessor` for text.")

@@ -140,6 +140,25 @@ class FitMixin(SafeInference):
             with exclusive_loop(self):
                 return keras.Model.evaluate(self, **data, **kwargs)
 
+    def preprocess_samples(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> Any:
+        """Arrays of one batch of `train_on_batch`, `test_on_batch`, `predict_on_batch`.
+
+        Args:
+            x: a batch of the texts that `fit` takes; or of arrays of ids.
+            y: targets or labels, when `x` does not have them.
+            sample_weight: as in `fit`.
+        """
+        is_ids = isinstance(x, dict) and "encoder_token_ids" in x
+        if is_ids or self.preprocessor is None:
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return self._text_batch(x, y, sample_weight)
+
+    def _text_batch(self, x, y, sample_weight):
+        """Arrays of one batch of texts, `(x, y, sample_weight)`."""
+        raise NotImplementedError
+
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()  # type: ignore[misc]
         if config is not None:

@@ -8,6 +8,7 @@ import numpy as np
 from keras_t5gemma.data.fit_adapters import fit_arguments
 from keras_t5gemma.data.pair_dataset import PairDataset
 from keras_t5gemma.data.resumable import any_width
+from keras_t5gemma.data.text_columns import as_columns, as_documents
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.prediction import exclusive_loop, predict_on_batch
 from keras_t5gemma.tasks.chunked_loss_task import ChunkedLossTask
@@ -145,6 +146,17 @@ class TextPairTask(FitMixin, ChunkedLossTask):
                 "with one."
             )
         return self.chunked_loss.teacher
+
+    def _text_batch(self, x, y, sample_weight):
+        """See `FitMixin`."""
+        read = as_columns if self.preprocessor.objective is None else as_documents
+        columns = read(x, y)
+        if columns is None:
+            raise ValueError(
+                "`x` must be a batch of texts or of arrays of ids, as in `fit`; got "
+                f"{type(x).__name__}."
+            )
+        return self.preprocessor(columns, sample_weight=sample_weight)
 
     def _data(self, *args, training=False, **kwargs):
         """See `FitMixin`."""

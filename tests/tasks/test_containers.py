@@ -114,3 +114,23 @@ def test_nothing_gives_nothing(tokenizer):
     assert padding.shape == (0, 7) and padding.dtype == np.int32
     numbers, cosines = kt.nearest(np.zeros((0, 4)), np.ones((3, 4)), k=2)
     assert numbers.shape == cosines.shape == (0, 2)
+
+
+def test_single_batches_take_what_fit_takes(tokenizer):
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 8)
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()), preprocessor)
+    arrays = preprocessor(PAIRS)
+    expected = model.test_on_batch(*arrays)
+    for batch in ((PAIRS,), (TEXTS, TARGETS), ((TEXTS, TARGETS),)):
+        assert np.allclose(model.test_on_batch(*batch), expected)
+    logits = model.predict_on_batch(arrays[0])
+    assert np.allclose(logits, model.predict_on_batch(PAIRS))
+    assert np.allclose(model.train_on_batch(*arrays)[0], expected[0])
+    assert model.test_on_batch(*arrays)[0] < expected[0]
+    with pytest.raises(ValueError, match="`x` must be a batch of texts or of arrays"):
+        model.train_on_batch(5)
+    tower = kt.Backbone(dataclasses.replace(one_block_config(), decoder=None))
+    classifier = kt.TextClassifier(tower, preprocessor, class_names=["game", "library"])
+    expected = classifier.test_on_batch(TEXTS, TARGETS)
+    assert np.allclose(expected[0], classifier.evaluate(TEXTS, TARGETS, verbose=0)[0])
+    assert np.allclose(classifier.train_on_batch(TEXTS, TARGETS)[0], expected[0])
