@@ -78,7 +78,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 `hf://` or `kaggle://` handle; see `Backbone.from_preset`.
             load_weights: `False` leaves the weights random; a published name then
                 needs no network, and has no tokenizer unless one is passed.
-            **kwargs: `dtype` (see `Backbone.from_preset`), `preprocessor` (a
+            **kwargs: `dtype`, `verify_checksums`, `allow_non_finite` (see
+                `Backbone.from_preset`), `preprocessor` (a
                 `Seq2SeqLMPreprocessor`, or `None`), `name`, `compile`.
 
         Raises:
@@ -86,14 +87,13 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 fit, named.
             OSError: when a download fails, with what to do.
         """
-        presets.check_keywords(
-            kwargs, ("dtype", "preprocessor", "name", "compile"), cls.__name__
-        )
+        of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
+        known = (*of_backbone, "preprocessor", "name", "compile")
+        presets.check_keywords(kwargs, known, cls.__name__)
         is_offline = not load_weights and presets.published_config(preset) is not None
         source = preset if is_offline else presets.resolve(preset)
-        backbone = Backbone.from_preset(
-            source, load_weights, dtype=kwargs.pop("dtype", None)
-        )
+        options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}
+        backbone = Backbone.from_preset(source, load_weights, **options)
         if "preprocessor" not in kwargs and not is_offline:
             kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
         return cls(backbone, **kwargs)
