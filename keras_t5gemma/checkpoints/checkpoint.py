@@ -149,7 +149,7 @@ def _stored_dtype(fields):
     name = policy if isinstance(policy, str) else policy.get("config", {}).get("name")
     try:
         variable_dtype = keras.dtype_policies.get(name).variable_dtype
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         return "quantized"
     quantized = getattr(keras.dtype_policies.get(name), "quantization_mode", None)
     if name is None or quantized or variable_dtype not in DTYPES:

@@ -91,8 +91,9 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
             preset: a name of `keras_t5gemma.presets()`, a local folder, or an
                 `hf://` or `kaggle://` handle; see `Backbone.from_preset`.
             load_weights: `False` leaves the weights random.
-            **kwargs: `dtype`, `preprocessor`, and further arguments of the class, which
-                override the saved ones. Those that define the head (`HEAD`) make a new
+            **kwargs: `dtype`, `verify_checksums`, `allow_non_finite` (see
+                `Backbone.from_preset`), `preprocessor`, and further arguments of the
+                class, which override the saved ones. Those that define the head (`HEAD`) make a new
                 one.
 
         Raises:
@@ -101,8 +102,10 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         """
         is_offline = not load_weights and presets.published_config(preset) is not None
         source = preset if is_offline else presets.resolve(preset)
+        of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
+        options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}
         backbone = Backbone.from_preset(
-            source, load_weights, encoder_only=True, dtype=kwargs.pop("dtype", None)
+            source, load_weights, encoder_only=True, **options
         )
         saved = {} if is_offline else cls._saved_config(source)
         if "preprocessor" not in kwargs:
