@@ -93,8 +93,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
             load_weights: `False` leaves the weights random.
             **kwargs: `dtype`, `verify_checksums`, `allow_non_finite` (see
                 `Backbone.from_preset`), `preprocessor`, and further arguments of the
-                class, which override the saved ones. Those that define the head (`HEAD`) make a new
-                one.
+                class, which override the saved ones. Those that define the head
+                (`HEAD`) make a new one.
 
         Raises:
             ValueError: for an unknown preset, or files that do not fit, named.
