@@ -128,7 +128,7 @@ large = make_gemma2("gemma2_large", width=64, layers=3, steps=60)
 # the decoder is.
 
 # %%
-from keras_t5gemma.cli.main import main
+from keras_t5gemma.cli.main import main  # noqa: E402
 
 balanced = str(RUN / "t5gemma_small_small")
 main(["adapt", small, "--output", balanced, "--overwrite"])

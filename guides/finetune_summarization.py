@@ -103,9 +103,9 @@ print(len(train["encoder_text"]), "pairs to learn,", VALID_ROWS, "to check")
 # %% [markdown]
 # ## Before
 #
-# `score_texts` measures answers. It takes names of known metrics or a function of your
-# own. This one is the share of answers that start with a kind. Ten rows are few: look at
-# the standard errors before you believe a difference.
+# `score_texts` measures answers. It takes names of known metrics or your own function.
+# This one is the share of answers that start with a kind. Ten rows are few: look at the
+# standard errors before you believe a difference.
 
 # %%
 KINDS = ("tool: ", "library: ", "game: ", "font: ", "docs: ")
