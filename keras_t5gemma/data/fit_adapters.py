@@ -18,6 +18,7 @@ from keras_t5gemma.data.text_columns import TEXT_KEYS, as_columns, as_documents
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.token_ids import INPUTS, check_ids
 from keras_t5gemma.utils.checks import number, one_of
+from keras_t5gemma.utils.texts import column_names, in_memory
 
 
 class MappedBatches(ResumableDataset):
@@ -196,6 +197,8 @@ def map_batch(preprocessor: Any, batch: Any) -> Any:
     Raises:
         ValueError: when it is not a batch of texts or arrays.
     """
+    if column_names(batch) is not None:
+        batch = in_memory(batch, (*TEXT_KEYS, "text"))
     columns, weight = batch, None
     first = batch[0] if isinstance(batch, list | tuple) and len(batch) else batch
     is_ids = isinstance(first, dict) and "encoder_token_ids" in first

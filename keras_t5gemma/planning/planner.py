@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -168,7 +169,7 @@ def read_config(preset: str | os.PathLike[str] | T5GemmaConfig) -> T5GemmaConfig
 
 def read_length(length: int | tuple[int, int]) -> tuple[int, int]:
     """Lengths of encoder and decoder, from one number for both or a pair."""
-    pair = (length, length) if isinstance(length, int) else tuple(length)
+    pair = (length, length) if isinstance(length, Integral) else tuple(length)
     if len(pair) != 2:
         raise ValueError(
             "`length` must be tokens of encoder and decoder, or one number for both; "

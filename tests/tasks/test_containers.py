@@ -7,7 +7,9 @@ import pytest
 from helpers.models import one_block_config
 
 import keras_t5gemma as kt
+from keras_t5gemma.data.fit_adapters import map_batch
 from keras_t5gemma.data.text_columns import as_columns, as_documents, pairs_of
+from keras_t5gemma.planning.planner import read_length
 
 pytestmark = pytest.mark.one_backend
 TEXTS = ["A board game", "Fonts of the old kind", "cards"]
@@ -134,3 +136,14 @@ def test_single_batches_take_what_fit_takes(tokenizer):
     expected = classifier.test_on_batch(TEXTS, TARGETS)
     assert np.allclose(expected[0], classifier.evaluate(TEXTS, TARGETS, verbose=0)[0])
     assert np.allclose(classifier.train_on_batch(TEXTS, TARGETS)[0], expected[0])
+
+
+def test_a_table_is_a_batch(tokenizer):
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 8)
+    _, expected, _ = preprocessor(PAIRS)
+    for table in tables({**PAIRS, "id": [1, 2, 3]}):
+        assert np.array_equal(map_batch(preprocessor, table)[1], expected)
+
+
+def test_numpy_integers_are_lengths():
+    assert read_length(np.int64(512)) == read_length(512) == (512, 512)
