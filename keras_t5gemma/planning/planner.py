@@ -167,7 +167,7 @@ def read_config(preset: str | os.PathLike[str] | T5GemmaConfig) -> T5GemmaConfig
     return open_checkpoint(preset).config
 
 
-def read_length(length: int | tuple[int, int]) -> tuple[int, int]:
+def read_length(length: Any) -> tuple[int, int]:
     """Lengths of encoder and decoder, from one number for both or a pair."""
     pair = (length, length) if isinstance(length, Integral) else tuple(length)
     if len(pair) != 2:

@@ -343,15 +343,15 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         """
         if self.preprocessor is None:
             raise ValueError("`score` needs a preprocessor: it works on text.")
-        single = isinstance(source, str)
         pairs = text_lists({"encoder_text": source, "decoder_text": target})
-        if pairs["encoder_text"] == pairs["decoder_text"] == []:
+        if list(pairs.values()) == [[], []]:
             return {"log_prob": [], "token_log_probs": [], "token_ids": []}
-        x, labels, weights = self.preprocessor(pairs)
         if self.__dict__.get("_scorer") is None:
             # Bypasses Keras's tracking: it owns no weights and is not saved.
             object.__setattr__(self, "_scorer", make_scorer(self))
+        x, labels, weights = self.preprocessor(pairs)
         result = score(self._scorer, x, labels, weights, batch_size)
+        single = isinstance(source, str)
         return {k: v[0] for k, v in result.items()} if single else result
 
     def enable_lora(
