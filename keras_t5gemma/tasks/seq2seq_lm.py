@@ -315,13 +315,9 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
 
     def generate_step(self, inputs: dict, stop_token_ids: Any = None) -> Any:
         """One compiled batch; KerasHub's `make_generate_function` wraps it."""
+        known = known_tokens(self)
         return decode_batch(
-            self.backbone,
-            self.sampler,
-            inputs,
-            stop_token_ids,
-            model=self,
-            known_tokens=known_tokens(self),
+            self.backbone, self.sampler, inputs, stop_token_ids, self, known
         )
 
     def score(self, source: Any, target: Any, batch_size: int = 32) -> dict[str, Any]:
