@@ -40,8 +40,8 @@ def initialize_variable(
 ) -> None:
     """Fill one of `pending_variables`, by default with its own initializer.
 
-    `variable.assign` is no public way: on PyTorch and TensorFlow it writes into the
-    value that is not there yet.
+    `variable.assign` cannot be used: on PyTorch and TensorFlow it writes into a value
+    that does not exist yet.
     """
     if initializer is not None:
         variable._initializer = initializer
@@ -186,7 +186,7 @@ def is_plain_adam(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 def replace_update(optimizer: keras.optimizers.Optimizer, update: Callable) -> None:
-    """Give an optimizer another arithmetic, on PyTorch and TensorFlow.
+    """Replace the update rule of an optimizer, on PyTorch and TensorFlow.
 
     Args:
         optimizer: patched in place.
@@ -261,7 +261,7 @@ def gradient_accumulators(
 
 
 class _WithoutAccumulation:
-    """An optimizer to its own methods, except that it accumulates nothing."""
+    """Proxy of an optimizer with gradient accumulation disabled."""
 
     gradient_accumulation_steps = None
 

@@ -96,7 +96,7 @@ class Checkpoint:
                 stacks[f"{side}/"] = stack
         wanted = {name for name, _ in rows.values()} if encoder_only else None
         if self.format == presets.HUGGING_FACE:
-            # Without the decoder's table there is nothing to compare, nor to lose.
+            # Without the decoder's table the copy cannot be compared, and is dropped.
             copies = weight_maps.HUGGING_FACE_COPIES
             dropped |= set(copies) if encoder_only else set()
             entries = safetensors_file.read_folder(folder, wanted)

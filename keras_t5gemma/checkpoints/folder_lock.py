@@ -104,7 +104,7 @@ def _create(path, owner):
 
 
 def _read(path):
-    """The owner; `None` if there is no lock file, or none that is whole."""
+    """Owner recorded in the lock file; `None` if it is missing or incomplete."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -127,17 +127,17 @@ def _is_stale(path, owner):
     if owner["pid"] != os.getpid():
         return False
     others = {thread.ident for thread in threading.enumerate()}
-    # A thread that comes back was interrupted before it could release it.
+    # The same thread still holds the lock: its earlier save was interrupted.
     return owner.get("thread") not in others - {threading.get_ident()}
 
 
 def _start_of(pid):
-    """When a process began, which tells it from a later one of the same number.
+    """Start time of a process, to detect a reused process id.
 
     Returns:
-        Text; empty where the system does not tell; `None` if it has ended.
+        Text; empty where the system does not report it; `None` if it has ended.
     """
-    if os.name != "nt":  # There signal 0 would end it.
+    if os.name != "nt":  # On Windows signal 0 would terminate the process.
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -153,7 +153,7 @@ def _start_of(pid):
 
 @contextlib.contextmanager
 def _one_at_a_time(folder):
-    """Only one process of this host takes a stale lock over."""
+    """Serialize the takeover of a stale lock among processes of this host."""
     if fcntl is None:
         yield
         return

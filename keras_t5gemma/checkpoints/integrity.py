@@ -58,7 +58,7 @@ def read_checksums(folder: Path, fast: bool = False) -> Checksums | None:
 
     Args:
         folder: path of a preset.
-        fast: prefer CRC-32, which finds accidents but no forgery.
+        fast: prefer CRC-32, which detects accidental corruption, not tampering.
 
     Returns:
         `Checksums`, or `None` if the folder has none.

@@ -98,7 +98,7 @@ def write_checksums(folder: Path, config: T5GemmaConfig) -> None:
 
 
 def save_checksums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write CRC-32 checksums by our variable paths; none replace those of before."""
+    """Write CRC-32 checksums by our variable paths; an empty dict clears them."""
     fields = {"algorithm": "crc32", "tensors": dict(digests)}
     _write_json(folder / integrity.CHECKSUM_FILE, fields)
 

@@ -192,7 +192,7 @@ class ExportedTensor(LazyTensor):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the source."""
+        """Data type of the source tensor."""
         return self.source.dtype
 
     def read(self) -> np.ndarray:
@@ -259,7 +259,7 @@ class CastTensor(LazyTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the source."""
+        """Shape of the source tensor."""
         return self.source.shape
 
     def read(self) -> np.ndarray:
@@ -286,7 +286,7 @@ class FirstRows(LazyTensor):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the source."""
+        """Data type of the source tensor."""
         return self.source.dtype
 
     def read(self) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 Only these are replaced or removed by a later save. Every save notes its files in
 `MANIFEST`, with the files themselves. Folders of earlier versions have no manifest:
-there the contents of the JSON files tell, and the weight files are those that the
-index names.
+there, JSON files are recognized by their contents, and weight files by the index.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from pathlib import Path
 
 MANIFEST = ".saved_files.json"
 SAVING, SAVED = ".saving", ".saved"  # Of a save in progress; see `atomic`.
-# Of these a new save with such files leaves none.
+# Kinds of weight files of which a new save removes all earlier files.
 _WEIGHTS = (
     "model*.weights.h5",
     "model.weights.json",
@@ -150,7 +149,7 @@ def _weights(names):
 
 
 def _weights_without_manifest(folder):
-    """Weight files of a checkpoint, in the format that its config.json tells."""
+    """Weight files of a checkpoint, in the format given by its config.json."""
     is_keras = "registered_name" in _read(folder / "config.json")
     single = "model.weights.h5" if is_keras else "model.safetensors"
     index = _INDICES[0 if is_keras else 1]

@@ -228,7 +228,7 @@ def run_verify(o: options.Verify) -> int:
                 f"{o.preset} has no checksums.json; pass a second checkpoint to "
                 "compare it with."
             )
-        print(f"{o.preset}: all {count} tensors have their checksums.")
+        print(f"{o.preset}: all {count} tensors match their checksums.")
         return 0
     found = compare.verify(o.preset, o.other, o.seed)
     rows = [("configuration differs", line) for line in found.configs]

@@ -23,13 +23,13 @@ class Sampling:
     num_beams: int | None = None
     """Number of beams of a beam search."""
     length_penalty: float | None = None
-    """Exponent of the length by which beam scores are divided."""
+    """Beam scores are divided by length ** this; 0 favors short answers."""
     temperature: float | None = None
     """Turn sampling on, and divide logits by this."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens."""
+    """Turn sampling on, among the k likeliest tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens whose probability reaches this."""
+    """Turn sampling on, among the fewest tokens whose total probability is this."""
     repetition_penalty: float | None = None
     """Above 1: make repeated tokens less likely."""
     no_repeat_ngram_size: int | None = None
@@ -57,11 +57,13 @@ class Generate(Sampling):
     preset: str = DEFAULT_PRESET
     """Name, folder or handle."""
     max_length: int | None = None
-    """Maximum number of tokens of an answer; None is the preset's."""
+    """Maximum number of decoder tokens, including the start token; default: the
+    preset's decoder length."""
     batch_size: int = 32
     """Texts that are generated together."""
     sampler: str = "greedy"
-    """greedy, beam, top_k, top_p, ..."""
+    """KerasHub sampler: greedy, beam, top_k, top_p, ...; --num-beams, --temperature,
+    --top-k and --top-p override it."""
     stream: bool = False
     """Print the answer while it is generated."""
     dtype: str | None = None

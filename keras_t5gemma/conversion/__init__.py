@@ -1,4 +1,4 @@
-"""Conversion from file to file: Gemma 2 to T5Gemma, formats, averages, verification.
+"""Conversion: Gemma 2 to T5Gemma, format to format, averages, verification.
 
 `adapt` turns decoder-only Gemma 2 models (`gemma2_reader`) into a T5Gemma, which
 `adaptation_checks` verifies; `convert` changes the format, `average` averages

@@ -205,8 +205,8 @@ def adapt_to_folder(
 ) -> tuple[dict[str, Any], list[str]]:
     """Adapt Gemma 2 from file to file, with one tensor in memory at a time.
 
-    The folder appears when everything is written and checked, or not at all; a run
-    that was killed leaves nothing that loads and can be repeated.
+    The folder appears when everything is written and checked, or not at all; an
+    interrupted run leaves no loadable preset and can be repeated.
 
     Args:
         encoder: see `adapt_gemma2`.

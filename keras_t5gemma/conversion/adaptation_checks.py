@@ -57,7 +57,7 @@ def check_identities(
     for side, source in sources.items():
         stack, layers = source.stack, _sample(source.stack, max_bytes)
         size = min(source.vocabulary_size, _VOCABULARY)
-        # Within the window, which the sampled layers need not alternate.
+        # Shorter than the window, so that the sampled layers may be of one kind.
         ids = rng.integers(0, size, (2, min(12, stack.sliding_window)), dtype="int32")
         expected = _source_output(opened, side, source, layers, ids)
         gc.collect()  # Keras models are reference cycles; keep one in memory.

@@ -73,7 +73,7 @@ def average_presets(
     atomic.check_free_space(folder, total)
     try:
         preprocessor = Seq2SeqLMPreprocessor.from_preset(first.source)
-    except ValueError:  # It has no tokenizer: then neither has the result.
+    except ValueError:  # Without a tokenizer in the source none is written.
         preprocessor = None
     lineage = first.lineage
     if any(checkpoint.lineage != lineage for checkpoint in opened):

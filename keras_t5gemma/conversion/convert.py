@@ -52,7 +52,7 @@ def convert(
     atomic.check_free_space(folder, total)
     try:
         preprocessor = Seq2SeqLMPreprocessor.from_preset(opened.source)
-    except ValueError:  # It has no tokenizer: then neither has the result.
+    except ValueError:  # Without a tokenizer in the source none is written.
         preprocessor = None
     kwargs: dict[str, Any] = {"max_shard_bytes": shard_bytes}
     with progress_bar("Writing", total, is_bytes=True) as progress:

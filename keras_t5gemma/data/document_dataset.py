@@ -48,7 +48,7 @@ class DocumentDataset(PairDataset):
         return read_pieces(self.preprocessor, columns, name)
 
     def max_pieces(self, rows: int) -> int:
-        """Maximum number of pieces in a batch of so many rows, in any order."""
+        """Maximum number of pieces in a batch of `rows` rows."""
         return int(np.sort(self.packs.lengths)[-rows:].sum())
 
     def __getitem__(self, index):

@@ -296,7 +296,7 @@ def fit_arguments(
     if one_of(batching or "bucketed", "batching", BATCHINGS) == "packed":
         raise ValueError(
             "`batching='packed'` needs text in memory; "
-            f"`{name}` is {type(x).__name__} of something else."
+            f"got `{name}` of type {type(x).__name__}, which is not text in memory."
         )
     if isinstance(x, dict):
         _check_arrays(x, y, vocabulary_size, size, validation_split, name)

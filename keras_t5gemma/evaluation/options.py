@@ -53,7 +53,7 @@ class EvaluateOptions:
     retrieval_batch_size: int = 64
     """Pairs per step of a retrieval task."""
     lexical_dim: int | None = None
-    """In retrieval, dimensions of an embedding that say which tokens a text has; see
+    """Additional bag-of-tokens dimensions of the vectors in retrieval; see
     `TextEmbedder`."""
     pooling: Literal["mean", "last", "first", "weighted"] = "last"
     """Pooling of the classifiers."""

@@ -178,7 +178,7 @@ def _check_metadata(text, metadata):
     problem = f"The metadata of the card does not read back: {metadata!r}"
     try:
         found = ModelCard(text).data.to_dict()
-    except Exception as error:  # YAML's errors are no ValueError.
+    except Exception as error:  # YAML errors are not ValueErrors.
         raise ValueError(f"{problem}: {error}") from error
     if found != metadata.to_dict():
         raise ValueError(f"{problem}; read: {found}")

@@ -100,7 +100,7 @@ class TrainingOptions:
     max_steps: int | None = None
     """Maximum number of training steps; None is all of `epochs`."""
     optimizer: Literal["adafactor", "adamw", "lion", "muon"] = "adafactor"
-    """Optimizer."""
+    """Keras optimizer; Adafactor needs the least memory."""
     learning_rate: float = 1e-4
     """Learning rate after the warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -114,7 +114,7 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     """Share of each target spread over the vocabulary, in [0, 1)."""
     gradient_accumulation_steps: int = 1
-    """Steps per optimizer update; those left at the end of the training make one."""
+    """Batches per optimizer update; the last update uses the remaining batches."""
     ema_momentum: float | None = None
     """Momentum of a moving average of the weights, e.g. 0.999, which is validated and
     saved; None keeps no average."""
@@ -124,7 +124,7 @@ class TrainingOptions:
     seed: int = 0
     """Seed of the order of the data, dropout and new weights."""
     save_freq: Literal["epoch"] | int = "epoch"
-    """Time between backups: epoch, or a number of steps."""
+    """Write a backup every epoch, or every N steps."""
     overwrite: bool = False
     """Replace a finished run, or one with other options, in the run directory."""
     verbose: Literal["auto", 0, 1, 2] = "auto"
@@ -177,8 +177,8 @@ class FinetuneOptions(TrainingOptions, FinetuneData):
     monitor: str = "val_loss"
     """Measure that chooses the best epoch: val_loss, val_rougeL, ..."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """Whether a smaller or larger `monitor` is better; auto knows it for the metrics
-    above."""
+    """Whether a lower (min) or higher (max) `monitor` is better; auto works for losses
+    and the built-in metrics."""
     sample_rows: int = 200
     """Number of validation pairs for which texts are generated after each epoch."""
     num_beams: int | None = None
@@ -220,9 +220,8 @@ class PretrainOptions(TrainingOptions, PretrainData):
     """Optimizer updates in which the learning rate rises from 0; None is 100, or a
     tenth of a training of fewer than 1000 updates."""
     cross_attention_steps: int | None = None
-    """First steps, in which only the cross-attention is trained. None is 1000, or a
-    tenth of a shorter training, where the cross-attention is random, and 0 otherwise.
-    """
+    """Number of initial steps that train only the cross-attention. Default: 1000, at
+    most a tenth of the training, if the cross-attention is random, else 0."""
     average_last: int | None = None
     """Number of last epochs whose weights are averaged into the result; T5Gemma 2 uses
     5."""
@@ -238,7 +237,7 @@ class PretrainOptions(TrainingOptions, PretrainData):
     temperature: float = 1.0
     """Temperature of the distillation."""
     label_weight: float = 0.0
-    """Weight of the labels' loss next to the teacher's, from 0 to 1."""
+    """Weight of the labels' loss, from 0 to 1; the teacher's gets the rest."""
 
     def check(self) -> None:
         """As `TrainingOptions.check`, and options that exclude or need each other."""

@@ -1,5 +1,5 @@
 """Text to arrays of token ids: tokenizer, preprocessor, padding, truncation.
 
-May import `modeling` and the layers below it; knows nothing of data sets, training or
-generation.
+May import `modeling` and the layers below it; imports neither data sets, training
+nor generation.
 """

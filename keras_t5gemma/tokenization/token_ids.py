@@ -71,7 +71,7 @@ def check_range(ids: Any, name: str, vocabulary_size: int) -> None:
 def check_vocabulary(tokenizer: Any, vocabulary_size: int) -> None:
     """Raise `ValueError` when a tokenizer has ids without a row in the embeddings.
 
-    One without a vocabulary passes: that of a saved configuration gets it later.
+    A tokenizer without a vocabulary is accepted; loading a saved model sets it later.
     """
     if tokenizer.proto is None:
         return

@@ -134,7 +134,7 @@ def weighted_batch(model: keras.Model, data: Any) -> Iterator[None]:
 
 
 def _divisor(loss, y, sample_weight):
-    """What the mean loss of a batch is divided by; `None` if it is no mean."""
+    """What the mean loss of a batch is divided by; `None` if the loss is not a mean."""
     loss = keras.tree.flatten(loss)[0]
     reduction = getattr(loss, "reduction", _MEANS[1])  # Keras's for functions, names.
     if reduction not in _MEANS or y is None:

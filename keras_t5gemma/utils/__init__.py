@@ -1,4 +1,4 @@
-"""Helpers that know nothing of models: checks, sizes, rounding, ragged arrays.
+"""Helpers: argument checks, texts, files, sizes, rounding, ragged arrays, progress.
 
 Imports nothing else of the package.
 """

@@ -1,4 +1,4 @@
-"""Open and parse files that may be damaged or made to harm: bounded, regular ones."""
+"""Safe reading of untrusted files: regular files only, with size limits."""
 
 import contextlib
 import gzip
@@ -23,7 +23,7 @@ _KINDS = {
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Refuse anything but a regular file, also at the end of a symbolic link.
 
-    Others may block for ever or never end.
+    Files of other kinds can block or be endless.
 
     Raises:
         FileNotFoundError: if there is nothing of this name.
