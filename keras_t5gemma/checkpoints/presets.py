@@ -373,7 +373,8 @@ def warn_about_chat_template(location: str, name: str | os.PathLike[str]) -> Non
         "used: its name is not a published one, so the texts are passed to the model "
         "as they are. Load it with `Seq2SeqLMPreprocessor.from_preset(..., "
         'template="instruction")` for the turns of Gemma, or with '
-        '`template="...{text}..."` for other ones; `template=None` silences this warning.',
+        '`template="...{text}..."` for other ones; `template=None` silences '
+        "this warning.",
         stacklevel=4,
     )
 

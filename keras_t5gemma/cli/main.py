@@ -153,7 +153,7 @@ def config_arguments(command: str, path: str) -> list[str]:
         path: of the file.
 
     Raises:
-        UsageError: for a file that is missing, is not valid YAML or has unknown options.
+        UsageError: for a file that is missing, not valid YAML or has unknown options.
     """
     import yaml
 

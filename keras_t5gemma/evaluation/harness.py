@@ -172,8 +172,8 @@ class Runs:
             found = None
         if not isinstance(found, dict) or not {"options", "runs"} <= set(found):
             raise ValueError(
-                f"`output` {self.folder} has a {RESULTS} that was not written by an evaluation; "
-                "choose another folder."
+                f"`output` {self.folder} has a {RESULTS} that was not "
+                "written by an evaluation; choose another folder."
             )
         other = {k: v for k, v in found["options"].items() if options.get(k) != v}
         if other:

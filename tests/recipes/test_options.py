@@ -37,7 +37,10 @@ def test_help_says_what_every_option_is(capsys):
     with pytest.raises(SystemExit):
         main.main(["finetune", "--help"])
     text = " ".join(re.findall(r"[^\s│|]+", capsys.readouterr().out))
-    assert "Optimizer. (default: adafactor)" in text
+    assert (
+        "Keras optimizer; Adafactor needs the least memory. (default: adafactor)"
+        in text
+    )
     docs = field_docs(FinetuneOptions)
     for name, parameter in inspect.signature(finetune).parameters.items():
         assert f"--{name.replace('_', '-')}" in text and docs[name] in text
