@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 from helpers import TESTS
 from helpers.keras_hub_models import make_kerashub
-from helpers.models import enlarge, max_difference, numpy, random_inputs, tiny_config
+from helpers.models import (
+    enlarge,
+    forward,
+    max_difference,
+    numpy,
+    random_inputs,
+    tiny_config,
+)
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints import atomic, lazy_tensors
@@ -27,13 +34,13 @@ WINDOW = 8
 
 
 def kerashub_logits(backbone, x):
-    hidden = backbone(x)["decoder_sequence_output"]
+    hidden = forward(backbone, x)["decoder_sequence_output"]
     logits = backbone.decoder_token_embedding(hidden, reverse=True)
     return keras.ops.tanh(logits / 30.0) * 30.0
 
 
 def our_logits(backbone, x):
-    return backbone.logits(backbone(x)["decoder_sequence_output"])
+    return backbone.logits(forward(backbone, x)["decoder_sequence_output"])
 
 
 @pytest.mark.parametrize(

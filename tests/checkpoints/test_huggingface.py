@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from helpers.models import max_difference, numpy, random_inputs
+from helpers.models import forward, max_difference, numpy, random_inputs
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 import keras_t5gemma as kt
@@ -88,7 +88,7 @@ def run_reference(model, x):
 
 
 def run_ours(backbone, x):
-    out = backbone(x)
+    out = forward(backbone, x)
     logits = backbone.logits(out["decoder_sequence_output"])
     return numpy(out["encoder_sequence_output"]), numpy(logits)
 
@@ -316,7 +316,7 @@ def test_kerashub_agrees_inside_the_window(tmp_path):
     ours = kt.Backbone.from_preset(folder)
     x = random_inputs(2, WINDOW, WINDOW, vocabulary=200)
     x["encoder_padding_mask"][1, 5:] = 0
-    hidden = theirs(x)["decoder_sequence_output"]
+    hidden = forward(theirs, x)["decoder_sequence_output"]
     logits = theirs.decoder_token_embedding(hidden, reverse=True)
     logits = keras.ops.tanh(logits / 30.0) * 30.0
     assert max_difference(run_ours(ours, x)[1], logits) <= 1e-4

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(keras.config.backend() != "jax", reason="`connect` is for JAX"),
     pytest.mark.xdist_group("two_processes"),
 ]
-SCRIPT = TESTS / "helpers" / "two_processes.py"
+MODULE = "helpers.two_processes"
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,11 @@ def run(folder, *options, devices=2):
     started = []
     for index, own in enumerate(options):
         own = [*own, f"processes={len(options)}"]
-        command = [sys.executable, str(SCRIPT), port, str(index), str(folder), *own]
+        command = [sys.executable, "-m", MODULE, port, str(index), str(folder), *own]
         started.append(
             subprocess.Popen(
                 command,
+                cwd=TESTS,
                 env=env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """What `test_two_processes` starts: a training on the devices of two processes, or one.
 
-`python two_processes.py PORT INDEX FOLDER [name=value ...]`
+`python -m helpers.two_processes PORT INDEX FOLDER [name=value ...]`
 """
 
 import json
@@ -62,7 +62,7 @@ def save(path, model, history):
 
 def use(folder):
     """What all tasks give and learn, on text that all processes have."""
-    import eight_devices as tasks  # It reads much that the others do not need.
+    from helpers import eight_devices as tasks  # Not all that is started needs it.
 
     keras.utils.set_random_seed(0)
     int8 = kt.Seq2SeqLM.from_preset(folder / "int8")

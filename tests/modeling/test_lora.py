@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from helpers.models import (
     enlarge,
-    forward,
     max_difference,
     numpy,
     one_block_config,
@@ -75,26 +74,25 @@ def test_adapters_save_load_and_merge(tmp_path):
     model = make_model()
     before = base(model)
     model.enable_lora(4, parts=["decoder", "mlp", "embeddings"])
-    assert max_difference(forward(model, x), forward(make_model(), x)) == 0
+    assert max_difference(model(x), make_model()(x)) == 0
     train(model)
-    expected = numpy(forward(model, x))
-    assert np.abs(expected - numpy(forward(make_model(), x))).max() > 0.1
+    expected = numpy(model(x))
+    assert np.abs(expected - numpy(make_model()(x))).max() > 0.1
     assert all((base(model)[path] == value).all() for path, value in before.items())
 
     model.save_lora_weights(tmp_path / "a.lora.h5")
     again = make_model()
     again.load_lora_weights(tmp_path / "a.lora.h5")
-    assert np.abs(numpy(forward(again, x)) - expected).max() == 0
+    assert np.abs(numpy(again(x)) - expected).max() == 0
     assert len(again.trainable_variables) == len(model.trainable_variables)
     train(again)  # Trap: after Keras's own loading both factors are zero for good.
-    assert np.abs(numpy(forward(again, x)) - expected).max() > 1e-2
+    assert np.abs(numpy(again(x)) - expected).max() > 1e-2
 
     model.save_to_preset(tmp_path / "merged")
     merged = kt.Seq2SeqLM.from_preset(tmp_path / "merged", preprocessor=None)
     assert not any("lora" in v.path for v in merged.variables)
-    assert np.abs(numpy(forward(merged, x)) - expected).max() < 1e-4
-    # Saving changed nothing.
-    assert np.abs(numpy(forward(model, x)) - expected).max() == 0
+    assert np.abs(numpy(merged(x)) - expected).max() < 1e-4
+    assert np.abs(numpy(model(x)) - expected).max() == 0  # Saving changed nothing.
 
 
 PARTS = ["encoder", "decoder", "cross_attention", "mlp"]

@@ -61,7 +61,7 @@ def test_int8_stays_close_and_survives_saving(tokenizer, tmp_path):
 
 def test_int8_by_dtype(tokenizer, tmp_path):
     preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16)
-    model = kt.Seq2SeqLM(enlarge(kt.Backbone(tiny_config()), 4.0), preprocessor)
+    model = kt.Seq2SeqLM(enlarge(kt.Backbone(one_block_config()), 4.0), preprocessor)
     model.save_to_preset(tmp_path / "float")
     model.quantize("int8")
     x = random_inputs()
