@@ -205,5 +205,5 @@ def test_other_writers_refuse_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="`output` .* has a results.md without"):
         Runs(tmp_path, {})
     (tmp_path / "results.json").write_text("[1]")
-    with pytest.raises(ValueError, match="results.json that is no evaluation's"):
+    with pytest.raises(ValueError, match="results.json that was not written by"):
         Runs(tmp_path, {})
