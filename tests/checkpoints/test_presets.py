@@ -92,7 +92,7 @@ OPENED: list | None = None  # Paths that were opened, while a test asks for them
 
 
 def note_open(event, args):
-    # Without a mode it is `os.open`, by which `open` with an opener opens the same file.
+    # Without a mode it is `os.open`, called by `open` with an opener for the same file.
     if event == "open" and args[1] is not None and OPENED is not None:
         OPENED.append(str(args[0]))
 

@@ -21,7 +21,6 @@ from keras_t5gemma.distribution.layouts import (
     partition,
 )
 
-pytestmark = pytest.mark.xdist_group("eight_devices")
 IS_JAX = keras.config.backend() == "jax"
 on_jax = pytest.mark.skipif(not IS_JAX, reason="elsewhere Keras splits nothing")
 PAIR = kt.T5GemmaConfig.pair("9b", "2b")  # 8 key/value heads, and 4.

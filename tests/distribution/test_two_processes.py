@@ -18,7 +18,6 @@ import keras_t5gemma as kt
 
 pytestmark = [
     pytest.mark.skipif(keras.config.backend() != "jax", reason="`connect` is for JAX"),
-    pytest.mark.xdist_group("two_processes"),
 ]
 MODULE = "helpers.two_processes"
 

@@ -231,7 +231,7 @@ def test_the_teacher_is_not_saved(tokenizer, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.chunked_loss.temperature == 2.0
     loaded.preprocessor = model.preprocessor
-    with pytest.raises(ValueError, match="compile again"):
+    with pytest.raises(ValueError, match="compile the model again"):
         loaded.fit(TEXTS[:4], verbose=0)
 
 
