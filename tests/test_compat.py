@@ -47,7 +47,7 @@ def pending_dense(pending):
 
 
 def trained_adam(kind=keras.optimizers.Adam, **kwargs):
-    """An optimizer after one step of its own, and its two variables."""
+    """An optimizer after one step, and its two variables."""
     variables = [keras.Variable(np.full(n, 1.0, "float32")) for n in (2, 3)]
     optimizer = kind(0.1, **kwargs)
     gradients = [

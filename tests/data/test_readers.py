@@ -155,6 +155,8 @@ def test_quotation_marks_in_tsv_are_characters(tmp_path):
         "encoder_text": ['5" disk', '"open', "c", 'a "quoted" cell'],
         "decoder_text": ["small", "b", 'd"', "e"],
     }
+    path.write_text('source\ttarget\n"a\tb\nc"\td\n', encoding="utf-8")
+    assert read_pairs(path)["encoder_text"] == ['"a', 'c"']  # Not one merged row.
     path.write_text('source\ttarget\n"a\tb\nc"\td\n\te\tf\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 4: 3 cells, but the header has 2"):
         read_pairs(path)
