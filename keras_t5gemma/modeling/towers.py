@@ -1,5 +1,6 @@
 """Encoder and decoder: token ids to hidden states."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -114,9 +115,9 @@ class Encoder(_Tower):
         token_ids: Tensor,
         padding: Tensor,
         training: bool | None = None,
-        layer: int | None = None,
+        layers: Sequence[int] | None = None,
         causal: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """Hidden states of token ids.
 
         Texts packed into one row do not attend to each other when `padding` holds
@@ -128,13 +129,14 @@ class Encoder(_Tower):
             padding: int `(B, T)`, 0 for padding, 1 for a token; or segment ids, k
                 for a token of the k-th text of the row.
             training: turns dropout on.
-            layer: number of blocks to run, without the final norm; `None` runs all
-                of them and the final norm.
+            layers: numbers of blocks after which states are wanted, 0 for the
+                embeddings; no more blocks run than needed. `None` wants the states
+                after all blocks and the final norm.
             causal: attend to earlier tokens only, like the decoder-only model that
                 an adapted encoder comes from.
 
         Returns:
-            `(B, T, D)`.
+            `(B, T, D)`; with `layers` a list of them, without the final norm.
         """
         positions = ops.arange(ops.shape(token_ids)[1])
         angles = self._angles(positions)
@@ -148,13 +150,21 @@ class Encoder(_Tower):
         }
         x = self._embed(token_ids, training)
         blocks = zip(self.blocks, self.stack.layer_types, strict=True)
-        for block, kind in list(blocks)[:layer]:
+        wanted = {} if layers is None else dict.fromkeys(layers, x)
+        for i, (block, kind) in enumerate(list(blocks)[: max(wanted, default=None)]):
             x = self._run(
                 block, (x,), training, attention_mask=masks[kind], angles=angles
             )
-        if layer is not None:
-            return x
-        return dropout(self.final_norm(x), self.config.dropout, self._seeds(training))
+            if i + 1 in wanted:
+                wanted[i + 1] = x
+        if layers is not None:
+            return [wanted[number] for number in layers]
+        return self.normalize(x, training)
+
+    def normalize(self, states: Tensor, training: bool | None = None) -> Tensor:
+        """Final norm of states `(B, T, D)`, with the dropout of the output."""
+        states = self.final_norm(states)
+        return dropout(states, self.config.dropout, self._seeds(training))
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")

@@ -249,7 +249,9 @@ class TextEmbedder(EncoderTask):
         count = encoder.stack.num_layers
         layer = whole_number(layer, "layer", -count - 1, count) % (count + 1)
         arrays = [self.input[name] for name in INPUTS]
-        tower = encoder(*arrays, layer=None if layer == count else layer)
+        kwargs = {} if layer == count else {"layers": (layer,)}
+        tower = encoder(*arrays, **kwargs)
+        tower = tower if layer == count else tower[0]
         model = keras.Model(self.input, tower)
         batches = list(self._by_length(texts, batch_size))
         widths = [int(b["encoder_padding_mask"].sum(1).max()) for _, b in batches]
