@@ -10,7 +10,6 @@ __version__ = _environment.VERSION
 # imported here. The command line shows its help first; see `cli.commands`.
 if TYPE_CHECKING or not _environment.defers_imports():
     _environment.choose_backend()
-    _environment.require_keras_hub()
 
     from keras_t5gemma.checkpoints.presets import presets as presets
     from keras_t5gemma.config import StackConfig as StackConfig

@@ -1,10 +1,12 @@
 """Checks of the installation, made before Keras is imported."""
 
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from keras_t5gemma.utils.files import read_json_file
 
 VERSION = "0.1.0"
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -53,7 +55,7 @@ def choose_backend(backend: str | None = None) -> None:
         return
     home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
     try:
-        wanted = json.loads((home / "keras.json").read_text())["backend"]
+        wanted = read_json_file(home / "keras.json")["backend"]
     except (OSError, ValueError, KeyError, TypeError):
         wanted = "tensorflow"
     installed = [b for b in BACKENDS if importlib.util.find_spec(b)]
@@ -78,19 +80,24 @@ def _set_backend(backend: str) -> None:
     os.environ["KERAS_BACKEND"] = backend
 
 
-def require_keras_hub() -> None:
-    """Import KerasHub.
+def require_keras_hub(feature: str) -> Any:
+    """Import KerasHub for a feature that needs it, and return the module.
+
+    Args:
+        feature: what needs it, the subject of the message.
 
     Raises:
         ModuleNotFoundError: with the command that installs it.
     """
     try:
-        import keras_hub  # noqa: F401
+        import keras_hub
     except ModuleNotFoundError as error:
         if error.name != "keras_hub":
             raise
         raise ModuleNotFoundError(
-            "keras_t5gemma needs keras-hub: `pip install --no-deps 'keras-hub>=0.32'` "
-            "(without --no-deps it brings TensorFlow, which only that backend needs).",
+            f"{feature} needs keras-hub: `pip install --no-deps 'keras-hub>=0.32' "
+            "regex tokenizers` (without --no-deps it brings TensorFlow, which only "
+            "that backend needs).",
             name="keras_hub",
         ) from error
+    return keras_hub

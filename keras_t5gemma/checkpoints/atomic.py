@@ -20,6 +20,7 @@ from keras_t5gemma.checkpoints.folder_lock import LOCK, folder_lock
 from keras_t5gemma.checkpoints.saved_files import SAVED as SAVED
 from keras_t5gemma.checkpoints.saved_files import SAVING as SAVING
 from keras_t5gemma.distribution import process_group
+from keras_t5gemma.utils.files import open_regular, read_json_file
 
 _COMMIT = ".manifest.json"  # Of the files in `SAVED`.
 
@@ -89,7 +90,7 @@ def atomic_file(path):
 
 
 def _flush(path):
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         os.fsync(stream.fileno())
 
 
@@ -144,7 +145,7 @@ def finish_interrupted_save(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     saved = folder / SAVED
     try:
-        commit = json.loads((saved / _COMMIT).read_text(encoding="utf-8"))
+        commit = read_json_file(saved / _COMMIT)
     except (FileNotFoundError, NotADirectoryError):
         shutil.rmtree(saved, ignore_errors=True)  # Finished but for empty folders.
         return

@@ -8,12 +8,13 @@ import keras
 from keras_t5gemma.checkpoints import (
     h5_file,
     huggingface,
+    integrity,
     keras_hub_format,
     presets,
     safetensors_file,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, FileTensor, LazyTensor
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 _TABLES = {
@@ -116,6 +117,43 @@ class Checkpoint:
             self.location,
             {} if encoder_only else copies,
         )
+
+    def checked_tensors(
+        self,
+        encoder_only: bool = False,
+        verify_checksums: bool = True,
+        allow_non_finite: bool = False,
+        advise: bool = False,
+    ) -> dict[str, LazyTensor]:
+        """`tensors`, which raise when damaged values are read.
+
+        Args:
+            encoder_only: as in `tensors`.
+            verify_checksums: compare what is read with the preset's checksums.
+            allow_non_finite: warn about NaN and infinite weights instead of raising.
+            advise: see `integrity.checked`.
+        """
+        tensors = self.tensors(encoder_only)
+        checksums = self.checksums() if verify_checksums else None
+        return integrity.checked(tensors, checksums, allow_non_finite, advise)
+
+    def checksums(self, part: str = integrity.TENSORS) -> integrity.Checksums | None:
+        """CRC-32 of the tensors, which presets of keras_t5gemma have.
+
+        Args:
+            part: see `integrity.read_checksums`.
+        """
+        if self.format != presets.KERAS:
+            return None
+        return integrity.read_checksums(self.source.download(), True, part)
+
+    def quantized_tensors(self, encoder_only: bool = False) -> dict[str, FileTensor]:
+        """Lazily loaded tensors of a quantized preset by their names in its files."""
+        folder = self.source.download()
+        entries = h5_file.read_folder(folder, quantized=True)
+        if not encoder_only:
+            return entries
+        return {n: t for n, t in entries.items() if n.startswith("layers/encoder/")}
 
 
 def open_checkpoint(preset: presets.PresetLike) -> Checkpoint:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from keras_t5gemma.utils.files import read_json_file, read_text
+
 try:
     import fcntl
 except ImportError:  # Windows.
@@ -106,7 +108,7 @@ def _create(path, owner):
 def _read(path):
     """Owner recorded in the lock file; `None` if it is missing or incomplete."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = read_json_file(path)
     except (OSError, ValueError):
         return None
     is_owner = isinstance(owner, dict) and isinstance(owner.get("pid"), int)
@@ -145,9 +147,9 @@ def _start_of(pid):
         except OSError:
             pass  # Of another user.
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
+    except (OSError, ValueError, IndexError):
         return ""
 
 

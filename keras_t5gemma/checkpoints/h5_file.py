@@ -7,12 +7,15 @@ those of any other file.
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
+from keras_t5gemma.checkpoints import integrity
 from keras_t5gemma.checkpoints.lazy_tensors import (
     DTYPES,
     FileTensor,
@@ -28,16 +31,21 @@ INDEX_FILE = "model.weights.json"
 SINGLE_FILE = "model.weights.h5"
 # A preset needs a depth of 8, and about 40 objects for a layer.
 _MAX_DEPTH, _MAX_OBJECTS = 32, 100_000
+_CHECKSUM = "crc32"  # Attribute of arrays that `add_array` writes.
+_INTEGERS = ("int8", "uint8", "int32")  # Of quantized weights.
 
 
 def read_folder(
-    folder: str | Path, wanted: Collection[str] | None = None
+    folder: str | Path,
+    wanted: Collection[str] | None = None,
+    quantized: bool = False,
 ) -> dict[str, FileTensor]:
     """Lazily loaded tensors of a preset folder, in one file or in shards.
 
     Args:
         folder: path of the folder.
         wanted: as in `safetensors_file.read_folder`.
+        quantized: accept integers too.
 
     Returns:
         `{dataset path: tensor}`.
@@ -47,7 +55,7 @@ def read_folder(
     """
     entries = {}
     for path in weight_files(folder, wanted):
-        entries.update(read_file(path))
+        entries.update(read_file(path, quantized))
     return entries
 
 
@@ -105,23 +113,82 @@ def weights_file(folder: str | Path) -> Path:
     )
 
 
-def read_file(path: Path) -> dict[str, FileTensor]:
-    """Entries of one file: `{dataset path: tensor}`.
+def read_file(path: Path, quantized: bool = False) -> dict[str, FileTensor]:
+    """Entries of one file: `{dataset path: tensor}`; see `read_folder`.
 
     Raises:
         ValueError: if it is truncated, or holds what Keras does not write.
     """
+    with open_file(path) as file:
+        datasets = _datasets(path, file)
+        entries = {
+            name: _entry(Path(path), name, dataset, quantized)
+            for name, dataset in datasets.items()
+        }
+    _check_ranges(path, entries.values())
+    return entries
+
+
+@contextlib.contextmanager
+def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading, in a block that does nothing but read it.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: naming the path, if it is not a regular file, or if its structure
+            is damaged, truncated, or of another format.
+    """
     check_regular(path)
     try:
         with h5py.File(path, "r") as file:
-            datasets = _datasets(path, file)
-            entries = {n: _entry(Path(path), n, item) for n, item in datasets.items()}
-    except OSError as error:
+            yield file
+    except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(
-            f"{path} is truncated or not an HDF5 file: {error}. Download or save it "
-            "again."
+            f"{os.fspath(path)} is truncated or not an HDF5 file: {error}. Download or "
+            "save it again."
         ) from error
-    return entries
+
+
+def add_array(
+    group: h5py.Group, name: str, array: np.ndarray, **attributes: Any
+) -> None:
+    """Write an array into a group of an HDF5 file, with its CRC-32."""
+    dataset = group.create_dataset(name, data=array)
+    dataset.attrs.update(attributes)
+    dataset.attrs[_CHECKSUM] = integrity.digest("crc32", to_bytes(array))
+
+
+def check_array(dataset: h5py.Dataset, array: np.ndarray, name: str) -> None:
+    """Raise `ValueError` if the values of a dataset differ from its CRC-32.
+
+    Args:
+        dataset: that `add_array` wrote; without a checksum nothing is checked.
+        array: its values, all of them.
+        name: of the array, for the message.
+    """
+    noted = dataset.attrs.get(_CHECKSUM)
+    if noted not in (None, integrity.digest("crc32", to_bytes(array))):
+        raise ValueError(
+            f"{dataset.file.filename} is damaged: {name!r} differs from its checksum."
+        )
+
+
+def _check_ranges(path, tensors):
+    """The tensors lie in the file and share no byte."""
+    size, end, before = os.path.getsize(path), 0, ""
+    stored = [tensor for tensor in tensors if tensor.nbytes]
+    for tensor in sorted(stored, key=lambda t: t.offset):
+        if tensor.offset < end:
+            raise ValueError(
+                f"{path}: tensor {tensor.name!r} starts at byte {tensor.offset} and "
+                f"overlaps {before!r}, which ends at byte {end}."
+            )
+        end, before = tensor.offset + tensor.nbytes, tensor.name
+    if end > size:
+        raise ValueError(
+            f"{path} is truncated: tensor {before!r} ends at byte {end}, the file at "
+            f"{size}. Download or save it again."
+        )
 
 
 def _datasets(path, file):
@@ -151,13 +218,14 @@ def _datasets(path, file):
     return datasets
 
 
-def _entry(path: Path, name: str, dataset: h5py.Dataset) -> FileTensor:
+def _entry(path: Path, name: str, dataset: h5py.Dataset, quantized: bool) -> FileTensor:
     dtype = dataset.dtype
     if dataset.attrs.get("dtype") == "bfloat16":
         dtype = DTYPES["bfloat16"]
-    if dtype not in DTYPES.values() or dtype.byteorder == ">":
+    accepted = [*DTYPES, *(_INTEGERS if quantized else ())]
+    if dtype.name not in accepted or dtype.byteorder == ">":
         raise ValueError(
-            f"{path}: tensor {name!r} has dtype {dtype}; accepted: {sorted(DTYPES)}."
+            f"{path}: tensor {name!r} has dtype {dtype}; accepted: {sorted(accepted)}."
         )
     offset = dataset.id.get_offset()
     if offset is None or dataset.external or dataset.is_virtual:

@@ -19,6 +19,7 @@ from keras_t5gemma.checkpoints.lazy_tensors import (
 from keras_t5gemma.utils.files import read_json_file
 
 CHECKSUM_FILE = "checksums.json"
+TENSORS, TASK = "tensors", "task"  # Keys in it: of the backbone, of `task.weights.h5`.
 _PIECE = 2**20  # Values that are checked at a time, so that they stay in the cache.
 # Bits of the exponent, all of which are set in NaN and infinity.
 _EXPONENTS = {
@@ -34,7 +35,8 @@ class Checksums:
 
     Args:
         algorithm: `"sha256"` or `"crc32"`.
-        tensors: `{our variable path: hex digest}`.
+        tensors: `{our variable path: hex digest}`; of quantized weights and of tasks
+            the dataset path in the file.
     """
 
     algorithm: str
@@ -53,12 +55,15 @@ def digest(algorithm: str, data: np.ndarray) -> str:
     return hashlib.sha256(data.data).hexdigest()
 
 
-def read_checksums(folder: Path, fast: bool = False) -> Checksums | None:
+def read_checksums(
+    folder: Path, fast: bool = False, part: str = TENSORS
+) -> Checksums | None:
     """Checksums of every tensor, recorded when the folder was written.
 
     Args:
         folder: path of a preset.
         fast: prefer CRC-32, which detects accidental corruption, not tampering.
+        part: `TENSORS` of the backbone, or those of the `TASK`.
 
     Returns:
         `Checksums`, or `None` if the folder has none.
@@ -71,11 +76,13 @@ def read_checksums(folder: Path, fast: bool = False) -> Checksums | None:
         return None
     fields = read_json_file(path)
     try:
+        if part == TASK:
+            return Checksums("crc32", dict(fields[TASK])) if TASK in fields else None
         if fast and "crc32" in fields:
             return Checksums("crc32", dict(fields["crc32"]))
         if fields["algorithm"] not in ("sha256", "crc32"):
             raise ValueError(f"unknown algorithm {fields['algorithm']!r}")
-        return Checksums(fields["algorithm"], dict(fields["tensors"]))
+        return Checksums(fields["algorithm"], dict(fields[TENSORS]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -84,13 +91,16 @@ def checked(
     tensors: Mapping[str, LazyTensor],
     checksums: Checksums | None = None,
     allow_non_finite: bool = False,
+    advise: bool = True,
 ) -> dict[str, LazyTensor]:
     """The same tensors of files, which raise when damaged values are read.
 
     Args:
-        tensors: `{our variable path: tensor}`.
-        checksums: compared with every tensor that is read whole; parts are not.
+        tensors: `{path: tensor}`.
+        checksums: by the same paths, compared with every tensor that is read whole;
+            parts are not.
         allow_non_finite: warn about NaN and infinite values instead of raising.
+        advise: whether messages name the arguments that allow such values.
 
     Returns:
         `{our variable path: tensor}`, whose `read` raises `ValueError` with the name
@@ -98,10 +108,13 @@ def checked(
     """
     result = {}
     for path, tensor in tensors.items():
-        if isinstance(tensor, ImportedTensor) and isinstance(tensor.source, FileTensor):
-            check = _Check(path, tensor.source, checksums, allow_non_finite)
-            source = dataclasses.replace(tensor.source, check=check)
-            tensor = dataclasses.replace(tensor, source=source)
+        imported = tensor if isinstance(tensor, ImportedTensor) else None
+        stored = imported.source if imported else tensor
+        if isinstance(stored, FileTensor):
+            check = _Check(path, stored, checksums, allow_non_finite, advise)
+            tensor = dataclasses.replace(stored, check=check)
+            if imported:
+                tensor = dataclasses.replace(imported, source=tensor)
         result[path] = tensor
     return result
 
@@ -114,26 +127,32 @@ class _Check:
     tensor: FileTensor
     checksums: Checksums | None
     allow_non_finite: bool
+    advise: bool
 
     def __call__(self, array):
         whole = array.shape == tuple(self.tensor.shape)
         if whole and self.checksums and not self.checksums.match(self.path, array):
+            advice = "; `verify_checksums=False` loads it as it is" * self.advise
             raise ValueError(
                 f"{self.tensor.file} is damaged: tensor {self.path!r} differs from "
-                f"its checksum in {CHECKSUM_FILE}. Download or save it again; "
-                "`verify_checksums=False` loads it as it is."
+                f"its checksum in {CHECKSUM_FILE}. Download or save it again{advice}."
             )
         if has_non_finite(array):
             message = (
                 f"{self.tensor.file}: tensor {self.path!r} has NaN or infinite values"
             )
             if not self.allow_non_finite:
-                raise ValueError(message + "; `allow_non_finite=True` only warns.")
+                advice = "; `allow_non_finite=True` only warns" * self.advise
+                raise ValueError(f"{message}{advice}.")
             warnings.warn(message + ".", stacklevel=2)
 
 
 def has_non_finite(array: np.ndarray) -> bool:
-    """Whether a float array has a NaN or an infinite value."""
+    """Whether an array has a NaN or an infinite value; integers never have one."""
+    if array.dtype not in _EXPONENTS:
+        return not np.issubdtype(array.dtype, np.integer) and not (
+            bool(np.isfinite(array).all())
+        )
     kind, bits = _EXPONENTS[array.dtype]
     flat = np.ascontiguousarray(array).reshape(-1).view(kind)
     pieces = (flat[i : i + _PIECE] for i in range(0, flat.size, _PIECE))

@@ -9,8 +9,14 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints import h5_file, integrity, weight_maps
-from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor, to_bytes
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    CastTensor,
+    FileTensor,
+    LazyTensor,
+    to_bytes,
+)
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.utils.files import read_json_file
 
 
 def write(
@@ -86,21 +92,66 @@ def serialize(
     }
 
 
-def write_checksums(folder: Path, config: T5GemmaConfig) -> None:
-    """Record checksums of the float weight files that Keras wrote into a folder."""
-    paths = {name: path for path, name in dataset_names(config).items()}
-    digests = {
-        paths[name]: integrity.digest("crc32", to_bytes(tensor.read()))
-        for name, tensor in h5_file.read_folder(folder).items()
-        if name in paths
-    }
+def write_checksums(folder: Path, config: T5GemmaConfig | None) -> None:
+    """Record checksums of the weight files that Keras wrote into a folder.
+
+    Args:
+        folder: path of the preset.
+        config: of the model; `None` if its weights are quantized.
+    """
+    tensors = h5_file.read_folder(folder, quantized=config is None)
+    digests = _digests(tensors)
+    if config is not None:
+        paths = {name: path for path, name in dataset_names(config).items()}
+        digests = {paths[n]: digest for n, digest in digests.items() if n in paths}
     save_checksums(folder, digests)
 
 
+def write_task_checksums(path: Path) -> None:
+    """Record checksums of the weights of a task, in the folder of their file."""
+    digests = _digests(h5_file.read_file(path, quantized=True))
+    backbone = integrity.read_checksums(path.parent)
+    fields = {"algorithm": "crc32", integrity.TENSORS: {}}
+    if backbone is not None:
+        fields = read_json_file(path.parent / integrity.CHECKSUM_FILE)
+    fields[integrity.TASK] = digests
+    _write_json(path.parent / integrity.CHECKSUM_FILE, fields)
+
+
 def save_checksums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write CRC-32 checksums by our variable paths; an empty dict clears them."""
-    fields = {"algorithm": "crc32", "tensors": dict(digests)}
+    """Write CRC-32 checksums of a backbone's tensors, and keep those of its task."""
+    fields = {"algorithm": "crc32", integrity.TENSORS: dict(digests)}
+    task = integrity.read_checksums(folder, part=integrity.TASK)
+    if task is not None:
+        fields[integrity.TASK] = task.tensors
     _write_json(folder / integrity.CHECKSUM_FILE, fields)
+
+
+def _digests(tensors):
+    """`{path: CRC-32}` of tensors that are read one by one."""
+    return {
+        name: integrity.digest("crc32", to_bytes(tensor.read()))
+        for name, tensor in tensors.items()
+    }
+
+
+def check_task(path: Path, verify_checksums: bool, allow_non_finite: bool) -> None:
+    """Check the weights of a task before Keras loads them; see `check_tensors`."""
+    tensors = h5_file.read_file(path, quantized=True)
+    checksums = None
+    if verify_checksums:
+        checksums = integrity.read_checksums(path.parent, part=integrity.TASK)
+    check_tensors(tensors, checksums, allow_non_finite)
+
+
+def check_tensors(
+    tensors: Mapping[str, FileTensor],
+    checksums: integrity.Checksums | None,
+    allow_non_finite: bool,
+) -> None:
+    """Read tensors one by one that Keras will load; see `integrity.checked`."""
+    for tensor in integrity.checked(tensors, checksums, allow_non_finite).values():
+        tensor.read()
 
 
 def _write_json(path, value):

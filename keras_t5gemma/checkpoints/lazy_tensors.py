@@ -80,7 +80,9 @@ class FileTensor(LazyTensor):
     dtype: np.dtype
     shape: tuple
     offset: int
-    check: Callable[[np.ndarray], None] | None = None
+    check: Callable[[np.ndarray], None] | None = dataclasses.field(
+        default=None, compare=False
+    )
 
     @property
     def nbytes(self) -> int:

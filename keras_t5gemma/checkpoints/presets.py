@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from keras_t5gemma.checkpoints import (
 )
 from keras_t5gemma.checkpoints.hub import get_file
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.utils.files import check_regular, read_json_file
+from keras_t5gemma.utils.files import check_regular, read_json_file, read_text
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "_presets"
 KERAS, KERAS_HUB, HUGGING_FACE = "keras_t5gemma", "keras_hub", "transformers"
@@ -72,8 +71,8 @@ def presets() -> list[Preset]:
     rows, sources = [], _sources()
     for name, (objective, tuned) in _EMBEDDED.items():
         folder = EMBEDDED_FOLDER / name
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        card = (folder / "README.md").read_text(encoding="utf-8")
+        config = read_json_file(folder / "config.json")
+        card = read_text(folder / "README.md")
         rows.append(
             Preset(
                 name,

@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterable, Set
 from pathlib import Path
 
+from keras_t5gemma.utils.files import read_json_file
+
 MANIFEST = ".saved_files.json"
 SAVING, SAVED = ".saving", ".saved"  # Of a save in progress; see `atomic`.
 # Kinds of weight files of which a new save removes all earlier files.
@@ -177,7 +179,7 @@ def _read(path):
     try:
         if not path.is_file():
             return {}
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json_file(path)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_t5gemma import environment
 from keras_t5gemma.cli import options
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
+from keras_t5gemma.utils.files import read_text
 
 if TYPE_CHECKING:
     from keras_t5gemma.config import StackConfig
@@ -29,7 +29,6 @@ def load_package() -> Any:
     import keras_t5gemma
 
     if not hasattr(keras_t5gemma, "Seq2SeqLM"):
-        environment.require_keras_hub()
         importlib.reload(keras_t5gemma)  # Keras is loaded: nothing is deferred now.
     return keras_t5gemma
 
@@ -45,7 +44,7 @@ def read_texts(o: options.Generate) -> list[str]:
     if o.text:
         return list(o.text)
     if o.file:
-        content = o.file.read_text(encoding="utf-8-sig")
+        content = read_text(o.file, "utf-8-sig")
     else:
         if sys.stdin.isatty():
             print("Type or paste a text, then Ctrl-D.", file=sys.stderr)
@@ -121,7 +120,6 @@ def _run_resumable(function: Callable[..., Any], keywords: dict[str, Any]) -> No
 
 def run_presets(o: options.Presets) -> None:
     """Print a table on a terminal, tab-separated lines in a pipe."""
-    environment.require_keras_hub()
     from keras_t5gemma.checkpoints.presets import presets
 
     rows = [
@@ -141,7 +139,6 @@ def run_presets(o: options.Presets) -> None:
 
 def run_info(o: options.Info) -> None:
     """Print what a preset's configuration and file headers say."""
-    environment.require_keras_hub()
     from keras_t5gemma.checkpoints import presets
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 

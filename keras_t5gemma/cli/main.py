@@ -17,7 +17,6 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -32,6 +31,7 @@ from tyro.constructors import (
 
 from keras_t5gemma import environment
 from keras_t5gemma.cli import commands, options
+from keras_t5gemma.utils.files import read_text
 from keras_t5gemma.utils.options import field_docs
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
@@ -161,7 +161,7 @@ def config_arguments(command: str, path: str) -> list[str]:
     if "config" not in fields:
         raise UsageError(f"{command} does not accept --config.")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -23,6 +23,7 @@ from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.utils.checks import number, one_of, whole_number
+from keras_t5gemma.utils.files import read_bytes
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.sizes import parse_shard_size
 
@@ -184,7 +185,7 @@ def _check_vocabularies(encoder, decoder):
             f"{sizes[0]} tokens ({encoder.name}) and {sizes[1]} ({decoder.name})."
         )
     files = encoder.tokenizer_file, decoder.tokenizer_file
-    if all(files) and Path(files[0]).read_bytes() != Path(files[1]).read_bytes():
+    if all(files) and read_bytes(files[0]) != read_bytes(files[1]):
         raise ValueError(
             "`encoder` and `decoder` must share one vocabulary; their tokenizer "
             f"files differ: {files[0]} and {files[1]}."

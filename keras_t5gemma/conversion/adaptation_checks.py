@@ -11,13 +11,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_t5gemma.checkpoints import checkpoint, integrity, weight_maps
 from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, FirstRows
 from keras_t5gemma.conversion.gemma2_reader import Gemma2, live_layers
+from keras_t5gemma.environment import require_keras_hub
 from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.utils.types import Tensor
@@ -177,6 +177,7 @@ def _reference(source, layers, dtype):
     by_head = [k for k, v in scales.items() if math.isclose(v, stack.query_scale)]
     if not by_head:
         return None
+    keras_hub = require_keras_hub("The check of an adaptation")
     backbone = keras_hub.models.GemmaBackbone(
         vocabulary_size=min(source.vocabulary_size, _VOCABULARY),
         num_layers=len(layers),

@@ -63,7 +63,7 @@ def average_presets(
                 f"`presets` must have one configuration; {first.location} and "
                 f"{other.location} differ in {'; '.join(lines)}."
             )
-    sources = [checkpoint.tensors() for checkpoint in opened]
+    sources = [checkpoint.checked_tensors() for checkpoint in opened]
     tensors = {
         path: MeanTensor(tuple(source[path] for source in sources), shares)
         for path in sources[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,9 @@ def check_checksums(folder: str | Path) -> int:
     recorded = integrity.read_checksums(Path(folder))
     if recorded is None:
         return 0
-    tensors = opened.tensors()
+    tensors: Mapping[str, LazyTensor] = (
+        opened.quantized_tensors() if opened.is_quantized else opened.tensors()
+    )
     changed = sorted(set(recorded.tensors) ^ set(tensors))
     changed += [
         path

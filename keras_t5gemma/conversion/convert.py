@@ -45,7 +45,7 @@ def convert(
     shard_bytes = parse_shard_size(max_shard_size)
     atomic.check_overwrite(folder, overwrite)
     opened = open_checkpoint(preset)
-    tensors = opened.tensors()
+    tensors = opened.checked_tensors()
     stored = tensors["encoder/final_norm/scale"].dtype
     written = stored if dtype is None else parse_dtype(dtype)
     total = written.itemsize * sum(math.prod(t.shape) for t in tensors.values())

@@ -2,16 +2,17 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
-import keras_hub
 
 from keras_t5gemma.checkpoints import (
     h5_file,
     huggingface,
+    integrity,
     keras_hub_format,
     presets,
     published_names,
@@ -20,6 +21,7 @@ from keras_t5gemma.checkpoints import (
 )
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import StackConfig
+from keras_t5gemma.environment import require_keras_hub
 
 _MAX_POSITIONS = 8192  # Of all Gemma 2 models; KerasHub's config does not hold it.
 _TUNED_PREFIX = "gemma2_instruct_"
@@ -65,18 +67,17 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         OSError: when a download fails, with instructions.
     """
     model = getattr(source, "backbone", source)
-    if isinstance(model, keras_hub.models.GemmaBackbone):
+    if _is_gemma(model):
         return _open_live(model, argument)
     if not isinstance(source, str | os.PathLike):
         raise ValueError(
             f"`{argument}` must be the name or folder of a Gemma 2, or a live "
             f"keras_hub.models.GemmaBackbone; got {type(source).__name__}."
         )
-    names = {
-        name: row["kaggle_handle"]
-        for name, row in keras_hub.models.GemmaBackbone.presets.items()
-    }
-    location = presets.locate(source, names, "a name of KerasHub's Gemma 2 presets")
+    names = _preset_names()
+    accepted = "a name of KerasHub's Gemma 2 presets"
+    accepted += "" if names else " (which need keras-hub)"
+    location = presets.locate(source, names, accepted)
     config = presets.read_json(location)
     file = f"{location}: config.json"
     registered, model_type = config.get("registered_name"), config.get("model_type")
@@ -123,10 +124,26 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         size,
         cap,
         positions,
-        tensors,
+        integrity.checked(tensors, advise=False),
         tokenizer_file,
         is_tuned,
     )
+
+
+def _is_gemma(model):
+    """Whether a model is a GemmaBackbone of KerasHub, which then was imported."""
+    hub = sys.modules.get("keras_hub")
+    return hub is not None and isinstance(model, hub.models.GemmaBackbone)
+
+
+def _preset_names():
+    """`{name: handle}` of KerasHub's presets of Gemma; none where it is missing."""
+    try:
+        hub = require_keras_hub("A name of KerasHub's presets")
+    except ModuleNotFoundError:
+        return {}
+    rows = hub.models.GemmaBackbone.presets.items()
+    return {name: row["kaggle_handle"] for name, row in rows}
 
 
 def _tuned_names(names):
@@ -173,7 +190,7 @@ def _open_live(backbone, argument):
 
 
 def live_layers(
-    backbone: keras_hub.models.GemmaBackbone,
+    backbone: Any,
 ) -> dict[str, keras.layers.Layer]:
     """`{dataset path in KerasHub's weight files: layer}` of a live GemmaBackbone.
 

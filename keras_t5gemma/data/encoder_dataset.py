@@ -8,7 +8,7 @@ import numpy as np
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
 from keras_t5gemma.tokenization.token_ids import named, pad
 from keras_t5gemma.utils.buckets import bucket
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import rows_of_batch
 from keras_t5gemma.utils.ragged import Ragged
 
 
@@ -97,7 +97,7 @@ def by_length(
         `(row numbers, arrays)`, longest rows first: a batch that does not fit into
         memory fails at once.
     """
-    whole_number(batch_size, "batch_size", 1)
+    rows_of_batch(batch_size)
     order = np.argsort(-rows.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -4,13 +4,15 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from keras_t5gemma.utils.checks import path as checked_path
+from keras_t5gemma.utils.checks import shown, string
 from keras_t5gemma.utils.files import (
     MAX_RECORD,
     bounded_lines,
     open_regular,
     parse_json,
 )
-from keras_t5gemma.utils.texts import check_unicode
+from keras_t5gemma.utils.texts import check_unicode, to_list
 
 ENDINGS = (".jsonl", ".json", ".txt")
 
@@ -34,10 +36,11 @@ class FileRows:
         paths: str | os.PathLike | Iterable[str | os.PathLike],
         fields: Iterable[str],
     ) -> None:
-        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        is_one = isinstance(paths, str | os.PathLike)
+        given = [paths] if is_one else to_list(paths, "paths")
         self.paths: list[Path] = []
-        self.fields = tuple(fields)
-        for path in map(Path, given):
+        self.fields = tuple(string(field, "fields") for field in fields)
+        for path in (checked_path(each, "paths") for each in given):
             inside = sorted(path.iterdir()) if path.is_dir() else [path]
             self.paths += [p for p in inside if not p.name.startswith(".")]
         kinds = ENDINGS if len(self.fields) == 1 else ENDINGS[:-1]
@@ -45,7 +48,7 @@ class FileRows:
         if wrong or not self.paths:
             raise ValueError(
                 f"`paths` must be files that end in one of {kinds}, or folders of "
-                f"them; got {wrong or given}. Convert other files to JSON lines."
+                f"them; got {shown(wrong or given)}. Convert other files to JSON lines."
             )
 
     def sizes(self) -> list[int]:

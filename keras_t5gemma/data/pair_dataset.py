@@ -10,7 +10,7 @@ from keras_t5gemma.data import packing
 from keras_t5gemma.data.resumable import ResumableDataset, draw_seed
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.utils.buckets import ceil_div
-from keras_t5gemma.utils.checks import one_of, whole_number
+from keras_t5gemma.utils.checks import instance, one_of, row_weights, rows_of_batch, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts
@@ -77,7 +77,7 @@ class PairDataset(ResumableDataset):
     ) -> None:
         super().__init__()
         one_of(batching, "batching", BATCHINGS)
-        batch_size = whole_number(batch_size, "batch_size", 1)
+        batch_size = rows_of_batch(batch_size)
         mesh.check_rows(batch_size, "batch_size")
         self.preprocessor = preprocessor
         self.batch_size = batch_size
@@ -86,7 +86,10 @@ class PairDataset(ResumableDataset):
         self.seed = draw_seed() if shuffle else 0
         self._plan = (None, None)
         self.lengths = self._read(columns, name)
-        self.weights = _weights(sample_weight, len(self.lengths[0]))
+        count = len(self.lengths[0])
+        self.weights = np.ones(count, "float32")
+        if sample_weight is not None:
+            self.weights = row_weights(sample_weight, "sample_weight", count)
         self._arrange(widths)
         self._all = self._steps = ceil_div(len(self.packs), batch_size)
         if steps is not None:
@@ -98,7 +101,7 @@ class PairDataset(ResumableDataset):
         Raises:
             ValueError: for more batches than there are.
         """
-        if not 1 <= steps <= self._all:
+        if whole_number(steps, "steps_per_epoch", 1) > self._all:
             raise ValueError(
                 f"`{name}` has {self._all} batches of {self.batch_size} rows, fewer "
                 f"than the {steps} steps per epoch. Leave the steps out to take all."
@@ -270,19 +273,6 @@ def tokenize(
             parts.append([Ragged.from_rows(rows) for rows in token_rows(part)])
             advance(here.stop - here.start)
     return [Ragged.concatenate(side) for side in zip(*parts, strict=True)]
-
-
-def _weights(sample_weight, count):
-    """float32 `(count,)`, one weight per pair."""
-    if sample_weight is None:
-        return np.ones(count, "float32")
-    weights = np.asarray(sample_weight, "float32")
-    if weights.size != count:
-        raise ValueError(
-            f"`sample_weight` must have one weight for each of the {count} pairs; got "
-            f"shape {weights.shape}."
-        )
-    return weights.reshape(count)
 
 
 def _round_up(used, multiple, limits):

@@ -8,8 +8,8 @@ import io
 import os
 import re
 import zlib
-from pathlib import Path
 
+from keras_t5gemma.utils import checks
 from keras_t5gemma.utils.files import (
     MAX_RECORD,
     bounded_lines,
@@ -44,7 +44,8 @@ def read_pairs(
             is missing or not a string, with its line.
         ImportError: for `.parquet` without pyarrow.
     """
-    columns = _read(path, (source, target), _READERS)
+    names = checks.string(source, "source"), checks.string(target, "target")
+    columns = _read(path, names, _READERS)
     return dict(zip(("encoder_text", "decoder_text"), columns, strict=True))
 
 
@@ -63,13 +64,14 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
         ValueError: as `read_pairs`.
         ImportError: for `.parquet` without pyarrow.
     """
+    checks.string(field, "field")
     readers = {**_READERS, ".txt": functools.partial(_lines, field=field)}
     return _read(path, (field,), readers)[0]
 
 
 def _read(path, names, readers):
     """The columns of these names, as lists of strings."""
-    path = Path(path)
+    path = checks.path(path, "path")
     kind = path.with_suffix("") if path.suffix == ".gz" else path
     read = readers.get(kind.suffix.lower())
     if read is None or (read is _parquet and kind is not path):
@@ -99,7 +101,7 @@ def read_objects(path: str | os.PathLike) -> list[tuple[str, dict]]:
     Raises:
         ValueError: for an empty file, or a line that is not a JSON object.
     """
-    path = Path(path)
+    path = checks.path(path, "path")
     with _whole(path):
         rows = [(f"{path}, {place}", row) for place, row in _json_lines(path, ())]
     if not rows:

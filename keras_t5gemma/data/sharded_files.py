@@ -21,6 +21,7 @@ from keras_t5gemma.data.document_dataset import DocumentDataset, cut
 from keras_t5gemma.data.indexed_files import FileRows
 from keras_t5gemma.data.pair_dataset import PairDataset
 from keras_t5gemma.distribution import process_group
+from keras_t5gemma.tokenization.preprocessor import check_preprocessor
 from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.ragged import Ragged
 
@@ -40,7 +41,8 @@ class _Files:
                 "Text in files is read by Grain: pip install grain"
             ) from error
         self._grain = grain
-        self._threads = whole_number(threads, "threads", 1)
+        check_preprocessor(preprocessor, type(self).__name__)
+        self._threads = whole_number(threads, "threads", 1, 1024)
         self._next = self._batches = None
         self._lock = threading.Lock()  # TensorFlow prefetches in a thread.
         # Truncation is counted when the lengths are read, and not again.

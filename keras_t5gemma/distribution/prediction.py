@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -161,17 +161,38 @@ def predict_on_batch(
     if keras.config.backend() != "jax":
         return keras.Model.predict_on_batch(model, batch)
     split = mesh.join_rows if is_local else mesh.split_rows
-    return mesh.to_numpy(_compiled(model)(split(batch)))
+    return mesh.to_numpy(compiled(model, "call", model)(split(batch)))
 
 
-def _compiled(model):
-    variables = tuple(map(id, model.variables))  # LoRA and int8 replace variables.
-    kept = model.__dict__.get("_forward")
+def compiled(
+    model: keras.layers.Layer, key: Hashable, function: Callable[..., Any]
+) -> Any:
+    """A compiled function of arrays that reads the variables of a model.
+
+    One program is compiled for each set of array shapes; PyTorch runs the function
+    eagerly, without gradients. Threads may call it.
+
+    Args:
+        model: a Keras layer or model, on which the compiled function is kept until
+            its set of variables changes (LoRA, quantization).
+        key: identifies the function; another one under the same key is not compiled.
+        function: function of arrays that does not change variables.
+
+    Returns:
+        A function of NumPy arrays or tensors, with a method `count`: the number of
+        programs traced so far.
+    """
+    variables = tuple(map(id, model.variables))
+    kept = model.__dict__.get("_programs")
     if kept is None or kept[0] != variables:
-        kept = (variables, JaxFunction(model, model))
+        kept = (variables, {})
         # Bypasses Keras's tracking: it is not saved with the model.
-        object.__setattr__(model, "_forward", kept)
-    return kept[1]
+        object.__setattr__(model, "_programs", kept)
+    if key not in kept[1]:
+        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
+        kind: Any = kinds.get(keras.config.backend(), TorchFunction)
+        kept[1].setdefault(key, kind(model, function))
+    return kept[1][key]
 
 
 class JaxFunction:
@@ -185,7 +206,10 @@ class JaxFunction:
     """
 
     def __init__(
-        self, model: keras.Model, function: Callable[..., Any], donate: bool = False
+        self,
+        model: keras.layers.Layer,
+        function: Callable[..., Any],
+        donate: bool = False,
     ):
         import jax
 
@@ -213,3 +237,47 @@ class JaxFunction:
     def count(self):
         """How many programs have been traced so far."""
         return self._traces
+
+
+class TensorFlowFunction:
+    """A function that TensorFlow compiles with XLA; arguments as in `JaxFunction`."""
+
+    def __init__(
+        self,
+        model: keras.layers.Layer,
+        function: Callable[..., Any],
+        donate: bool = False,
+    ):
+        import tensorflow as tf
+
+        self._compiled = tf.function(function, jit_compile=True)
+
+    def __call__(self, *args):
+        return self._compiled(*args)
+
+    def count(self):
+        """How many programs have been traced so far."""
+        return self._compiled.experimental_get_tracing_count()
+
+
+class TorchFunction:
+    """A function that PyTorch runs eagerly; arguments as in `JaxFunction`."""
+
+    def __init__(
+        self,
+        model: keras.layers.Layer,
+        function: Callable[..., Any],
+        donate: bool = False,
+    ):
+        self._function = function
+
+    def __call__(self, *args):
+        import torch
+
+        # Not `inference_mode`: a caller may train on what is returned.
+        with torch.no_grad():
+            return self._function(*map(ops.convert_to_tensor, args))
+
+    def count(self):
+        """Nothing is compiled: 0."""
+        return 0

@@ -5,10 +5,10 @@ import gc
 from pathlib import Path
 
 import keras
-import keras_hub
 
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.conversion.gemma2_reader import open_gemma2
+from keras_t5gemma.environment import require_keras_hub
 from keras_t5gemma.evaluation import measures
 from keras_t5gemma.evaluation.tasks import CLASSES, Task
 from keras_t5gemma.modeling.backbone import Backbone
@@ -97,6 +97,7 @@ class Model:
     def _load(self, recipe):
         lengths = {"encoder_sequence_length": recipe.encoder_sequence_length}
         if self.kind == "decoder_only":
+            keras_hub = require_keras_hub("A decoder-only candidate")
             backbone = keras_hub.models.GemmaBackbone.from_preset(
                 self.preset, dtype=recipe.dtype
             )

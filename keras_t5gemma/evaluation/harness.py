@@ -15,6 +15,7 @@ from keras_t5gemma.evaluation.candidates import Model, Recipe, TfIdf
 from keras_t5gemma.evaluation.measures import mean_and_error
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.evaluation.tasks import CLASSES, Task, read_task
+from keras_t5gemma.utils.files import read_json_file
 from keras_t5gemma.utils.options import PathsOrNames, as_yaml, takes_options
 from keras_t5gemma.utils.progress import progress_bar
 
@@ -167,7 +168,7 @@ class Runs:
                 )
             return
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json_file(file)
         except ValueError:
             found = None
         if not isinstance(found, dict) or not {"options", "runs"} <= set(found):

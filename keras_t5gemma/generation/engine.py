@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.distribution.prediction import JaxFunction
+from keras_t5gemma.distribution.prediction import JaxFunction, TensorFlowFunction
 from keras_t5gemma.generation import beam, decoding
 from keras_t5gemma.generation.options import GenerationOptions
 
@@ -46,7 +46,7 @@ class Engine:
             step = decoding.plain_step(backbone)
             return decoding.advance(step, state, limit, *rest)
 
-        kinds = {"jax": JaxFunction, "tensorflow": _TensorFlow, "torch": _Torch}
+        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction, "torch": _Torch}
         compile: Any = kinds[keras.config.backend()]
         if compile is _Torch:
             advance = _torch_advance(backbone, rest, compiled)
@@ -101,19 +101,6 @@ def cache_compiled_programs(folder: str | os.PathLike) -> None:
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-class _TensorFlow:
-    def __init__(self, backbone, function, donate=False):
-        import tensorflow as tf
-
-        self._compiled = tf.function(function, jit_compile=True)
-
-    def __call__(self, *args):
-        return self._compiled(*args)
-
-    def count(self):
-        return self._compiled.experimental_get_tracing_count()
 
 
 class _Torch:

@@ -50,6 +50,8 @@ class Generator:
             return None
         size = known_tokens(self.task) or self.task.backbone.config.vocabulary_size
         options.check(size, request.max_length)
+        if options.no_repeat_ngram_size >= request.max_length:  # It cannot repeat.
+            options = dataclasses.replace(options, no_repeat_ngram_size=0)
         if options.is_sampling and options.seed is None:
             generator = getattr(sampler, "seed_generator", None)
             seed = keras.random.randint((), 0, 2**31 - 1, "int32", generator)

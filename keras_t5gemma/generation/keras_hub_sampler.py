@@ -3,11 +3,11 @@
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 from keras import ops, tree
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.environment import require_keras_hub
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -20,7 +20,8 @@ class SamplerEngine:
     """
 
     def __init__(self, task: Any, stop_ids: tuple | None = None) -> None:
-        self.function = task.make_generate_function()
+        hub = require_keras_hub("A sampler of KerasHub")
+        self.function = hub.models.CausalLM.make_generate_function(task)
         self.stop_ids = stop_ids
 
     def start(self, inputs: dict) -> dict:
@@ -39,7 +40,7 @@ class SamplerEngine:
 
 def decode_batch(
     backbone: Any,
-    sampler: keras_hub.samplers.Sampler,
+    sampler: Any,
     inputs: dict,
     stop_ids: tuple | None = None,
     model: keras.Model | None = None,

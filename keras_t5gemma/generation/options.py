@@ -2,13 +2,20 @@
 
 import dataclasses
 import numbers
+from collections.abc import KeysView, ValuesView
 from typing import Any
 
-import keras_hub
 import numpy as np
 
+from keras_t5gemma.generation.samplers import kind_of
 from keras_t5gemma.tokenization.token_ids import check_range
-from keras_t5gemma.utils.checks import number, whole_number
+from keras_t5gemma.utils.checks import MAX_COUNT, flag, number, shown, whole_number
+
+# Not generators, which may be endless.
+_LISTS = (list, tuple, set, frozenset, range, KeysView, ValuesView)
+
+_MAX_SEED = 2**128 - 1
+_MAX_ANSWERS = 4096  # Of a source; arrays of all of them are allocated at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +84,8 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is None and GenerationOptions.__dict__[name] is None:
                 continue
-            store(name, whole_number(value, name, low))
+            high = {"seed": _MAX_SEED, "num_return_sequences": _MAX_ANSWERS}.get(name)
+            store(name, whole_number(value, name, low, high))
         for name, high in (
             ("temperature", None),
             ("top_p", 1),
@@ -89,6 +97,7 @@ class GenerationOptions:
                 continue
             number(value, name, above=0, at_most=high)
         number(self.length_penalty, "length_penalty")
+        flag(self.return_scores, "return_scores")
         if self.is_sampling and self.num_beams > 1:
             raise ValueError(
                 "`num_beams` must be 1 with `temperature`, `top_k` or `top_p`, which "
@@ -125,7 +134,7 @@ class GenerationOptions:
             ("banned_token_ids", self.banned_token_ids),
             ("forced_token_ids", forced),
         ):
-            check_range(np.asarray(ids or [0]), name, vocabulary_size)
+            check_range([ids or (0,)], name, vocabulary_size)
         if len(self.banned_token_ids) == vocabulary_size:
             raise ValueError(
                 f"`banned_token_ids` must leave one of {vocabulary_size} ids; got all."
@@ -179,11 +188,14 @@ class GenerationOptions:
 
 def id_tuple(ids: Any, name: str) -> tuple[int, ...]:
     """Ids as a tuple of ints; `ValueError` unless they are a list of whole numbers."""
-    is_list = not isinstance(ids, str | bytes) and hasattr(ids, "__iter__")
-    ids = list(ids) if is_list else ids
-    if not is_list or not all(isinstance(i, numbers.Integral) for i in ids):
-        raise ValueError(f"`{name}` must be a list of token ids; got {ids!r}.")
-    return tuple(int(i) for i in ids)
+    found = list(ids) if isinstance(ids, _LISTS) else None
+    if isinstance(ids, np.ndarray) and ids.ndim == 1:
+        found = list(ids)
+    if found is None or not all(
+        isinstance(i, numbers.Integral) and 0 <= i <= MAX_COUNT for i in found
+    ):
+        raise ValueError(f"`{name}` must be a list of token ids; got {shown(ids)}.")
+    return tuple(int(i) for i in found)
 
 
 def _places_and_ids(forced):
@@ -199,13 +211,11 @@ def _places_and_ids(forced):
     return tuple(sorted(zip(places, ids, strict=True)))
 
 
-def make_options(
-    sampler: keras_hub.samplers.Sampler, given: dict
-) -> GenerationOptions | None:
+def make_options(sampler: Any, given: dict) -> GenerationOptions | None:
     """The options of a sampler, overridden by those of a user.
 
     Args:
-        sampler: a `keras_hub.samplers.Sampler`.
+        sampler: from `samplers.get`.
         given: keywords of `GenerationOptions`.
 
     Returns:
@@ -238,28 +248,27 @@ def make_options(
     return GenerationOptions(**{**base, **given})
 
 
-def options_of_sampler(sampler: keras_hub.samplers.Sampler) -> dict | None:
-    """The options equivalent to a KerasHub sampler, or `None` for other samplers.
+def options_of_sampler(sampler: Any) -> dict | None:
+    """The options equivalent to a sampler, or `None` for one that runs in KerasHub.
 
     Args:
-        sampler: a `keras_hub.samplers.Sampler`.
+        sampler: from `samplers.get`.
     """
-    samplers = keras_hub.samplers
-    kind = type(sampler)
-    if kind is samplers.GreedySampler:
+    kind = kind_of(sampler)
+    if kind == "greedy":
         return {}
-    if kind is samplers.BeamSampler:
+    if kind == "beam":
         if sampler.return_all_beams:
             raise ValueError(
                 "BeamSampler(return_all_beams=True) is not supported; use "
                 "`generate(..., num_beams=n, num_return_sequences=n)`."
             )
         return {"num_beams": sampler.num_beams}
-    if kind is samplers.RandomSampler:
+    if kind == "random":
         return {"temperature": sampler.temperature}
-    if kind is samplers.TopKSampler:
+    if kind == "top_k":
         return {"temperature": sampler.temperature, "top_k": sampler.k}
-    if kind is samplers.TopPSampler:
+    if kind == "top_p":
         return {
             "temperature": sampler.temperature,
             "top_k": sampler.k,

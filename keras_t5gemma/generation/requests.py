@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from keras import ops
 
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation.options import GenerationOptions, id_tuple
-from keras_t5gemma.tokenization.token_ids import INPUTS, check_range, pad
+from keras_t5gemma.tokenization.token_ids import INPUTS, check_range, id_array, pad
 from keras_t5gemma.utils.buckets import bucket, power_of_two
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import rows_of_batch, shown, whole_number
 from keras_t5gemma.utils.texts import to_list
 
 
@@ -92,7 +91,7 @@ def read_request(
     if max_length is None and preprocessor is not None:
         max_length = preprocessor.decoder_sequence_length
     max_length = whole_number(max_length, "max_length", 2, config.max_positions)
-    whole_number(batch_size, "batch_size", 1)
+    rows_of_batch(batch_size)
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
         if preprocessor is None:
             raise ValueError(
@@ -102,9 +101,8 @@ def read_request(
         stop_token_ids = preprocessor.stop_ids
     if stop_token_ids is not None:
         stop_token_ids = id_tuple(stop_token_ids, "stop_token_ids") or None
-        check_range(
-            np.asarray(stop_token_ids or [0]), "stop_token_ids", config.vocabulary_size
-        )
+        ids = [stop_token_ids or (0,)]
+        check_range(ids, "stop_token_ids", config.vocabulary_size)
     if isinstance(inputs, dict) and "encoder_token_ids" in inputs:
         arrays = id_prompts(inputs, max_length, config.vocabulary_size)
     elif preprocessor is None:
@@ -148,18 +146,13 @@ def id_prompts(
         ValueError: for unknown keys, shapes that do not fit, ids out of range, or a
             prompt longer than `max_length`.
     """
-    unknown = set(inputs) - set(INPUTS)
+    unknown = [key for key in inputs if key not in INPUTS]
     if unknown:
         raise ValueError(
-            f"`inputs` has unknown keys {sorted(unknown)}; known: {INPUTS}."
+            f"`inputs` has unknown keys {shown(unknown)}; known: {INPUTS}."
         )
-    arrays = {k: ops.convert_to_numpy(v) for k, v in inputs.items()}
+    arrays = {k: id_array(v, k) for k, v in inputs.items()}
     source = arrays["encoder_token_ids"]
-    if source.ndim != 2 or not source.size:
-        raise ValueError(
-            "`encoder_token_ids` must be (batch, length) with batch and length >= 1; "
-            f"got shape {source.shape}."
-        )
     arrays.setdefault("encoder_padding_mask", source != 0)
     start = np.full((len(source), 1), 2)
     prompt = arrays.get("decoder_token_ids", start)
@@ -169,6 +162,15 @@ def id_prompts(
         ("decoder_token_ids", prompt),
     ):
         check_range(array, name, vocabulary_size)
+    for name, array, ids in (
+        ("encoder_padding_mask", arrays["encoder_padding_mask"], source),
+        ("decoder_padding_mask", mask, prompt),
+    ):
+        if array.shape != ids.shape:
+            raise ValueError(
+                f"`{name}` must have the shape of the ids, {ids.shape}; got "
+                f"{array.shape}."
+            )
     lengths = mask.sum(axis=1)
     if len(prompt) != len(source) or lengths.min(initial=1) < 1:
         raise ValueError(

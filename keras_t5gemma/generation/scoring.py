@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.distribution.prediction import predict
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import rows_of_batch
 
 
 def make_scorer(model: keras.Model) -> keras.Model:
@@ -43,7 +43,7 @@ def score(
     Returns:
         Lists of `"log_prob"`, the sums; `"token_log_probs"` and `"token_ids"`.
     """
-    whole_number(batch_size, "batch_size", 1)
+    rows_of_batch(batch_size)
     arrays = {**inputs, "labels": labels}
     scores = predict(scorer, arrays, mesh.round_up(batch_size))
     keep = weights > 0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import keras_hub
 
 from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints import checkpoint, huggingface, presets
@@ -16,7 +15,7 @@ from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import layouts, mesh, process_group
 from keras_t5gemma.distribution.prediction import SafeInference
-from keras_t5gemma.modeling import lora, weight_loading
+from keras_t5gemma.modeling import bases, lora, weight_loading
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 from keras_t5gemma.utils.sizes import parse_shard_size
@@ -26,7 +25,7 @@ QUANTIZED = ("int8", "int4")
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
+class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
     """T5Gemma encoder-decoder (arXiv 2504.06225), without a task.
 
     Call it on a dict of int32 arrays `encoder_token_ids`, `encoder_padding_mask`
@@ -281,8 +280,8 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
             load_weights: `False` leaves the weights random; a published name then
                 needs no network.
             encoder_only: build the encoder alone and read only its tensors.
-            verify_checksums: compare the float weights of this package's presets with
-                their checksums while they are read.
+            verify_checksums: compare the weights of this package's presets with their
+                checksums while they are read.
             allow_non_finite: warn about NaN and infinite weights instead of raising.
             **kwargs: `dtype` (a policy or its name; by default float checkpoints are
                 loaded in Keras's global policy; `"int8"` and `"int4"` also quantize),
@@ -315,7 +314,7 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
                 if kwargs.get("dtype") is None:
                     kwargs["dtype"] = opened.saved_policy()
                 return weight_loading.load_quantized(
-                    cls, opened, load_weights, encoder_only, **kwargs
+                    cls, opened, load_weights, encoder_only, *checks, **kwargs
                 )
             if load_weights:
                 return weight_loading.load_backbone(
@@ -339,10 +338,7 @@ class Backbone(SafeInference, AtomicSaveToPreset, keras_hub.models.Backbone):
         """
         if weight_loading.gather_weights(self, filepath, max_shard_size):
             return
-        if (
-            process_group.process_count() > 1
-            and self.encoder.token_embedding.quantization_mode
-        ):
+        if process_group.process_count() > 1 and weight_loading.is_quantized(self):
             raise ValueError(
                 "Several processes cannot save a quantized model. Its weights are "
                 "those of the preset; `save_lora_weights` saves trained adapters."

@@ -6,6 +6,8 @@ from typing import Any
 
 import h5py
 
+from keras_t5gemma.checkpoints import h5_file
+from keras_t5gemma.checkpoints.atomic import atomic_file
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
@@ -92,13 +94,13 @@ def save(backbone: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _write(path, adapted, arrays):
-    with h5py.File(path, "w") as file:
+    with atomic_file(path) as staged, h5py.File(staged, "w") as file:
         for layer in adapted:
             group = file.create_group(_key(layer))
             group.attrs["rank"] = layer.lora_rank
             group.attrs["alpha"] = layer.lora_alpha
         for (key, name), array in arrays.items():
-            file[key].create_dataset(name, data=array)
+            h5_file.add_array(file[key], name, array)
 
 
 def load(backbone: Any, path: str | os.PathLike[str]) -> None:
@@ -107,39 +109,48 @@ def load(backbone: Any, path: str | os.PathLike[str]) -> None:
     Layers without adapters get them first.
 
     Raises:
-        ValueError: if the layers or ranks of the file are not those of the model.
+        ValueError: if the file is damaged, or its layers or ranks are not those of the
+            model.
     """
     layers = {_key(layer): layer for layer in _candidates(backbone)}
-    if os.path.exists(path) and not h5py.is_hdf5(path):
-        raise ValueError(f"{str(path)!r} was not written by `save_lora_weights`.")
-    with h5py.File(path) as file:
-        groups = {}
+    saved = _read(path)
+    unknown = sorted(set(saved) - set(layers))
+    if unknown or not saved:
+        raise ValueError(
+            f"{str(path)!r} has adapters of {unknown[:3] or 'no'} layers that are "
+            "not in the model: it belongs to another model."
+        )
+    adapted = {key for key, layer in layers.items() if layer.lora_enabled}
+    ranks = {rank for rank, _, _ in saved.values()}
+    if not adapted:
+        _enable(backbone, ranks.pop(), [layers[key] for key in saved])
+    elif adapted != set(saved) or ranks != {layers[k].lora_rank for k in adapted}:
+        raise ValueError(
+            f"The model's adapters are not those of {str(path)!r}: the file has "
+            f"{len(saved)} of rank {sorted(ranks)}, the model {len(adapted)}. "
+            "Load it into a model without adapters."
+        )
+    for key, (_, alpha, arrays) in saved.items():
+        layers[key].lora_alpha = alpha
+        for variable in _adapters(layers[key]):
+            variable.assign(arrays[variable.name])
 
-        def note(key, item):
-            if "rank" in item.attrs:
-                groups[key] = item
 
+def _read(path):
+    """`{layer: (rank, alpha, {name: array})}` of a file, verified."""
+    saved = {}
+
+    def note(key, item):
+        if "rank" in item.attrs:
+            arrays = {name: dataset[()] for name, dataset in item.items()}
+            for name, array in arrays.items():
+                h5_file.check_array(item[name], array, f"{key}/{name}")
+            rank, alpha = int(item.attrs["rank"]), item.attrs["alpha"].item()
+            saved[key] = rank, alpha, arrays
+
+    with h5_file.open_file(path) as file:
         file.visititems(note)
-        unknown = sorted(set(groups) - set(layers))
-        if unknown or not groups:
-            raise ValueError(
-                f"{str(path)!r} has adapters of {unknown[:3] or 'no'} layers that are "
-                "not in the model: it belongs to another model."
-            )
-        adapted = {key for key, layer in layers.items() if layer.lora_enabled}
-        ranks = {int(group.attrs["rank"]) for group in groups.values()}
-        if not adapted:
-            _enable(backbone, ranks.pop(), [layers[key] for key in groups])
-        elif adapted != set(groups) or ranks != {layers[k].lora_rank for k in adapted}:
-            raise ValueError(
-                f"The model's adapters are not those of {str(path)!r}: the file has "
-                f"{len(groups)} of rank {sorted(ranks)}, the model {len(adapted)}. "
-                "Load it into a model without adapters."
-            )
-        for key, group in groups.items():
-            layers[key].lora_alpha = group.attrs["alpha"].item()
-            for variable in _adapters(layers[key]):
-                variable.assign(group[variable.name][()])
+    return saved
 
 
 def _candidates(backbone):

@@ -9,8 +9,11 @@ Drawn for W = 2, rows are queries, columns keys:
     1 1 1 1       0 0 1 1           0 0 1 1
 """
 
+import dataclasses
+
 from keras import ops
 
+from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -73,3 +76,50 @@ def two_sided_mask(positions: Tensor, window: int) -> Tensor:
         Boolean `(T, T)`.
     """
     return ops.abs(positions[:, None] - positions[None, :]) < window
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which keys each query attends to, without an array of queries x keys.
+
+    Queries and keys are at positions 0, 1, 2, ... of their sequences. A query attends
+    to the keys of its segment, see `segment_mask`, that pass the causal mask and the
+    window.
+
+    Args:
+        queries: padding mask or segment ids `(B, T)`, 0 for padding.
+        keys: padding mask or segment ids `(B, S)`.
+        causal: whether a query attends to itself and earlier keys only.
+        window: `None`, or W: `0 <= query - key < W` with `causal`, else
+            `|query - key| < W`.
+
+    Raises:
+        ValueError: for a window below 1.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    causal: bool = False
+    window: int | None = None
+
+    def __post_init__(self):
+        if self.window is not None:
+            whole_number(self.window, "window", 1)
+        for name in ("queries", "keys"):
+            object.__setattr__(self, name, ops.cast(getattr(self, name), "int32"))
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """Largest `query - key` and `key - query` that are seen; `None`: no bound."""
+        behind = None if self.window is None else self.window - 1
+        return behind, 0 if self.causal else behind
+
+    def mask(self) -> Tensor:
+        """The boolean mask `(B, T, S)`, for short sequences."""
+        mask = segment_mask(self.queries, self.keys)
+        queries, keys = (ops.arange(ops.shape(x)[1]) for x in (self.queries, self.keys))
+        if self.causal:
+            mask = ops.logical_and(mask, causal_mask(queries, keys, self.window))
+        elif self.window is not None:
+            mask = ops.logical_and(mask, two_sided_mask(queries, self.window))
+        return mask

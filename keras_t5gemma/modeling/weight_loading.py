@@ -18,7 +18,6 @@ from keras_t5gemma.checkpoints import (
     h5_file,
     integrity,
     keras_format,
-    presets,
     weight_maps,
 )
 from keras_t5gemma.checkpoints.checkpoint import Checkpoint
@@ -72,12 +71,9 @@ def load_backbone(
     config = checkpoint.config
     if encoder_only:
         config = dataclasses.replace(config, decoder=None)
-    tensors = checkpoint.tensors(encoder_only)
-    checksums = None
-    if verify_checksums and checkpoint.format == presets.KERAS:
-        folder = checkpoint.source.download()
-        checksums = integrity.read_checksums(folder, fast=True)
-    tensors = integrity.checked(tensors, checksums, allow_non_finite)
+    tensors = checkpoint.checked_tensors(
+        encoder_only, verify_checksums, allow_non_finite, advise=True
+    )
     return fill(build, config, tensors, lineage=checkpoint.lineage, **kwargs)
 
 
@@ -86,6 +82,8 @@ def load_quantized(
     checkpoint: Checkpoint,
     load_weights: bool = True,
     encoder_only: bool = False,
+    verify_checksums: bool = True,
+    allow_non_finite: bool = False,
     **kwargs: Any,
 ) -> Model:
     """A `Backbone` of a preset that was saved quantized, as it was saved.
@@ -97,19 +95,24 @@ def load_quantized(
         checkpoint: a `Checkpoint` of `presets.KERAS`.
         load_weights: `False` leaves the weights random.
         encoder_only: build and read the encoder alone.
+        verify_checksums: compare the files with the preset's checksums first.
+        allow_non_finite: warn about NaN and infinite weights instead of raising.
         **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
 
     Raises:
-        ValueError: if a weight file is missing.
+        ValueError: if a weight file is missing or damaged.
     """
     config = checkpoint.config
     if encoder_only:
         config = dataclasses.replace(config, decoder=None)
     backbone = build(config, lineage=checkpoint.lineage, **kwargs)
     if load_weights:
-        folder = checkpoint.source.download()
-        h5_file.weight_files(folder)  # Raises if one is missing, or elsewhere.
-        backbone.load_weights(h5_file.weights_file(folder))
+        keras_format.check_tensors(
+            checkpoint.quantized_tensors(encoder_only),
+            checkpoint.checksums() if verify_checksums else None,
+            allow_non_finite,
+        )
+        backbone.load_weights(h5_file.weights_file(checkpoint.source.download()))
     return backbone
 
 
@@ -195,11 +198,10 @@ def gather_weights(
         weights, which are left to Keras.
     """
     folder, name = os.path.split(filepath)
-    layers = iter_layers(backbone)
     if (
         not is_shared(backbone.weights[0])
         or name not in (h5_file.SINGLE_FILE, h5_file.INDEX_FILE)
-        or any(getattr(layer, "quantization_mode", None) for layer in layers)
+        or is_quantized(backbone)
     ):
         return False
     names = keras_format.dataset_names(backbone.config)
@@ -219,14 +221,15 @@ def gather_weights(
 
 
 def record_checksums(backbone: Model, filepath: str | os.PathLike[str]) -> None:
-    """Write the checksums of weight files of a preset that Keras has written.
-
-    Quantized weights get none; those of an earlier checkpoint are removed.
-    """
+    """Write the checksums of weight files of a preset that Keras has written."""
     folder, name = os.path.split(filepath)
     if name not in (h5_file.SINGLE_FILE, h5_file.INDEX_FILE):
         return
-    if backbone.encoder.token_embedding.quantization_mode:
-        keras_format.save_checksums(Path(folder), {})
-    else:
-        keras_format.write_checksums(Path(folder), backbone.config)
+    config = None if is_quantized(backbone) else backbone.config
+    keras_format.write_checksums(Path(folder), config)
+
+
+def is_quantized(backbone: Model) -> bool:
+    """Whether any layer has quantized weights."""
+    layers = iter_layers(backbone)
+    return any(getattr(layer, "quantization_mode", None) for layer in layers)

@@ -1,7 +1,7 @@
 """Run directories: files of a training, and whether it can be resumed."""
 
 import contextlib
-import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,6 +20,7 @@ from keras_t5gemma.checkpoints.atomic import (
 )
 from keras_t5gemma.checkpoints.folder_lock import folder_lock
 from keras_t5gemma.training.callbacks import SaveBest
+from keras_t5gemma.utils.files import open_regular, read_json_file, sha256
 from keras_t5gemma.utils.options import as_json, as_yaml
 
 ADAPTERS_FILE = "adapters.lora.h5"
@@ -159,8 +160,11 @@ class RunDirectory:
 
         for path in (self.log, self.samples):
             if path.exists():
-                with open(path, encoding="utf-8", newline="\n") as file:
-                    kept = "".join(filter(is_kept, file)) if epoch else ""
+                kept = ""
+                if epoch:
+                    with open_regular(path) as file:
+                        lines = io.TextIOWrapper(file, "utf-8", newline="\n")
+                        kept = "".join(filter(is_kept, lines))
                 _write(path, kept)
 
     def make_preset(self, model: keras.Model) -> None:
@@ -245,14 +249,11 @@ def describe(
     Returns:
         A dict of JSON values.
     """
-    import keras_hub
-
     import keras_t5gemma
 
     return {
         "keras_t5gemma": keras_t5gemma.__version__,
         "keras": keras.__version__,
-        "keras_hub": keras_hub.__version__,
         "backend": keras.config.backend(),
         "options": as_json(options),
         "data": {split: _file(*file) for split, file in files.items()},
@@ -271,16 +272,14 @@ def _write(path: Path, text: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _file(path: str | os.PathLike[str], rows: int) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": Path(path).name, "rows": rows, "sha256": digest}
+    return {"file": Path(path).name, "rows": rows, "sha256": sha256(path)}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -124,7 +124,7 @@ def model_card(
         for name, value in config["options"].items()
         if name not in omitted and value is not None
     }
-    versions = ("keras_t5gemma", "keras", "keras_hub", "backend")
+    versions = ("keras_t5gemma", "keras", "backend")
     return {
         "title": f"{base}, {how} on {config['data']['train']['file']}",
         "base": base,

@@ -4,9 +4,9 @@ import functools
 from typing import Any
 
 import keras
-import keras_hub
 from keras import ops
 
+from keras_t5gemma.modeling import bases
 from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.chunked_cross_entropy import token_losses
 from keras_t5gemma.training.distillation import INPUTS as TEACHER_INPUTS
@@ -15,8 +15,8 @@ from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy
 from keras_t5gemma.utils.types import Tensor
 
 
-class ChunkedLossTask(keras_hub.models.Seq2SeqLM):
-    """A KerasHub task whose training loss is computed by `token_losses`.
+class ChunkedLossTask(bases.Seq2SeqLMTask):
+    """A task whose training loss is computed by `token_losses`.
 
     A training step passes the labels to `call`, which then returns the losses and the
     values for the metrics in place of the logits. Other losses and metrics of a user

@@ -1,15 +1,16 @@
 """Base class of tasks on an encoder alone: loading, saving, `compile`, data."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
-import keras_hub
 
 from keras_t5gemma._compat import track_parameters
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import keras_format, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.data.encoder_dataset import EncoderDataset
+from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
 from keras_t5gemma.modeling.layer_iteration import iter_layers
@@ -25,7 +26,7 @@ INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
 
 
-class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
+class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
     """A task with one output vector per text, from an encoder alone.
 
     Args:
@@ -35,7 +36,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         pooling: see `pool`.
         head: function from states `(B, T, D)`, ids `(B, T)` and padding mask `(B, T)`
             to the output.
-        **kwargs: of `keras_hub.models.Task`.
+        **kwargs: `name`, and `compile`, whether to compile at once.
 
     Raises:
         ValueError: for a backbone with a decoder, an unknown pooling, or a tokenizer
@@ -117,7 +118,13 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
         own = {k: v for k, v in saved.items() if k not in dropped}
         task = cls(backbone, **{**own, **kwargs})
         if saved and load_weights and not is_new and task.has_task_weights():
-            task.load_task_weights(str(source.download() / TASK_WEIGHTS_FILE))
+            path = source.download() / TASK_WEIGHTS_FILE
+            keras_format.check_task(
+                path,
+                options.get("verify_checksums", True),
+                options.get("allow_non_finite", False),
+            )
+            task.load_task_weights(str(path))
         return task
 
     @classmethod
@@ -136,6 +143,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, keras_hub.models.Task):
     def save_task_weights(self, filepath: str) -> None:
         skipped = self._not_the_head()
         keras.saving.save_weights(self, filepath, objects_to_skip=skipped)
+        if Path(filepath).name == TASK_WEIGHTS_FILE:
+            keras_format.write_task_checksums(Path(filepath))
 
     def _not_the_head(self):
         """Layers of the backbone; and the optimizer, which KerasHub never loads."""

@@ -18,7 +18,7 @@ from keras_t5gemma.training.optimizers import (
 
 
 class FitMixin(SafeInference):
-    """`fit` and `evaluate` on text, for a KerasHub task with a `preprocessor`."""
+    """`fit` and `evaluate` on text, for a task with a `preprocessor`."""
 
     backbone: Any
     preprocessor: Any
@@ -201,13 +201,13 @@ class FitMixin(SafeInference):
         return self.preprocessor.report_truncation(training, all_threads=training)
 
 
-def check_backbone(task: type, backbone: Any, kind: type, rest: tuple) -> None:
+def check_backbone(task: type, backbone: Any, is_backbone: bool, rest: tuple) -> None:
     """Raise unless a task was called with a backbone.
 
     Args:
         task: class of the task.
         backbone: first argument of the constructor.
-        kind: class that it must have.
+        is_backbone: whether it is one that the task accepts.
         rest: positional arguments that the constructor does not have. It accepts them
             because `keras.models.clone_model` passes its graph to such a constructor
             alone; of others it makes a plain model, or fails without a reason.
@@ -222,10 +222,10 @@ def check_backbone(task: type, backbone: Any, kind: type, rest: tuple) -> None:
             "`copy.deepcopy(model)`, which copies the weights too, or "
             f"`{task.__name__}.from_preset(preset, load_weights=False)`."
         )
-    if not isinstance(backbone, kind) or rest:
+    if not is_backbone or rest:
         found = rest[0] if rest else backbone
         name = f"An argument of {task.__name__}" if rest else "`backbone`"
-        needed = "passed by its keyword" if rest else f"a {kind.__module__}.Backbone"
+        needed = "passed by its keyword" if rest else "a keras_t5gemma.Backbone"
         raise ValueError(f"{name} must be {needed}; got {found!r:.100}.")
 
 

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 
 from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
+from keras_t5gemma.generation import samplers
 from keras_t5gemma.generation.generator import Generator, known_tokens
 from keras_t5gemma.generation.keras_hub_sampler import decode_batch
 from keras_t5gemma.generation.options import options_of_sampler
@@ -33,7 +33,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         backbone: a `Backbone`.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays of
             ids only.
-        **kwargs: of `keras_hub.models.Task`.
+        **kwargs: `name`, and `compile`, whether to compile at once.
 
     Raises:
         ValueError: for a backbone without a decoder, or when the tokenizer's
@@ -50,7 +50,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         *rest: Any,
         **kwargs: Any,
     ) -> None:
-        check_backbone(type(self), backbone, Backbone, rest)
+        check_backbone(type(self), backbone, isinstance(backbone, Backbone), rest)
         if backbone.decoder is None:
             raise ValueError(
                 "`backbone` must have a decoder; this one is an encoder alone "
@@ -129,7 +129,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 `Distillation`, is computed in chunks; any other loss gets the logits.
             weighted_metrics: `"auto"` is the accuracy of the next token, and the
                 perplexity.
-            sampler: a `keras_hub.samplers.Sampler` or its name, for `generate`.
+            sampler: for `generate`: `"greedy"`, `"beam"`, `"random"`, `"top_k"`,
+                `"top_p"`, or a `keras_hub.samplers.Sampler`.
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
@@ -140,18 +141,15 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             ValueError: for an optimizer that cannot update weights of this dtype, or
                 an unknown sampler.
         """
-        if not callable(keras_hub.samplers.get(sampler)):
-            raise ValueError(
-                "`sampler` must be a keras_hub.samplers.Sampler or the name of one, "
-                f"such as 'greedy', 'beam', 'top_k', 'top_p'; got {sampler!r}."
-            )
+        sampler = samplers.get(sampler)
         super().compile(
             optimizer=prepare_optimizer(optimizer, self.backbone.variable_dtype),
             loss=TokenCrossEntropy() if loss == "auto" else loss,
             weighted_metrics=weighted_metrics,
-            sampler=sampler,
             **kwargs,
         )
+        self.sampler = sampler
+        self.generate_function = None
         for tower in (self.backbone.encoder, self.backbone.decoder):
             tower.rematerialize = bool(rematerialize)
 
@@ -166,11 +164,11 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()
         if config is not None:
-            config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+            config["sampler"] = samplers.serialize(self.sampler)
         return config
 
     def _compile_arguments(self, config):
-        sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
+        sampler = samplers.get(config.pop("sampler"))
         return {**super()._compile_arguments(config), "sampler": sampler}
 
     def generate(

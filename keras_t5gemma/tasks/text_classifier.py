@@ -4,17 +4,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 
 from keras_t5gemma.data.class_labels import LabelReader
 from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
 from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
+from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.heads import pool
 from keras_t5gemma.tasks.encoder_task import EncoderTask
 from keras_t5gemma.tasks.fit import check_backbone
-from keras_t5gemma.utils.checks import one_of, whole_number
+from keras_t5gemma.utils.checks import number, one_of, rows_of_batch, shown, string, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts, column_names, in_memory, to_list
@@ -42,7 +42,7 @@ class TextClassifier(EncoderTask):
         pooling: see `pool`.
         dropout: dropout rate of the pooled states in training.
         separator: between the texts of a pair.
-        **kwargs: of `keras_hub.models.Task`.
+        **kwargs: `name`, and `compile`, whether to compile at once.
 
     Raises:
         ValueError: for fewer than two classes, duplicate names, or arguments out of
@@ -64,7 +64,7 @@ class TextClassifier(EncoderTask):
         *rest: Any,
         **kwargs: Any,
     ) -> None:
-        check_backbone(type(self), backbone, keras_hub.models.Backbone, rest)
+        check_backbone(type(self), backbone, bases.is_backbone(backbone), rest)
         one_of(kind, "kind", KINDS)
         class_names = None if class_names is None else list(class_names)
         outputs = 1
@@ -193,7 +193,7 @@ class TextClassifier(EncoderTask):
         """
         columns = texts_of(x, "x")
         preprocessor, ids = self._need_preprocessor(), Ragged.from_rows([])
-        whole_number(batch_size, "batch_size", 1)
+        rows_of_batch(batch_size)
         if any(columns.values()):
             (ids,) = encoder_ids(preprocessor, columns, "x", self._token_rows)
         logits = np.zeros((len(ids), self.output.shape[-1]), "float32")

@@ -4,20 +4,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
 from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
+from keras_t5gemma.modeling import bases
+from keras_t5gemma.modeling.encoder_states import (
+    STATE_DTYPES,
+    check_final_norm,
+    layer_numbers,
+)
 from keras_t5gemma.modeling.heads import HybridVector, l2_normalize, pool
 from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
 from keras_t5gemma.tasks.fit import check_backbone
+from keras_t5gemma.tasks.hidden_states import as_list, hidden_states
 from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import flag, one_of, rows_of_batch, whole_number
 from keras_t5gemma.utils.progress import progress_bar
-from keras_t5gemma.utils.texts import as_texts
 from keras_t5gemma.utils.types import Tensor
 
 PAIR = ("anchor", "positive")
@@ -43,7 +48,7 @@ class TextEmbedder(EncoderTask):
             see `HybridVector`. They match names and rare words, which pooled states
             lose, those of small models first. With the size of the vocabulary all
             tokens are distinct, with a few thousand almost all. `None` for none.
-        **kwargs: of `keras_hub.models.Task`.
+        **kwargs: `name`, and `compile`, whether to compile at once.
 
     Raises:
         ValueError: for a backbone with a decoder, an unknown pooling, or
@@ -63,7 +68,7 @@ class TextEmbedder(EncoderTask):
         *rest: Any,
         **kwargs: Any,
     ) -> None:
-        check_backbone(type(self), backbone, keras_hub.models.Backbone, rest)
+        check_backbone(type(self), backbone, bases.is_backbone(backbone), rest)
         self._parts = 1
         self.projection_dim = projection_dim
         self.normalize = normalize
@@ -209,10 +214,10 @@ class TextEmbedder(EncoderTask):
         size = self.output.shape[-1]
         if dimensions is not None:
             dimensions = whole_number(dimensions, "dimensions", 1, size)
-        texts = _as_list(texts)
+        texts = as_list(texts)
         result = np.zeros((len(texts), size), "float32")
         for rows, batch in self._by_length(texts, batch_size):
-            result[rows] = self._run(self, batch)[: len(rows)]
+            result[rows] = predict_on_batch(self, batch)[: len(rows)]
         result = result[:, :dimensions]
         if dimensions is not None and self.normalize:
             result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
@@ -221,59 +226,69 @@ class TextEmbedder(EncoderTask):
     def hidden_states(
         self,
         texts: Sequence[str],
-        layer: int = -1,
+        layers: int | Sequence[int] = -1,
         batch_size: int = 32,
-        sequence_length: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+        pad_to: int | None = None,
+        *,
+        final_norm: bool | None = None,
+        dtype: str | None = None,
+        as_numpy: bool = False,
+    ) -> tuple[Any, Any]:
         """Encoder states of every token, e.g. for image, audio or video generators.
 
+        JAX and TensorFlow compile one program for each shape of a batch: its number of
+        texts, rounded up to a power of two, and `pad_to` or one of a few widths.
+
         Args:
-            texts: a list of strings, or any container of `to_list`; it may be empty.
-            layer: index as in transformers' `hidden_states`: 0 are the embeddings, i
-                the states after block i, -1 the last ones after the final norm, -2
-                those before the last block.
+            texts: a list of strings, or any container of `to_list`; it may be empty,
+                and hold `""`, a row of padding.
+            layers: one layer or a list of them, numbered as in transformers'
+                `hidden_states`: 0 are the embeddings, i the states after block i, -1
+                the last ones, -2 those before the last block. Blocks after the last
+                layer do not run.
             batch_size: texts in a batch.
-            sequence_length: tokens that the arrays are padded to; `None` is the length
-                of the longest text.
+            pad_to: number of tokens that every text is padded to on the right, or
+                truncated to; `None` is the length of the longest text.
+            final_norm: `None` applies the encoder's final norm to the states after the
+                last block only, as transformers does; `True` to those of every layer,
+                `False` to none.
+            dtype: of the states: `"float32"`, `"bfloat16"` or `"float16"` (whose
+                largest number, 65504, states without the final norm may exceed);
+                `None` is the compute dtype of the encoder.
+            as_numpy: return NumPy arrays, copied from the device batch by batch.
 
         Returns:
-            `(states, padding_mask)`: float32 `(texts, tokens, width)`, 0 on padding,
-            and int32 `(texts, tokens)`.
+            `(states, padding_mask)`: `(texts, tokens, width)`, 0 on padding, or a list
+            of such arrays for a list of layers; and bool `(texts, tokens)`, `False` on
+            padding. Both are arrays of the backend, on its device.
 
         Raises:
-            ValueError: for a layer that does not exist, or a text longer than
-                `sequence_length`.
+            ValueError: for a layer that does not exist, a `pad_to` below 1 or above
+                the `encoder_sequence_length` of the preprocessor, or an unknown dtype.
         """
-        texts = _as_list(texts)
-        encoder = self.backbone.encoder
-        count = encoder.stack.num_layers
-        layer = whole_number(layer, "layer", -count - 1, count) % (count + 1)
-        arrays = [self.input[name] for name in INPUTS]
-        kwargs = {} if layer == count else {"layers": (layer,)}
-        tower = encoder(*arrays, **kwargs)
-        tower = tower if layer == count else tower[0]
-        model = keras.Model(self.input, tower)
-        batches = list(self._by_length(texts, batch_size))
-        widths = [int(b["encoder_padding_mask"].sum(1).max()) for _, b in batches]
-        longest = max(widths, default=0)
-        length = sequence_length or longest
-        if longest > length:
+        encoder = getattr(self.backbone, "encoder", None)
+        if encoder is None:
             raise ValueError(
-                f"`sequence_length` is {length}; the longest text has {longest} tokens."
+                "`hidden_states` needs a Backbone of keras_t5gemma; this task has a "
+                f"{type(self.backbone).__name__}."
             )
-        states = np.zeros((len(texts), length, encoder.stack.hidden_dim), "float32")
-        padding = np.zeros((len(texts), length), "int32")
-        for rows, batch in batches:
-            keep = batch["encoder_padding_mask"][: len(rows), :length]
-            found = self._run(model, batch)[: len(rows), :length]
-            width = keep.shape[1]
-            states[rows, :width] = found * keep[..., None]
-            padding[rows, :width] = keep
-        return states, padding
+        dtype = encoder.compute_dtype if dtype is None else dtype
+        states, mask = hidden_states(
+            encoder,
+            self._need_preprocessor(),
+            texts,
+            layers=layer_numbers(layers, len(encoder.blocks)),
+            batch_size=rows_of_batch(batch_size),
+            pad_to=pad_to,
+            final_norm=check_final_norm(final_norm),
+            dtype=one_of(dtype, "dtype", STATE_DTYPES),
+            as_numpy=flag(as_numpy, "as_numpy"),
+        )
+        return (states if isinstance(layers, Sequence) else states[0]), mask
 
     def _by_length(self, texts, batch_size):
         preprocessor = self._need_preprocessor()
-        whole_number(batch_size, "batch_size", 1)
+        rows_of_batch(batch_size)
         if not texts:
             return
         columns = {"texts": texts}
@@ -284,10 +299,6 @@ class TextEmbedder(EncoderTask):
             for rows, batch in by_length(ids, batch_size, limit):
                 yield rows, batch
                 advance(len(rows))
-
-    @staticmethod
-    def _run(model, batch):
-        return np.asarray(predict_on_batch(model, batch), "float32")
 
     def _columns(self, x, y, name):
         columns = pairs_of(x, y, PAIR, name)
@@ -300,12 +311,6 @@ class TextEmbedder(EncoderTask):
             "normalize": self.normalize,
             "lexical_dim": self.lexical_dim,
         }
-
-
-def _as_list(texts):
-    if isinstance(texts, str | bytes):
-        raise ValueError(f"'texts' must be a list of texts; got {texts!r}.")
-    return as_texts(texts, "texts")
 
 
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from keras_t5gemma.training.distillation import Distillation
 class TextPairTask(FitMixin, ChunkedLossTask):
     """A `ChunkedLossTask` with `fit`, `evaluate` and `predict` on text of any form.
 
-    KerasHub's own methods accept fewer kinds of data, and never shuffle.
+    Those of KerasHub's tasks accept fewer kinds of data, and never shuffle.
     """
 
     def fit(

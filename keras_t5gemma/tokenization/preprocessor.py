@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import preset_saving, presets
+from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
-from keras_t5gemma.tokenization.token_ids import named, pad, padded_width
+from keras_t5gemma.tokenization.token_ids import id_array, named, pad, padded_width
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.tokenization.truncation import CountsTruncation
-from keras_t5gemma.utils.checks import whole_number
-from keras_t5gemma.utils.texts import as_texts
+from keras_t5gemma.utils.checks import instance, row_weights, shown, whole_number
+from keras_t5gemma.utils.texts import as_texts, check_unicode
 
 INSTRUCTION_TEMPLATE = (
     "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
@@ -26,7 +26,7 @@ TokenRows = list[list[int]]
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
+class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     """Preprocess pairs of texts to `(x, y, sample_weight)`, and texts to prompts.
 
     The encoder input is the text without bos or eos, the same in training and in
@@ -72,14 +72,17 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
         self.built = True
         whole_number(encoder_sequence_length, "encoder_sequence_length", 1)
         whole_number(decoder_sequence_length, "decoder_sequence_length", 2)
-        whole_number(pad_to_multiple_of or 1, "pad_to_multiple_of", 1)
+        instance(tokenizer, "tokenizer", Tokenizer, "a keras_t5gemma.Tokenizer")
+        if pad_to_multiple_of is not None:
+            whole_number(pad_to_multiple_of, "pad_to_multiple_of", 1, other="None")
         if template is not None:
-            text = TEMPLATES.get(template, template)
-            if not isinstance(text, str) or text.count("{text}") != 1:
+            is_text = isinstance(template, str)
+            if not is_text or TEMPLATES.get(template, template).count("{text}") != 1:
                 raise ValueError(
                     f"`template` must be None, one of {sorted(TEMPLATES)}, or a "
-                    f"string with one '{{text}}'; got {template!r}."
+                    f"string with one '{{text}}'; got {shown(template)}."
                 )
+            check_unicode(template, "`template`")
         self.tokenizer = tokenizer
         self.encoder_sequence_length = encoder_sequence_length
         self.decoder_sequence_length = decoder_sequence_length
@@ -144,7 +147,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
         decoder_ids, _ = pad(inputs, width)
         weights = mask.astype("float32")
         if sample_weight is not None:
-            weights *= np.asarray(sample_weight, "float32").reshape(-1, 1)
+            by_row = row_weights(sample_weight, "sample_weight", len(rows))
+            weights *= by_row[:, None]
         x = {**encoder, **named("decoder", decoder_ids, mask)}
         return x, labels, weights
 
@@ -192,7 +196,9 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
             padded to a multiple of 64, the decoder arrays hold bos and the
             prompt and are `(batch, sequence_length)`.
         """
-        sequence_length = sequence_length or self.decoder_sequence_length
+        if sequence_length is None:
+            sequence_length = self.decoder_sequence_length
+        whole_number(sequence_length, "sequence_length", 1, MAX_LENGTH)
         if not isinstance(x, dict):
             x = {"encoder_text": x}
         sources, prompts = self._pair(x, decoder_optional=True)
@@ -213,9 +219,11 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
 
     def generate_postprocess(self, x: dict[str, Any]) -> list[str]:
         """Texts of generated `decoder_token_ids` and `decoder_padding_mask`."""
-        ids = np.asarray(x["decoder_token_ids"])
-        mask = np.asarray(x["decoder_padding_mask"]).astype(bool)
-        rows = zip(ids, mask, strict=True)
+        names = ("decoder_token_ids", "decoder_padding_mask")
+        if not isinstance(x, dict) or not set(names) <= set(x):
+            raise ValueError(f"`x` must be a dict of {names}; got {shown(x)}.")
+        ids, mask = (id_array(x[name], f"x[{name!r}]") for name in names)
+        rows = zip(ids, mask.astype(bool), strict=True)
         return [self.tokenizer.detokenize(row[keep].tolist()) for row, keep in rows]
 
     @classmethod
@@ -281,14 +289,14 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
         known = ("encoder_text", "decoder_text")
         if not isinstance(x, dict):
             raise ValueError(
-                f"Text pairs must be a dict with keys {known}; got {type(x).__name__}."
+                f"`x` must be text pairs, a dict with keys {known}; got {shown(x)}."
             )
         required = known[:1] if decoder_optional else known
         if set(x) - set(known) or set(required) - set(x):
             raise ValueError(
-                f"Text pairs must be a dict with keys {known}"
+                f"`x` must be text pairs, a dict with keys {known}"
                 f"{' (the second is optional)' if decoder_optional else ''}; "
-                f"got {sorted(map(str, x))}."
+                f"got {shown(list(x))}."
             )
         columns = {
             key: as_texts([value] if isinstance(value, str) else value, key)
@@ -303,12 +311,18 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
             )
         return sources, targets
 
-    def encoder_rows(self, texts: Sequence[str]) -> TokenRows:
+    def encoder_rows(
+        self, texts: Sequence[str], pad_to: int | None = None
+    ) -> TokenRows:
         """Ids of the encoder input of each text, in the template and truncated.
 
         Only in the context of `report_truncation`, which counts truncated texts.
+
+        Args:
+            texts: a list of strings.
+            pad_to: maximum number of tokens; `None` is `encoder_sequence_length`.
         """
-        length = self.encoder_sequence_length
+        length = pad_to or self.encoder_sequence_length
         rows = self.tokenizer.tokenize(texts)
         if self.template is None:
             return self._truncate(rows, length, "encoder")
@@ -319,9 +333,10 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
         )
         room = length - len(before) - len(after)
         if room < 1:
+            name = "pad_to" if pad_to else "encoder_sequence_length"
             raise ValueError(
-                f"`encoder_sequence_length` {length} leaves no room for text: the "
-                f"template has {length - room} tokens."
+                f"`{name}` {length} leaves no room for text: the template has "
+                f"{length - room} tokens."
             )
         # The text is truncated, never the template around it.
         rows = self._truncate(rows, room, "encoder")
@@ -334,6 +349,10 @@ class Seq2SeqLMPreprocessor(CountsTruncation, keras_hub.models.Preprocessor):
     def _truncate(self, rows, length, side):
         self.count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
+
+    def save_to_preset(self, preset_dir: str | os.PathLike[str]) -> None:
+        """Write the preprocessor's and the tokenizer's files into a preset's folder."""
+        preset_saving.save_preprocessor(self, preset_dir)
 
     def get_config(self) -> dict:
         return {

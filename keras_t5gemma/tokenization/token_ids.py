@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.utils import buckets
+from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.types import Tensor
 
 INPUTS = (
@@ -51,21 +52,68 @@ def named(side: str, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 def check_ids(x: Mapping[str, Any], y: Any, vocabulary_size: int) -> None:
     """Raise `ValueError` unless `x` holds the four inputs, with all ids in range."""
     if set(x) != set(INPUTS):
-        raise ValueError(f"Arrays must be a dict with keys {INPUTS}; got {sorted(x)}.")
-    for name in ("encoder_token_ids", "decoder_token_ids"):
-        check_range(x[name], name, vocabulary_size)
+        raise ValueError(
+            f"Arrays must be a dict `x` with keys {INPUTS}; got {shown(list(x))}."
+        )
+    shapes = {}
+    for side in ("encoder", "decoder"):
+        names = f"{side}_token_ids", f"{side}_padding_mask"
+        check_range(x[names[0]], names[0], vocabulary_size)
+        shapes |= {name: id_array(x[name], name).shape for name in names}
+        if shapes[names[0]] != shapes[names[1]]:
+            raise ValueError(
+                f"`{names[1]}` must have the shape of `{names[0]}`, "
+                f"{shapes[names[0]]}; got {shapes[names[1]]}."
+            )
     if y is not None:
         check_range(y, "y", vocabulary_size)
+        shapes["y"] = id_array(y, "y").shape
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"`x` and `y` must have the same number of rows; got {shapes}")
 
 
-def check_range(ids: Any, name: str, vocabulary_size: int) -> None:
-    """Raise `ValueError` for an id outside the vocabulary."""
-    ids = ops.convert_to_numpy(ids)
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocabulary_size):
+def id_array(ids: Any, name: str) -> np.ndarray:
+    """Ids, or a padding mask, of any array or nested list as a NumPy array.
+
+    Args:
+        ids: whole numbers or bools, `(batch, length)`, at least one row and token.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: for anything else, such as ragged lists and floats.
+    """
+    array = None
+    try:
+        is_list = isinstance(ids, list | tuple)
+        array = np.asarray(ids) if is_list else ops.convert_to_numpy(ids)
+    except Exception:  # Whatever a backend raises for what it cannot convert.
+        pass
+    if array is None or array.ndim != 2 or array.dtype.kind not in "iub":
+        raise ValueError(
+            f"`{name}` must be whole numbers (batch, length); got {_kind(ids, array)}."
+        )
+    if not array.size:
+        raise ValueError(
+            f"`{name}` must have a row and a token at least; got shape {array.shape}."
+        )
+    return array
+
+
+def _kind(ids, array):
+    if array is None or array.dtype.kind not in "iubf" or array.size < 10:
+        return shown(ids)
+    return f"{array.dtype} {array.shape}"
+
+
+def check_range(ids: Any, name: str, vocabulary_size: int) -> np.ndarray:
+    """The `id_array`; raises `ValueError` for an id outside the vocabulary."""
+    ids = id_array(ids, name)
+    if not (ids.min() >= 0 and ids.max() < vocabulary_size):
         raise ValueError(
             f"`{name}` must be in [0, {vocabulary_size}); got ids from "
             f"{ids.min()} to {ids.max()}."
         )
+    return ids
 
 
 def check_vocabulary(tokenizer: Any, vocabulary_size: int) -> None:

@@ -5,12 +5,14 @@ import re
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 import sentencepiece
 
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import preset_saving, presets
+from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.utils.checks import path as checked_path
+from keras_t5gemma.utils.checks import shown, string, whole_number
 from keras_t5gemma.utils.files import open_regular
 from keras_t5gemma.utils.texts import as_texts, check_unicode
 
@@ -24,7 +26,7 @@ _CONTROL = re.compile(
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Tokenizer(keras_hub.tokenizers.Tokenizer):
+class Tokenizer(bases.Tokenizer):
     """SentencePiece tokenizer: text to token ids and back.
 
     No bos or eos is added, and control tokens such as `<end_of_turn>` in a text are
@@ -54,7 +56,7 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
 
     def _set_proto(self, proto):
         if not isinstance(proto, bytes):
-            with open_regular(proto) as file:
+            with open_regular(checked_path(proto, "proto")) as file:
                 proto = file.read()
         processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -142,16 +144,17 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         Raises:
             ValueError: for an id outside the vocabulary.
         """
-        if not isinstance(token_ids, list | tuple):
-            token_ids = keras.ops.convert_to_numpy(token_ids).tolist()
-        if len(token_ids) and not isinstance(token_ids[0], int | np.integer):
-            return [self.detokenize(row, skip_control_tokens) for row in token_ids]
-        ids = [int(i) for i in token_ids]
-        for i in ids:
-            if not 0 <= i < self.vocabulary_size():
-                raise ValueError(
-                    f"`token_ids` must be in [0, {self.vocabulary_size()}); got {i}."
-                )
+        ids = _rows(token_ids)
+        if len(ids) and isinstance(ids[0], list | tuple | np.ndarray):
+            rows = [self._checked(_rows(row)) for row in ids]
+            return [self._decode(row, skip_control_tokens) for row in rows]
+        return self._decode(self._checked(ids), skip_control_tokens)
+
+    def _checked(self, ids):
+        size = self.vocabulary_size()
+        return [whole_number(i, "token_ids", 0, size - 1) for i in ids]
+
+    def _decode(self, ids, skip_control_tokens):
         if skip_control_tokens:
             ids = [i for i in ids if i not in self.control_ids]
             return self.processor.Decode(ids)
@@ -179,17 +182,15 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
 
     def id_to_token(self, id: int) -> str:
         """The piece of an id; raises `ValueError` outside the vocabulary."""
-        if not 0 <= id < self.vocabulary_size():
-            raise ValueError(
-                f"`id` must be in [0, {self.vocabulary_size()}); got {id}."
-            )
-        return self.processor.IdToPiece(int(id))
+        last = self.vocabulary_size() - 1
+        return self.processor.IdToPiece(whole_number(id, "id", 0, last))
 
     def token_to_id(self, token: str) -> int:
         """The id of a piece; raises `ValueError` if there is none."""
+        check_unicode(string(token, "token"), "`token`")
         id = self.processor.PieceToId(token)
         if self.processor.IdToPiece(id) != token:
-            raise ValueError(f"The vocabulary has no piece {token!r}.")
+            raise ValueError(f"`token` {token!r} is not a piece of the vocabulary.")
         return id
 
     @property
@@ -212,6 +213,10 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
         presets.check_keywords(kwargs, ("name",), cls.__name__)
         return cls(presets.resolve(preset).tokenizer_file(), **kwargs)
 
+    def save_to_preset(self, preset_dir: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files into the folder of a preset."""
+        preset_saving.save_tokenizer(self, preset_dir)
+
     def save_assets(self, dir_path: str) -> None:
         """Write the SentencePiece model into a folder."""
         with open(os.path.join(dir_path, VOCABULARY_FILE), "wb") as file:
@@ -220,3 +225,19 @@ class Tokenizer(keras_hub.tokenizers.Tokenizer):
     def load_assets(self, dir_path: str) -> None:
         """Read the SentencePiece model from a folder."""
         self._set_proto(os.path.join(dir_path, VOCABULARY_FILE))
+
+
+def _rows(ids):
+    """Ids, or rows of ids, of any array as a list."""
+    if isinstance(ids, list | tuple):
+        return ids
+    try:
+        found = keras.ops.convert_to_numpy(ids).tolist()
+    except Exception:  # Whatever a backend raises for what it cannot convert.
+        found = None
+    if not isinstance(found, list):
+        raise ValueError(
+            "`token_ids` must be whole numbers (length,) or (batch, length); got "
+            f"{shown(ids)}."
+        )
+    return found

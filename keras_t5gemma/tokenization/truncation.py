@@ -31,13 +31,18 @@ class CountsTruncation:
 
     @contextlib.contextmanager
     def report_truncation(
-        self, empty_targets: bool = False, all_threads: bool = False
+        self,
+        empty_targets: bool = False,
+        all_threads: bool = False,
+        pad_to: int | None = None,
     ) -> Iterator[None]:
         """Warn once, with counts, about all texts that were truncated in the context.
 
         Args:
             empty_targets: also warn about empty targets.
             all_threads: include other threads, such as those that read data for `fit`.
+            pad_to: the argument of this name that encoder texts are truncated to, for
+                the message; `None` is `encoder_sequence_length`.
         """
         outer = self._counts()  # It reports.
         counts: Counts = {} if outer is None else outer
@@ -53,12 +58,13 @@ class CountsTruncation:
                 self._shared = None
             if outer is None:
                 lengths = {
-                    "encoder": self.encoder_sequence_length,
+                    "encoder": pad_to or self.encoder_sequence_length,
                     "decoder": self.decoder_sequence_length,
                 }
                 if "text" in counts:
                     lengths["text"] = self.longest_text()
-                warn_of_truncation(counts, lengths, empty_targets)
+                names = {} if pad_to is None else {"encoder": "pad_to"}
+                warn_of_truncation(counts, lengths, empty_targets, names)
 
     def longest_text(self) -> int:
         """Maximum number of tokens of a text of an objective."""
@@ -86,6 +92,7 @@ def warn_of_truncation(
     counts: Mapping[str, tuple[int, int]],
     lengths: Mapping[str, int],
     empty_targets: bool,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Warn of what was truncated, with counts.
 
@@ -94,6 +101,8 @@ def warn_of_truncation(
             of an objective, and `"empty"` targets.
         lengths: maximum number of tokens by kind.
         empty_targets: also warn about empty targets.
+        names: of the arguments that hold the lengths, by kind; by default those of the
+            preprocessor.
     """
     for kind, (affected, total) in counts.items():
         if not affected or (kind == "empty" and not empty_targets):
@@ -109,9 +118,9 @@ def warn_of_truncation(
                 "and were truncated. `fit` uses whole texts if they are in memory."
             )
         else:
+            name = (names or {}).get(kind, f"preprocessor.{kind}_sequence_length")
             message = (
                 f"{affected} of {total} {kind} texts were longer than {lengths[kind]} "
-                "tokens and were truncated; increase "
-                f"`preprocessor.{kind}_sequence_length` to keep them whole."
+                f"tokens and were truncated; increase `{name}` to keep them whole."
             )
         warnings.warn(message, stacklevel=_STACKLEVEL)

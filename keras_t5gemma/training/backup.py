@@ -11,13 +11,14 @@ from typing import Any
 import h5py
 import keras
 
-from keras_t5gemma.checkpoints import folder_lock, saved_files
+from keras_t5gemma.checkpoints import folder_lock, h5_file, saved_files
 from keras_t5gemma.checkpoints.atomic import atomic_folder, finish_interrupted_save
 from keras_t5gemma.data.resumable import ResumableDataset
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.training import state_file
 from keras_t5gemma.training.state_file import write as _write
 from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.files import read_json_file
 
 _PROGRESS = "progress.json"
 
@@ -96,7 +97,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             return None
         if not saved_files.is_marked(path):
             raise ValueError(f"{path} is damaged. Remove {self.folder} to start over.")
-        progress = json.loads(path.read_text(encoding="utf-8"))
+        progress = read_json_file(path)
         here = self._description(data)
         if progress["data"] != here:
             raise ValueError(
@@ -106,7 +107,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         model.optimizer.build(model.trainable_variables)
         with contextlib.ExitStack() as stack:
             files = [self.folder / name for name in progress["files"]]
-            files = [stack.enter_context(h5py.File(path)) for path in files]
+            files = [stack.enter_context(h5_file.open_file(path)) for path in files]
             for name, variables in self._variables(model).items():
                 state_file.restore(self.folder, files, name, variables)
             self._metrics = state_file.read_values(files, "metrics")

@@ -19,6 +19,7 @@ from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
 from keras_t5gemma.training.text_metrics import text_metrics
 from keras_t5gemma.training.warmup import CrossAttentionWarmUp as CrossAttentionWarmUp
 from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.files import read_json_file
 
 _BEST_FILE = "best.json"
 
@@ -315,7 +316,7 @@ class SaveBest(keras.callbacks.Callback):
                     f"`folder` {folder} has a {_BEST_FILE} that SaveBest has not "
                     "written. Pass another folder."
                 )
-            noted = json.loads(path.read_text(encoding="utf-8"))
+            noted = read_json_file(path)
             found = (noted.get("monitor"), noted.get("mode"))
             if found != (self.monitor, self.mode):
                 raise ValueError(

@@ -1,10 +1,13 @@
 """Plot training curves."""
 
 import csv
+import io
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from keras_t5gemma.utils.files import read_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,8 +97,7 @@ def _read(history):
 
 
 def _read_csv(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     if not rows or "epoch" not in rows[0]:
         raise ValueError(
             f"`history` {path} must have a column 'epoch' and at least one row."

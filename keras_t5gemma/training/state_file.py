@@ -13,6 +13,7 @@ import h5py
 import keras
 import numpy as np
 
+from keras_t5gemma.checkpoints import h5_file
 from keras_t5gemma.checkpoints.byte_ranges import bounds
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
 from keras_t5gemma.distribution import process_group
@@ -38,8 +39,7 @@ def write(group: h5py.Group, variables: Iterable[keras.Variable]) -> None:
             array = np.asarray(keras.ops.convert_to_numpy(value))
             if array.dtype.name == "bfloat16":  # HDF5 has none; this is exact.
                 array = array.astype("float32")
-            dataset = item.create_dataset(str(number), data=array)
-            dataset.attrs["start"] = np.array(start, "int64")
+            h5_file.add_array(item, str(number), array, start=np.array(start, "int64"))
 
 
 def _held(variable):
@@ -63,8 +63,10 @@ class _Slices(LazyTensor):
     Args:
         shape: tuple.
         pieces: `[(start, dataset)]`, one per shard.
+        name: of the variable. Shards that are read whole are verified.
     """
 
+    name: str
     shape: tuple
     pieces: list
 
@@ -86,7 +88,10 @@ class _Slices(LazyTensor):
                 there.append(slice(begin - first, stop - first))
                 here.append(slice(begin - low, stop - low))
             if result[tuple(here)].size:
-                result[tuple(here)] = dataset[tuple(there)]
+                part = dataset[tuple(there)]
+                if part.shape == dataset.shape:
+                    h5_file.check_array(dataset, part, self.name)
+                result[tuple(here)] = part
         return result
 
 
@@ -140,7 +145,8 @@ def _read(files, name):
             for dataset in item.values()
         ]
         shape = tuple(map(int, items[0].attrs["shape"]))
-        tensors.append((items[0].attrs["path"], _Slices(shape, pieces)))
+        path = items[0].attrs["path"]
+        tensors.append((path, _Slices(path, shape, pieces)))
     return tensors
 
 

@@ -1,18 +1,18 @@
 """Distillation teacher in memory: a causal LM that reads the texts of each batch."""
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_t5gemma.checkpoints import hub, presets
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.environment import require_keras_hub
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.utils.buckets import round_up
+from keras_t5gemma.utils.files import read_bytes
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.types import Tensor
 
@@ -32,6 +32,7 @@ class TeacherInMemory:
     top_k = None  # It gives the whole distribution.
 
     def __init__(self, model: keras.Model, proto: bytes | None = None) -> None:
+        keras_hub = require_keras_hub("A teacher in memory")
         is_causal = isinstance(model, keras_hub.models.CausalLM)
         if not is_causal or isinstance(model, keras_hub.models.Seq2SeqLM):
             raise ValueError(
@@ -55,6 +56,7 @@ class TeacherInMemory:
     @classmethod
     def from_preset(cls, preset: str) -> "TeacherInMemory":
         """Load a KerasHub preset by name, folder or handle; needs no TensorFlow."""
+        keras_hub = require_keras_hub("A teacher in memory")
         model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None)
         try:
             known = keras_hub.models.CausalLM.presets.get(preset, {})
@@ -62,7 +64,7 @@ class TeacherInMemory:
             path = hub.get_file(location, f"assets/tokenizer/{presets.VOCABULARY_FILE}")
         except Exception:  # KerasHub raises what the hub's library does.
             return cls(model)
-        return cls(model, Path(path).read_bytes())
+        return cls(model, read_bytes(path))
 
     @property
     def variables(self) -> list:

@@ -17,11 +17,11 @@ from keras_t5gemma.training.chunked_cross_entropy import top_choices
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, spread
 from keras_t5gemma.utils.buckets import round_up
 from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.files import check_regular, read_json_file, sha256
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
 
 IDS, LOG_PROBS, ABOUT = "ids.npy", "log_probs.npy", "teacher.json"
-_BLOCK = 2**24  # Bytes to hash at a time.
 
 
 class TeacherScores:
@@ -45,16 +45,16 @@ class TeacherScores:
     def __init__(self, folder: str | os.PathLike, check: bool = True) -> None:
         self.folder = Path(folder)
         try:
-            about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
-            self.ids = np.load(self.folder / IDS, mmap_mode="r")
-            self.log_probs = np.load(self.folder / LOG_PROBS, mmap_mode="r")
+            about = read_json_file(self.folder / ABOUT)
+            self.ids = _map(self.folder / IDS)
+            self.log_probs = _map(self.folder / LOG_PROBS)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
                 f"{folder} has no teacher scores: {error}. Write them with "
                 "`keras_t5gemma.write_teacher_scores`."
             ) from error
         for name, digest in about["sha256"].items() if check else ():
-            if digest != _sha256(self.folder / name):
+            if digest != sha256(self.folder / name):
                 raise ValueError(
                     f"{self.folder / name} has changed: its checksum differs. Write "
                     "the scores again."
@@ -160,7 +160,7 @@ def write_teacher_scores(
         about = {
             "teacher": teacher.model.name,
             "texts": fingerprint(pieces),
-            "sha256": {name: _sha256(staging / name) for name in (IDS, LOG_PROBS)},
+            "sha256": {name: sha256(staging / name) for name in (IDS, LOG_PROBS)},
         }
         (staging / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     return TeacherScores(folder, check=False)
@@ -206,9 +206,7 @@ def fingerprint(pieces: Ragged) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def _map(path):
+    """A memory-mapped array."""
+    check_regular(path)
+    return np.load(path, mmap_mode="r")

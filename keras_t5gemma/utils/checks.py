@@ -2,8 +2,26 @@
 
 import math
 import numbers
+import os
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+_SHOWN = 200  # Characters of a value in a message.
+MAX_COUNT = 2**31 - 1  # Larger numbers fit no int32 array and are mistakes.
+MAX_ROWS = 2**20  # Of a batch, whose arrays are allocated at once.
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value for a message: short, and safe for any value."""
+    try:
+        text = repr(value)
+    except Exception:  # Nested too deeply, or an object of a user.
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def whole_number(
@@ -15,20 +33,26 @@ def whole_number(
         value: accepted are Python and NumPy integers, but no bools.
         name: of the argument, for the message.
         low: smallest accepted value.
-        high: largest accepted value; `None` for no bound.
+        high: largest accepted value; `None` is `MAX_COUNT`.
         other: what the caller accepts besides, for the message: `"'epoch'"`.
 
     Raises:
         ValueError: for anything else.
     """
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or value < low or (high is not None and value > high):
-        end = "" if high is None else f" to {high}"
+    most = MAX_COUNT if high is None else high
+    if not is_whole or not low <= value <= most:
+        end = f" to {most}" if high is not None or is_whole and value > most else ""
         raise ValueError(
             f"`{name}` must be {_or(other)}a whole number from {low}{end}; got "
-            f"{value!r}."
+            f"{shown(value)}."
         )
     return int(value)
+
+
+def rows_of_batch(value: Any, name: str = "batch_size") -> int:
+    """Check the number of rows of a batch; see `whole_number`."""
+    return whole_number(value, name, 1, MAX_ROWS)
 
 
 def number(
@@ -58,7 +82,7 @@ def number(
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if (
         not is_number
-        or not math.isfinite(value)
+        or not _is_finite(value)
         or (above is not None and not value > above)
         or (at_least is not None and not value >= at_least)
         or (at_most is not None and not value <= at_most)
@@ -68,8 +92,54 @@ def number(
         bounds |= {"at most": at_most, "below": below}
         words = [f"{k} {bound}" for k, bound in bounds.items() if bound is not None]
         accepted = f"{_or(other)}a number {' and '.join(words)}".strip()
-        raise ValueError(f"`{name}` must be {accepted}; got {value!r}.")
+        raise ValueError(f"`{name}` must be {accepted}; got {shown(value)}.")
     return float(value)
+
+
+def row_weights(value: Any, name: str, rows: int) -> np.ndarray:
+    """Check one finite weight for each row and return them as float32 `(rows,)`.
+
+    Args:
+        value: any container of numbers that NumPy reads.
+        name: of the argument, for the message.
+        rows: number of rows.
+
+    Raises:
+        ValueError: for another number of weights, and values that are not finite.
+    """
+    weights = number_array(value, name)
+    if weights.size != rows:
+        raise ValueError(
+            f"`{name}` must have one weight for each of the {rows} rows; got shape "
+            f"{weights.shape}."
+        )
+    return weights.reshape(rows)
+
+
+def number_array(value: Any, name: str) -> np.ndarray:
+    """Check an array of finite numbers and return it as float32.
+
+    Args:
+        value: any container of numbers that NumPy reads, e.g. a list or a tensor.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    array = None
+    try:
+        array = np.asarray(value)
+    except Exception:  # Whatever a tensor raises.
+        pass
+    # A column of numbers of other libraries may be an array of objects.
+    if array is not None and array.dtype == object:
+        is_numbers = all(isinstance(each, numbers.Real) for each in array.flat)
+        array = array.astype("float64") if array.size and is_numbers else None
+    if array is None or array.dtype.kind not in "iubf":
+        raise ValueError(f"`{name}` must be an array of numbers; got {shown(value)}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"`{name}` must be finite numbers; got {shown(value)}.")
+    return array.astype("float32")
 
 
 def one_of(value: Any, name: str, accepted: Iterable[Any]) -> Any:
@@ -84,10 +154,69 @@ def one_of(value: Any, name: str, accepted: Iterable[Any]) -> Any:
         ValueError: for another value.
     """
     accepted = list(accepted)
-    if value not in accepted:
-        words = ", ".join(map(repr, accepted))
-        raise ValueError(f"`{name}` must be one of {words}; got {value!r}.")
+    for each in accepted:
+        # No `==` of a type that is not expected, such as an array's.
+        if each is value or (isinstance(value, type(each)) and each == value):
+            return value
+    words = ", ".join(map(repr, accepted))
+    raise ValueError(f"`{name}` must be one of {words}; got {shown(value)}.")
+
+
+def flag(value: Any, name: str) -> bool:
+    """Check a Python or NumPy bool and return it as a Python bool.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"`{name}` must be True or False; got {shown(value)}.")
+    return bool(value)
+
+
+def instance(value: T, name: str, kind: Any, accepted: str) -> T:
+    """Check the type of an argument and return it.
+
+    Args:
+        value: what was passed.
+        name: of the argument, for the message.
+        kind: a class, a union or a tuple of them, as for `isinstance`.
+        accepted: description of them, e.g. `"a Tokenizer"`.
+
+    Raises:
+        ValueError: for another type.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` must be {accepted}; got {shown(value)}.")
     return value
+
+
+def string(value: Any, name: str) -> str:
+    """Check a string and return it; anything else raises `ValueError`."""
+    return instance(value, name, str, "a string")
+
+
+def path(value: Any, name: str) -> Path:
+    """Check the path of a file or folder, and return it as a `Path`.
+
+    Numbers are refused: `open` takes them for file descriptors, and closes those.
+
+    Raises:
+        ValueError: for anything but a string or an `os.PathLike` of one, an empty
+            string, and a null character.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError(
+            f"`{name}` must be the path of a file or folder; got {shown(value)}."
+        )
+    return Path(text)
+
+
+def _is_finite(value):
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # A whole number that no float can hold.
+        return False
 
 
 def _or(other: str) -> str:

@@ -2,6 +2,8 @@
 
 import contextlib
 import gzip
+import hashlib
+import io
 import json
 import os
 import stat
@@ -63,6 +65,33 @@ def _check_mode(path, mode):
         raise ValueError(f"{os.fspath(path)} must be a regular file; it is {kind}.")
 
 
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Contents of a regular file; see `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+
+
+def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
+    """Text of a regular file of at most `MAX_JSON_BYTES`, with line feeds as line ends.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: naming the path, for another kind of file, a larger one, or one
+            with another encoding.
+    """
+    try:
+        text = _read_bounded(path).decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not text in UTF-8: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json_file(path: str | os.PathLike[str]) -> Any:
     """Parse a JSON file in UTF-8.
 
@@ -71,14 +100,18 @@ def read_json_file(path: str | os.PathLike[str]) -> Any:
         ValueError: naming the path, if it is not a regular file, larger than
             `MAX_JSON_BYTES`, not JSON, or nested too deeply.
     """
+    return parse_json(_read_bounded(path), os.fspath(path))
+
+
+def _read_bounded(path):
     with open_regular(path) as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
         raise ValueError(
-            f"{os.fspath(path)} has {os.path.getsize(path)} bytes; JSON files may "
-            f"have at most {MAX_JSON_BYTES}."
+            f"{os.fspath(path)} has {os.path.getsize(path)} bytes; JSON and text files "
+            f"may have at most {MAX_JSON_BYTES}."
         )
-    return parse_json(text, os.fspath(path))
+    return content
 
 
 def parse_json(text: str | bytes, name: str) -> Any:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_t5gemma.utils.checks import shown
+
 # How the containers of other libraries become lists: pyarrow, polars, pandas and NumPy.
 _TO_LIST = ("to_pylist", "to_list", "tolist")
 
@@ -23,7 +25,7 @@ def to_list(values: Any, name: str) -> list:
     """
     if isinstance(values, list | tuple):
         return list(values)
-    if isinstance(values, str | bytes | dict):
+    if isinstance(values, str | bytes | dict | type):
         raise ValueError(_message(values, name))
     names = column_names(values)
     if names is not None:
@@ -59,7 +61,10 @@ def column_names(values: Any) -> list | None:
         names = getattr(values, "columns", None)
     if names is None or isinstance(values, type) or not hasattr(values, "__len__"):
         return None
-    return list(names)
+    try:
+        return list(names)
+    except TypeError:
+        return None
 
 
 def in_memory(values: Any, wanted: Sequence[str] = ()) -> Any:
@@ -110,7 +115,8 @@ def as_texts(values: Any, name: str) -> list[str]:
             missing = text is None or (isinstance(text, float) and np.isnan(text))
             hint = " Drop or fill rows without text first." if missing else ""
             raise ValueError(
-                f"{place} must be a string; got {type(text).__name__} {text!r}.{hint}"
+                f"{place} must be a string; got {type(text).__name__} {shown(text)}."
+                f"{hint}"
             )
         check_unicode(text, place)
     return texts
@@ -140,5 +146,5 @@ def check_unicode(text: str, place: str) -> None:
 def _message(values: Any, name: str) -> str:
     kind = type(values).__name__
     return (
-        f"`{name}` must be a string or a list of strings; got {kind} {values!r:.200}."
+        f"`{name}` must be a string or a list of strings; got {kind} {shown(values)}."
     )
