@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_t5gemma.checkpoints.atomic import atomic_file
+from keras_t5gemma.checkpoints.folder_lock import folder_lock
 from keras_t5gemma.evaluation.candidates import Model, Recipe, TfIdf
 from keras_t5gemma.evaluation.measures import mean_and_error
 from keras_t5gemma.evaluation.options import EvaluateOptions
@@ -40,6 +41,7 @@ def evaluate_encoders(o: EvaluateOptions) -> Scores:
         ValueError: for an unknown task, nothing to measure, an option out of range, or
             an `output` with other options; and as `from_preset` does for a preset.
         FileNotFoundError: naming the missing file.
+        FolderInUseError: if another process or thread writes `output`.
         ImportError: without scikit-learn.
     """
     _require_scikit_learn()
@@ -56,23 +58,30 @@ def evaluate_encoders(o: EvaluateOptions) -> Scores:
         for name in _names(o.tasks)
     }
     options = {**dataclasses.asdict(recipe), "train_rows": o.train_rows}
-    runs = Runs(o.output, {**options, "learning_rates": rates})
-    runs.write(OPTIONS, as_yaml("evaluate", vars(o)))
-    total = sum(o.seeds if model.has_seeds else 1 for model in models) * len(tasks)
+    if Path(o.output).is_file():
+        raise ValueError(f"`output` {o.output} is a file; it must be a folder.")
+    with folder_lock(o.output):
+        runs = Runs(o.output, {**options, "learning_rates": rates})
+        runs.write(OPTIONS, as_yaml("evaluate", vars(o)))
+        _measure(runs, list(tasks.values()), models, recipe, o.seeds, rates)
+        print(runs.table({name: task.measures for name, task in tasks.items()}))
+    return runs.summary()
+
+
+def _measure(runs, tasks, models, recipe, seeds, rates):
+    """Add the runs that are missing."""
+    total = sum(seeds if model.has_seeds else 1 for model in models) * len(tasks)
     with progress_bar("Measuring", total) as advance:
-        for task in tasks.values():
+        for task in tasks:
             for model in models:
                 chosen = rates
-                for seed in range(o.seeds if model.has_seeds else 1):
+                for seed in range(seeds if model.has_seeds else 1):
                     name = f"{task.name}/{model.name}/{seed}"
                     if name not in runs:
                         runs[name] = _best(model, task, recipe, seed, chosen)
                         print(f"{name}: {_short(runs[name]['measures'])}", flush=True)
                     chosen = [runs[name]["learning_rate"]]
                     advance(1)
-    table = runs.table({name: task.measures for name, task in tasks.items()})
-    print(table)
-    return runs.summary()
 
 
 def _names(names: PathsOrNames) -> list[str]:
