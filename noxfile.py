@@ -34,7 +34,6 @@ NUMBERS = " or ".join(
         "shuffles",
     )
 )
-GUIDES = Path("guides").glob("*.py")
 # Without dependencies: its metadata asks for TensorFlow whatever the backend.
 KERAS_HUB = ("--no-deps", "keras-hub==0.32.0")
 LINT = ("ruff==0.17.5", "import-linter==2.17", "mypy==2.4.1")
@@ -180,9 +179,12 @@ def newest(session, backend):
 
 @nox.session
 def notebooks(session):
-    """The guides as notebooks, in `guides/`; nobody keeps them in the repository."""
-    session.install("jupytext>=1.16")
-    session.run("jupytext", "--to", "notebook", *sorted(map(str, GUIDES)))
+    """The guides as executed notebooks, in `guides/`; `-- NAME` makes one of them."""
+    session.install(PINNED["torch"])
+    session.install(PINNED["jax"], PINNED["tensorflow"])
+    session.install(*KERAS_HUB)
+    session.install("-e", ".[test,notebooks]", "keras==3.15.1")
+    session.run("python", "tools/build_notebooks.py", *session.posargs)
 
 
 @nox.session

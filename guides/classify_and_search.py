@@ -18,8 +18,14 @@
 # drawn as a map. The decoder is never read from the disk.
 #
 # The texts are what Python says of itself, the documentation inside its standard
-# library: no download. It takes two minutes on two processor cores. `pip install
-# matplotlib` for the map.
+# library: no download.
+#
+# Time on two processor cores: about 2 minutes.
+
+# %% tags=["skip-execution"]
+# On a hosted notebook service such as Colab or Kaggle:
+# %pip install -q --no-deps "keras-hub>=0.32"
+# %pip install -q "keras-t5gemma[jax]" matplotlib
 
 # %%
 import inspect
@@ -148,27 +154,26 @@ print("loaded embedder agrees:", same)
 # the kinds.
 
 # %%
+# %matplotlib inline
+from matplotlib.figure import Figure  # noqa: E402
+
 centred = vectors - vectors.mean(axis=0)
 _, _, directions = np.linalg.svd(centred, full_matrices=False)
 places = centred @ directions[:2].T
 kinds = np.array([kind for _, _, kind in rows])
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    print("No map without matplotlib: pip install matplotlib")
-else:
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for kind in MODULES:
-        x, y = places[kinds == kind].T
-        axes.scatter(x, y, s=10, alpha=0.7, label=kind)
-    axes.set_title("Documentation of Python's standard library")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.legend()
-    figure.savefig(RUN / "map.png", dpi=120)
-    print(RUN / "map.png")
+figure = Figure(figsize=(7, 5), layout="constrained")
+axes = figure.add_subplot()
+for kind in MODULES:
+    x, y = places[kinds == kind].T
+    axes.scatter(x, y, s=10, alpha=0.7, label=kind)
+axes.set_title("Documentation of Python's standard library")
+axes.set_xticks([])
+axes.set_yticks([])
+axes.legend()
+figure.savefig(RUN / "map.png", dpi=120)
+figure
 
+# %%
 neighbours, _ = keras_t5gemma.nearest(vectors, vectors, k=6)
 alike = (kinds[neighbours[:, 1:]] == kinds[:, None]).mean()
 chance = sum((kinds == kind).mean() ** 2 for kind in MODULES)

@@ -20,6 +20,13 @@
 # It starts from the preset inside this package, which knows one task, and lets it read
 # the documentation of Python's standard library for a minute. The last sections say
 # what changes for an adapted Gemma 2.
+#
+# Time on two processor cores: about 2 minutes.
+
+# %% tags=["skip-execution"]
+# On a hosted notebook service such as Colab or Kaggle:
+# %pip install -q --no-deps "keras-hub>=0.32"
+# %pip install -q "keras-t5gemma[jax,finetune]"
 
 # %%
 import inspect

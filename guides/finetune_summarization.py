@@ -19,12 +19,15 @@
 #
 # The preset inside the package already shortens descriptions of Debian packages. Here
 # it learns a house style: every summary starts with what kind of thing it is, `tool:`,
-# `library:`, `game:`, `font:` or `docs:`. A few dozen pairs are enough for that. It
-# takes a minute or two on two processor cores. The last sections say what changes with
-# your own data and with the published models.
+# `library:`, `game:`, `font:` or `docs:`. A few dozen pairs are enough for that. The
+# last sections say what changes with your own data and with the published models.
 #
-# `pip install rouge-score` for the metric; `pip install matplotlib` for the curves, if
-# you want to see them.
+# Time on two processor cores: about 1 minute.
+
+# %% tags=["skip-execution"]
+# On a hosted notebook service such as Colab or Kaggle:
+# %pip install -q --no-deps "keras-hub>=0.32"
+# %pip install -q "keras-t5gemma[jax,finetune]"
 
 # %%
 import os
@@ -79,7 +82,7 @@ Rounded letters for children's books. The font has accents for most languages of
 The handbook of the mail reader: filters, folders, encryption and how to write plug-ins. => docs: handbook of the mail reader
 This program makes a copy of your home folder every night and keeps the copies of a month. => tool: copy the home folder every night
 A small library for sound. It plays several files at once and changes their speed. => library: play sound files
-Run from the dragon, jump over walls and collect keys. The levels are made anew each time. => game: run from the dragon
+Run from the dragon, jump over walls and collect keys. Each time the levels are different. => game: run from the dragon
 A typeface in the style of old newspapers. It is narrow and comes in two weights. => font: narrow newspaper typeface
 Descriptions of all error messages of the compiler, with causes and cures. => docs: error messages of the compiler
 This tool turns recorded speech into text. It needs no network. => tool: turn speech into text
@@ -170,11 +173,8 @@ print(f"validation loss: {losses[0]:.2f} after epoch 1, {min(losses):.2f} at bes
 # data, a lower learning rate, or LoRA.
 
 # %%
-try:
-    keras_t5gemma.plot_history(history, RUN / "curves.png")
-    print("See", RUN / "curves.png")
-except ImportError:
-    print("No curves: pip install matplotlib")
+# %matplotlib inline
+keras_t5gemma.plot_history(history, RUN / "curves.png")
 
 # %% [markdown]
 # ## After

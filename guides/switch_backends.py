@@ -18,8 +18,15 @@
 #
 # Keras reads its backend once, from `KERAS_BACKEND`, when it is imported. To switch is
 # to start Python again. So this guide starts the same script in a process for each
-# backend that is installed. Each process takes ten to twenty seconds on two processor
-# cores, most of it for imports and compilation; the embedded preset needs no network.
+# backend that is installed; most of its time is imports and compilation. The embedded
+# preset needs no network.
+#
+# Time on two processor cores: about 1 minute.
+
+# %% tags=["skip-execution"]
+# On a hosted notebook service such as Colab or Kaggle:
+# %pip install -q --no-deps "keras-hub>=0.32"
+# %pip install -q "keras-t5gemma[jax]"
 
 # %%
 import importlib.util
