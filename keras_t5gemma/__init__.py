@@ -40,6 +40,7 @@ if TYPE_CHECKING or not _environment.defers_imports():
     from keras_t5gemma.tasks.text_embedder import TextEmbedder as TextEmbedder
     from keras_t5gemma.tasks.text_embedder import cosine_similarity as cosine_similarity
     from keras_t5gemma.tasks.text_embedder import nearest as nearest
+    from keras_t5gemma.tasks.text_tower import TextTower as TextTower
     from keras_t5gemma.tokenization.preprocessor import (
         Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
     )

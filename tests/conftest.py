@@ -4,9 +4,13 @@ import os
 
 import keras
 import pytest
-from helpers.models import make_proto, tiny_model
 
-import keras_t5gemma as kt
+if os.environ.get("KERAS_HUB_BASES"):
+    import keras_hub  # noqa: F401  Before keras_t5gemma: see modeling/bases.py.
+
+from helpers.models import make_proto, tiny_model  # noqa: E402
+
+import keras_t5gemma as kt  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -95,9 +95,9 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is None and GenerationOptions.__dict__[name] is None:
                 continue
-            number(value, name, above=0, at_most=high)
-        number(self.length_penalty, "length_penalty")
-        flag(self.return_scores, "return_scores")
+            store(name, number(value, name, above=0, at_most=high))
+        store("length_penalty", number(self.length_penalty, "length_penalty"))
+        store("return_scores", flag(self.return_scores, "return_scores"))
         if self.is_sampling and self.num_beams > 1:
             raise ValueError(
                 "`num_beams` must be 1 with `temperature`, `top_k` or `top_p`, which "
@@ -241,7 +241,7 @@ def make_options(sampler: Any, given: dict) -> GenerationOptions | None:
                 f"{sorted(given)}."
             )
         return None
-    if given.get("num_beams", 1) != 1:
+    if "num_beams" in given and whole_number(given["num_beams"], "num_beams", 1) > 1:
         base = {}
     if {"temperature", "top_k", "top_p"} & set(given):
         base.pop("num_beams", None)

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_t5gemma.environment import require_keras_hub
+from keras_t5gemma.utils.checks import shown
 
 
 class _Sampler:
@@ -65,6 +66,7 @@ SAMPLERS = {
     "top_k": TopKSampler,
     "top_p": TopPSampler,
 }
+_OF_KERAS_HUB = ("contrastive", "speculative")
 _BY_CLASS = {kind.__name__: (name, kind) for name, kind in SAMPLERS.items()}
 
 
@@ -82,24 +84,23 @@ def get(sampler: Any) -> Any:
         ValueError: for anything else.
         ModuleNotFoundError: for a kind that only KerasHub has, if it is missing.
     """
-    if isinstance(sampler, str | dict):
-        is_serialized = isinstance(sampler, dict)
-        name = sampler.get("class_name", "") if is_serialized else sampler
-        if is_serialized:
-            is_hub = str(sampler.get("registered_name")).startswith("keras_hub>")
-            kind = _BY_CLASS[name][1] if is_hub and name in _BY_CLASS else None
-        else:
-            kind = SAMPLERS.get(name)
-        if kind is not None and sys.modules.get("keras_hub") is None:
-            return kind(**(sampler["config"] if is_serialized else {}))
-        if is_serialized or kind is not None or name in ("contrastive", "speculative"):
-            hub = require_keras_hub(f"The sampler {name!r}")
-            return hub.samplers.get(sampler)
+    kind, config = None, {}
+    if isinstance(sampler, str):
+        kind = SAMPLERS.get(sampler)
+    elif isinstance(sampler, dict):
+        if str(sampler.get("registered_name")).startswith("keras_hub>"):
+            _, kind = _BY_CLASS.get(sampler.get("class_name", ""), (None, None))
+        config = sampler.get("config", {})
     elif callable(sampler) or kind_of(sampler) is not None:
         return sampler
+    if kind is not None and sys.modules.get("keras_hub") is None:
+        return kind(**config)
+    if kind is not None or sampler in _OF_KERAS_HUB or isinstance(sampler, dict):
+        hub = require_keras_hub(f"The sampler {sampler!r}")
+        return hub.samplers.get(sampler)
     raise ValueError(
         "`sampler` must be a keras_hub.samplers.Sampler or the name of one, "
-        f"such as {', '.join(map(repr, SAMPLERS))}; got {sampler!r}."
+        f"such as {', '.join(map(repr, SAMPLERS))}; got {shown(sampler)}."
     )
 
 

@@ -18,10 +18,12 @@ from keras_t5gemma.distribution.prediction import SafeInference
 from keras_t5gemma.modeling import bases, lora, weight_loading
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.towers import Decoder, Encoder
+from keras_t5gemma.utils.checks import one_of
 from keras_t5gemma.utils.sizes import parse_shard_size
 from keras_t5gemma.utils.types import Tensor
 
 QUANTIZED = ("int8", "int4")
+_MODES = (*QUANTIZED, "float8", "gptq", "awq")  # Keras's.
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -204,6 +206,8 @@ class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
                 "quantize and `save_to_preset` in one process, and load that preset in "
                 "all processes."
             )
+        if mode is not None:
+            one_of(mode, "mode", _MODES)
         mesh.prepare(self.config)
         if filters is None:
             filters = is_projection_or_embedding

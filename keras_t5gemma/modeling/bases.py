@@ -20,6 +20,7 @@ class _Properties:
 
     On PyTorch a layer is otherwise registered under the name of the property, whose
     setter is not called, and nothing can be assigned before the torch module exists.
+    Such attributes have no default in the class: it would hide the registered one.
     The names of the attributes are those of KerasHub, which saved files contain.
     """
 
@@ -80,8 +81,6 @@ class _Task(_FromConfig, _Properties, keras.Model):
     preprocessor_cls: Any = None
     sampler: Any = None
     generate_function: Any = None
-    _backbone: Any = None
-    _preprocessor: Any = None
 
     def __init__(self, *args: Any, compile: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,7 +93,7 @@ class _Task(_FromConfig, _Properties, keras.Model):
     @property
     def backbone(self) -> Any:
         """The model without the task."""
-        return self._backbone
+        return getattr(self, "_backbone", None)
 
     @backbone.setter
     def backbone(self, value: Any) -> None:
@@ -103,7 +102,7 @@ class _Task(_FromConfig, _Properties, keras.Model):
     @property
     def preprocessor(self) -> Any:
         """The preprocessor of texts, or `None`."""
-        return self._preprocessor
+        return getattr(self, "_preprocessor", None)
 
     @preprocessor.setter
     def preprocessor(self, value: Any) -> None:
@@ -135,9 +134,10 @@ class _Task(_FromConfig, _Properties, keras.Model):
         data = self.preprocess_samples(x, y, sample_weight)
         return keras.utils.unpack_x_y_sample_weight(data)
 
-    def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.predict` on texts in memory, or on arrays."""
-        return super().predict(self._arrays(x)[0], batch_size, **kwargs)
+        x, *rest = args or (kwargs.pop("x"),)
+        return super().predict(self._arrays(x)[0], *rest, **kwargs)
 
     def predict_on_batch(self, x: Any) -> Any:
         return super().predict_on_batch(self._arrays(x)[0])
@@ -175,12 +175,11 @@ class _TextLayer(_FromConfig, _Properties, keras.layers.Layer):
 
 class _Preprocessor(_TextLayer):
     config_file = "preprocessor.json"
-    _tokenizer: Any = None
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the texts."""
-        return self._tokenizer
+        return getattr(self, "_tokenizer", None)
 
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
@@ -198,13 +197,14 @@ class _Tokenizer(_TextLayer):
 
 if TYPE_CHECKING or sys.modules.get("keras_hub") is None:
     Backbone = _Backbone
-    Task = Seq2SeqLMTask = _Task
+    Task = _Task
+    Seq2SeqLMTask = _Task
     Preprocessor = _Preprocessor
     Tokenizer = _Tokenizer
 else:
     from keras_hub.models import Backbone as Backbone
     from keras_hub.models import Preprocessor as Preprocessor
-    from keras_hub.models import Seq2SeqLM as Seq2SeqLMTask
+    from keras_hub.models import Seq2SeqLM as Seq2SeqLMTask  # noqa: F401
     from keras_hub.models import Task as Task
     from keras_hub.tokenizers import Tokenizer as Tokenizer
 

@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from typing import TYPE_CHECKING, Any
 
 from keras_t5gemma.checkpoints.atomic import atomic_file
 from keras_t5gemma.checkpoints.presets import presets
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
 
 # KerasHub's own cards say so, and the Hub filters by it; it knows no keras_t5gemma.
 LIBRARY, TAGS = "keras-hub", ("keras_t5gemma", "t5gemma")
@@ -101,8 +102,8 @@ def write_model_card(
 
 
 def card_metadata(
-    name: str, results: Sequence[EvalResult] = (), **fields: Any
-) -> ModelCardData:
+    name: str, results: "Sequence[EvalResult]" = (), **fields: Any
+) -> "ModelCardData":
     """Metadata of a model card, as the Hub reads it.
 
     Args:
@@ -114,6 +115,8 @@ def card_metadata(
     """
     known = {"library_name": LIBRARY, "pipeline_tag": PIPELINE, "tags": list(TAGS)}
     scores = {"model_name": name, "eval_results": list(results)} if results else {}
+    from huggingface_hub import ModelCardData  # A quarter of a second.
+
     return ModelCardData(**{**known, **scores, **fields})
 
 
@@ -124,7 +127,7 @@ def eval_result(
     split: str | None = None,
     task: str = PIPELINE,
     variant: str | None = None,
-) -> EvalResult:
+) -> "EvalResult":
     """One score of a `model-index`.
 
     Args:
@@ -136,6 +139,8 @@ def eval_result(
         variant: how the texts were made, e.g. `"5 beams"`, part of the name shown.
     """
     metric, shown = _METRICS.get(measure, (measure, measure))
+    from huggingface_hub import EvalResult
+
     return EvalResult(
         task_type=task,
         dataset_type=re.sub(r"[^\w.-]+", "-", dataset).strip("-"),
@@ -147,7 +152,7 @@ def eval_result(
     )
 
 
-def save_card(folder: str | os.PathLike, metadata: ModelCardData, body: str) -> Path:
+def save_card(folder: str | os.PathLike, metadata: "ModelCardData", body: str) -> Path:
     """Write README.md of a preset atomically, after checking its metadata.
 
     Args:
@@ -174,6 +179,8 @@ def save_card(folder: str | os.PathLike, metadata: ModelCardData, body: str) -> 
 
 
 def _check_metadata(text, metadata):
+    from huggingface_hub import ModelCard
+
     # `ModelCard.validate` would ask the Hub's server.
     problem = f"The metadata of the card does not read back: {metadata!r}"
     try:

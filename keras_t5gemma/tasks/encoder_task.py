@@ -9,18 +9,22 @@ import keras
 from keras_t5gemma._compat import track_parameters
 from keras_t5gemma.checkpoints import keras_format, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
-from keras_t5gemma.data.encoder_dataset import EncoderDataset
+from keras_t5gemma.data.encoder_dataset import EncoderDataset, arrays, encoder_ids
+from keras_t5gemma.data.pair_dataset import BATCHINGS
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.fit import FitMixin
-from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.tokenization.preprocessor import (
+    Seq2SeqLMPreprocessor,
+    check_preprocessor,
+)
 from keras_t5gemma.tokenization.token_ids import check_vocabulary
 from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
-from keras_t5gemma.utils.checks import number, one_of
+from keras_t5gemma.utils.checks import flag, number, one_of, row_weights
 
 INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
@@ -62,6 +66,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             )
         one_of(pooling, "pooling", POOLINGS)
         is_t5gemma = isinstance(backbone, Backbone)
+        if preprocessor is not None:
+            check_preprocessor(preprocessor, type(self).__name__)
         if preprocessor is not None and is_t5gemma:
             check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
         self.backbone = backbone
@@ -101,18 +107,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             ValueError: for an unknown preset, or files that do not fit, named.
             OSError: when a download fails, with what to do.
         """
-        is_offline = not load_weights and presets.published_config(preset) is not None
-        source = preset if is_offline else presets.resolve(preset)
-        of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
-        options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}
-        backbone = Backbone.from_preset(
-            source, load_weights, encoder_only=True, **options
-        )
-        saved = {} if is_offline else cls._saved_config(source)
-        if "preprocessor" not in kwargs:
-            kwargs["preprocessor"] = None
-            if not is_offline:
-                kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
+        source, backbone, options = load_encoder(preset, load_weights, kwargs)
+        saved = {} if source is None else cls._saved_config(source)
         is_new = bool(set(cls.HEAD) & set(kwargs))
         dropped = {"backbone", "preprocessor", *(cls.HEAD if is_new else ())}
         own = {k: v for k, v in saved.items() if k not in dropped}
@@ -162,10 +158,11 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
                 recompute the rest: less memory, more time.
             **kwargs: of `keras.Model.compile`.
         """
+        rematerialize = flag(rematerialize, "rematerialize")
         optimizer = prepare_optimizer(optimizer, self.backbone.variable_dtype)
         super().compile(optimizer=optimizer, **kwargs)
         if isinstance(self.backbone, Backbone):
-            self.backbone.encoder.rematerialize = bool(rematerialize)
+            self.backbone.encoder.rematerialize = rematerialize
 
     def train_step(self, *args: Any) -> Any:
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
@@ -225,6 +222,10 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             )
         widths = like.widths if isinstance(like, EncoderDataset) else None
 
+        count = len(next(iter(columns.values())))
+        if sample_weight is not None:
+            sample_weight = row_weights(sample_weight, "sample_weight", count)
+
         def batches(rows, **kwargs):
             part = None if sample_weight is None else sample_weight[rows]
             return EncoderDataset(
@@ -239,7 +240,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
                 **kwargs,
             )
 
-        count = len(next(iter(columns.values())))
+        if batching is not None:
+            one_of(batching, "batching", BATCHINGS)
         cut = count - int(count * validation_split)
         data = batches(slice(cut), shuffle=shuffle, steps=steps, widths=widths)
         result = {"x": data, "shuffle": False, "steps_per_epoch": None}
@@ -247,6 +249,19 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             held_out = batches(slice(cut, None), widths=data.widths)
             result["held_out"] = {"x": held_out}
         return result
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """Outputs of one batch: of the texts of `fit` without labels, or of arrays."""
+        columns = self._unlabeled(x)
+        if columns is None:
+            return super().predict_on_batch(x)
+        (ids,) = encoder_ids(self.preprocessor, columns, "x", self._token_rows)
+        limit = self.preprocessor.encoder_sequence_length
+        return super().predict_on_batch(arrays(list(ids), (len(ids), limit)))
+
+    def _unlabeled(self, x):
+        """Columns of the texts of `predict_on_batch`; `None` for arrays and pairs."""
+        raise NotImplementedError
 
     def _text_batch(self, x, y, sample_weight):
         """See `FitMixin`."""
@@ -261,3 +276,30 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "pooling": self.pooling}
+
+
+def load_encoder(preset: Any, load_weights: bool, kwargs: dict) -> tuple:
+    """The encoder of a checkpoint, without a head.
+
+    Args:
+        preset: see `EncoderTask.from_preset`.
+        load_weights: `False` leaves the weights random.
+        kwargs: arguments of the caller, changed in place: those of the backbone are
+            taken out, and the checkpoint's preprocessor is added if there is none.
+
+    Returns:
+        `(source, backbone, options)`: the `presets.Source`, `None` if nothing was read;
+        a `Backbone` without a decoder; and the arguments taken out of `kwargs`.
+    """
+    is_offline = not load_weights and presets.published_config(preset) is not None
+    source = None if is_offline else presets.resolve(preset)
+    of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
+    options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}
+    backbone = Backbone.from_preset(
+        preset if source is None else source, load_weights, encoder_only=True, **options
+    )
+    if "preprocessor" not in kwargs:
+        kwargs["preprocessor"] = None
+        if source is not None:
+            kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
+    return source, backbone, options

@@ -15,6 +15,7 @@ from keras_t5gemma.training.optimizers import (
     check_trainable_dtype,
     separate_averages,
 )
+from keras_t5gemma.utils.checks import MAX_ROWS, flag, shown, whole_number
 
 
 class FitMixin(SafeInference):
@@ -52,10 +53,19 @@ class FitMixin(SafeInference):
     ) -> keras.callbacks.History:
         """Train; see the `fit` of the task for the arguments."""
         check_trainable_dtype(self.backbone.variable_dtype)
+        check_sizes(
+            batch_size=batch_size,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+        )
+        callbacks = _callbacks(callbacks)
+        flag(shuffle, "shuffle")
         if kwargs.get("class_weight") is not None:
             raise ValueError(
                 "`class_weight` must be None: only a TextClassifier has classes. Pass "
-                f"`sample_weight`; got {kwargs['class_weight']!r}."
+                f"`sample_weight`; got {shown(kwargs['class_weight'])}."
             )
         with self._report_truncation():  # Of in-memory text, before training.
             data = self._data(
@@ -73,6 +83,11 @@ class FitMixin(SafeInference):
             if validation_data is not None:
                 if not isinstance(validation_data, tuple):
                     validation_data = (validation_data,)
+                if not 1 <= len(validation_data) <= 3:
+                    raise ValueError(
+                        "`validation_data` must be x, (x, y) or (x, y, sample_weight); "
+                        f"got {shown(validation_data)}."
+                    )
                 size = validation_batch_size
                 size = batch_size if size is None else size
                 valid = self._data(
@@ -85,7 +100,6 @@ class FitMixin(SafeInference):
                 )
         if valid:
             kwargs |= _validation_arguments(valid)
-        callbacks = keras.tree.flatten(callbacks or [])
         try:
             return self._fit(data, callbacks, epochs, kwargs)
         finally:
@@ -126,6 +140,7 @@ class FitMixin(SafeInference):
         **kwargs: Any,
     ) -> Any:
         """Loss and metrics; the data arguments of `fit`."""
+        check_sizes(batch_size=batch_size, steps=steps)
         if kwargs.get("_use_cached_eval_dataset"):  # Validation inside `fit`.
             kwargs |= {"sample_weight": sample_weight, "steps": steps}
             with exclusive_loop(self):
@@ -150,8 +165,7 @@ class FitMixin(SafeInference):
             y: targets or labels, when `x` does not have them.
             sample_weight: as in `fit`.
         """
-        is_ids = isinstance(x, dict) and "encoder_token_ids" in x
-        if is_ids or self.preprocessor is None:
+        if is_arrays(x) or self.preprocessor is None:
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return self._text_batch(x, y, sample_weight)
 
@@ -201,6 +215,39 @@ class FitMixin(SafeInference):
         return self.preprocessor.report_truncation(training, all_threads=training)
 
 
+def is_arrays(x: Any) -> bool:
+    """Whether a user's data is a dict of arrays of ids."""
+    return isinstance(x, dict) and "encoder_token_ids" in x
+
+
+def check_sizes(epochs: Any = 1, **sizes: Any) -> None:
+    """Raise `ValueError` unless numbers of batches, rows and epochs are positive.
+
+    Args:
+        epochs: of `fit`.
+        **sizes: by the names of the arguments; `None` is accepted.
+    """
+    whole_number(epochs, "epochs", 1)
+    for name, value in sizes.items():
+        if value is not None:
+            high = MAX_ROWS if "batch_size" in name else None
+            whole_number(value, name, 1, high, other="None")
+
+
+def _callbacks(callbacks):
+    """The `callbacks` of `fit` as a list."""
+    if callbacks is None:
+        return []
+    found = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in found:
+        if not isinstance(callback, keras.callbacks.Callback):
+            raise ValueError(
+                "`callbacks` must be a keras.callbacks.Callback or a list of them; "
+                f"got {shown(callbacks)}."
+            )
+    return list(found)
+
+
 def check_backbone(task: type, backbone: Any, is_backbone: bool, rest: tuple) -> None:
     """Raise unless a task was called with a backbone.
 
@@ -215,7 +262,8 @@ def check_backbone(task: type, backbone: Any, is_backbone: bool, rest: tuple) ->
     Raises:
         ValueError: for anything else.
     """
-    parts = keras.tree.flatten(backbone)
+    parts = backbone if isinstance(backbone, list | tuple | dict) else [backbone]
+    parts = list(parts.values()) if isinstance(parts, dict) else parts
     if parts and all(isinstance(part, keras.KerasTensor) for part in parts):
         raise ValueError(
             f"`keras.models.clone_model` cannot clone a {task.__name__}. Use "
@@ -226,7 +274,7 @@ def check_backbone(task: type, backbone: Any, is_backbone: bool, rest: tuple) ->
         found = rest[0] if rest else backbone
         name = f"An argument of {task.__name__}" if rest else "`backbone`"
         needed = "passed by its keyword" if rest else "a keras_t5gemma.Backbone"
-        raise ValueError(f"{name} must be {needed}; got {found!r:.100}.")
+        raise ValueError(f"{name} must be {needed}; got {shown(found)}.")
 
 
 def _validation_arguments(valid):

@@ -19,10 +19,14 @@ from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.tasks.text_pair_task import TextPairTask
-from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.tokenization.preprocessor import (
+    Seq2SeqLMPreprocessor,
+    check_preprocessor,
+)
 from keras_t5gemma.tokenization.token_ids import check_vocabulary
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.optimizers import prepare_optimizer
+from keras_t5gemma.utils.checks import flag, is_auto, shown
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -57,6 +61,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 "(`config.decoder` is None)."
             )
         if preprocessor is not None:
+            check_preprocessor(preprocessor, type(self).__name__)
             check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
         self.backbone = backbone
         self.preprocessor: Any = preprocessor
@@ -144,14 +149,14 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         sampler = samplers.get(sampler)
         super().compile(
             optimizer=prepare_optimizer(optimizer, self.backbone.variable_dtype),
-            loss=TokenCrossEntropy() if loss == "auto" else loss,
+            loss=TokenCrossEntropy() if is_auto(loss) else loss,
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
         self.sampler = sampler
         self.generate_function = None
         for tower in (self.backbone.encoder, self.backbone.decoder):
-            tower.rematerialize = bool(rematerialize)
+            tower.rematerialize = flag(rematerialize, "rematerialize")
 
     @property
     def sampler_options(self) -> dict | None:
@@ -222,6 +227,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             texts = [inputs.get("encoder_text"), inputs.get("decoder_text")]
             first = next((t for t in texts if not isinstance(t, str | None)), texts[0])
         nothing = isinstance(first, list | tuple) and not first
+        flag(strip_prompt, "strip_prompt")
         request = read_request(
             [""] if nothing else inputs,
             self.preprocessor,
@@ -288,7 +294,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         parts = list(text.values()) if isinstance(text, dict) else [text]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(
-                f"`text` must be one string, or a dict of strings; got {text!r}."
+                f"`text` must be one string, or a dict of strings; got {shown(text)}."
             )
         request = read_request(
             text, self.preprocessor, self.backbone.config, max_length, stop_token_ids, 1
@@ -296,8 +302,9 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         checked = self._generator().options(options, request)
         if checked is None or checked.rows_per_source > 1 or checked.return_scores:
             raise ValueError(
-                "`stream` needs greedy decoding or sampling, with one answer; got "
-                f"{checked or type(self.sampler).__name__}."
+                "`stream` needs greedy decoding or sampling, with one answer: "
+                "`num_beams`, `num_return_sequences` and `return_scores` must have "
+                f"their defaults; got {shown(checked or self.sampler)}."
             )
         return self._generator().stream(request, checked)
 

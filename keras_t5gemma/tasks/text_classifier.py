@@ -13,8 +13,19 @@ from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.heads import pool
 from keras_t5gemma.tasks.encoder_task import EncoderTask
-from keras_t5gemma.tasks.fit import check_backbone
-from keras_t5gemma.utils.checks import number, one_of, rows_of_batch, shown, string, whole_number
+from keras_t5gemma.tasks.fit import check_backbone, is_arrays
+from keras_t5gemma.utils.checks import (
+    MAX_ROWS,
+    instance,
+    is_auto,
+    number,
+    one_of,
+    row_weights,
+    rows_of_batch,
+    shown,
+    string,
+    whole_number,
+)
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts, column_names, in_memory, to_list
@@ -66,21 +77,29 @@ class TextClassifier(EncoderTask):
     ) -> None:
         check_backbone(type(self), backbone, bases.is_backbone(backbone), rest)
         one_of(kind, "kind", KINDS)
-        class_names = None if class_names is None else list(class_names)
+        number(dropout, "dropout", at_least=0, below=1)
+        string(separator, "separator")
+        if class_names is not None:
+            class_names = _names(class_names)
         outputs = 1
         if kind != "regression":
             outputs = len(class_names or ())
             if class_names is None:
                 outputs = whole_number(
-                    num_classes, "num_classes", 2, other="None with `class_names`,"
+                    num_classes,
+                    "num_classes",
+                    2,
+                    MAX_ROWS,
+                    other="None with `class_names`,",
                 )
             elif outputs < 2:
                 raise ValueError(
                     f"`class_names` must be two classes at least; got {class_names!r}."
                 )
-            if num_classes not in (None, outputs):
+            if num_classes is not None and num_classes is not outputs:
                 raise ValueError(
-                    f"`num_classes` is {num_classes}, `class_names` are {outputs}."
+                    f"`num_classes` must be None or the number of `class_names`, "
+                    f"{outputs}; got {shown(num_classes)}."
                 )
             if class_names is not None and len(set(class_names)) < outputs:
                 raise ValueError(f"`class_names` has a name twice: {class_names}.")
@@ -133,11 +152,11 @@ class TextClassifier(EncoderTask):
                 metrics.MeanAbsoluteError("absolute_error"),
             ),
         }[self.kind]
-        if weighted_metrics == "auto":
+        if is_auto(weighted_metrics):
             weighted_metrics = [auto[1]]
         super().compile(
             optimizer=optimizer,
-            loss=auto[0] if loss == "auto" else loss,
+            loss=auto[0] if is_auto(loss) else loss,
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
@@ -163,7 +182,8 @@ class TextClassifier(EncoderTask):
                 is the second one. A table has a column of them for each class.
             batch_size: texts per step, 32 when `None`.
             class_weight: dict of labels and the weights of their texts, 1 for others,
-                for `"single_label"`; multiplied with `sample_weight`.
+                for `"single_label"`; multiplied with `sample_weight`. As in Keras it
+                does not weigh the texts that `validation_split` holds out.
             **kwargs: those of `Seq2SeqLM.fit`: `epochs`, `validation_data`,
                 `validation_split`, `shuffle`, `sample_weight`, `callbacks`, ...
 
@@ -175,9 +195,14 @@ class TextClassifier(EncoderTask):
                 NaN, or empty texts.
         """
         if class_weight is not None:
-            kwargs["sample_weight"] = self._label_reader().weights(
-                y, class_weight, kwargs.get("sample_weight")
-            )
+            weights = self._label_reader().weights(y, class_weight)
+            held_out = kwargs.get("validation_split", 0.0)
+            number(held_out, "validation_split", at_least=0, below=1)
+            weights[len(weights) - int(len(weights) * held_out) :] = 1
+            given = kwargs.get("sample_weight")
+            if given is not None:
+                weights *= row_weights(given, "sample_weight", len(weights))
+            kwargs["sample_weight"] = weights
         return super().fit(x, y, batch_size, **kwargs)
 
     def predict(self, x: Any, batch_size: int = 32) -> np.ndarray:
@@ -229,6 +254,7 @@ class TextClassifier(EncoderTask):
         """
         if self.kind == "regression":
             raise ValueError("A regression has no classes: use `predict`.")
+        number(threshold, "threshold")
         names: Any = self.class_names or range(self.num_classes or 0)
         shares = self.predict(x, batch_size)
         if self.kind == "single_label":
@@ -239,6 +265,11 @@ class TextClassifier(EncoderTask):
         if y is None:
             raise ValueError(f"`{name}` must come with labels, `y`; got None.")
         return texts_of(x, name), self._labels(y)
+
+    def _unlabeled(self, x):
+        if is_arrays(x) or self.preprocessor is None:
+            return None
+        return texts_of(x, "x")
 
     def _labels(self, y):
         return self._label_reader().read(y)
@@ -277,6 +308,14 @@ class TextClassifier(EncoderTask):
         }
 
 
+def _names(class_names):
+    """Names of classes as a list of strings or numbers."""
+    names = to_list(class_names, "class_names")
+    for name in names:
+        instance(name, "class_names", str | int, "strings or whole numbers")
+    return names
+
+
 def texts_of(x: Any, name: str) -> dict:
     """Texts as columns: `{"encoder": texts}`, and `"second"` for pairs.
 
@@ -285,7 +324,7 @@ def texts_of(x: Any, name: str) -> dict:
     """
     names = ("text", "text_pair")
     if isinstance(x, str | bytes):
-        raise ValueError(f"`{name}` must be a list of texts; got {x!r}.")
+        raise ValueError(f"`{name}` must be a list of texts; got {shown(x)}.")
     found = in_memory(x, names)
     x = found if found or column_names(x) is None else to_list(x, name)
     if isinstance(x, dict) and set(x) == {"text"}:

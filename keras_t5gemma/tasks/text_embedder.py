@@ -18,11 +18,19 @@ from keras_t5gemma.modeling.encoder_states import (
 )
 from keras_t5gemma.modeling.heads import HybridVector, l2_normalize, pool
 from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
-from keras_t5gemma.tasks.fit import check_backbone
+from keras_t5gemma.tasks.fit import check_backbone, check_sizes
 from keras_t5gemma.tasks.hidden_states import as_list, hidden_states
 from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
-from keras_t5gemma.utils.checks import flag, one_of, rows_of_batch, whole_number
+from keras_t5gemma.utils.checks import (
+    flag,
+    is_auto,
+    number_array,
+    one_of,
+    rows_of_batch,
+    whole_number,
+)
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.texts import in_memory
 from keras_t5gemma.utils.types import Tensor
 
 PAIR = ("anchor", "positive")
@@ -70,10 +78,12 @@ class TextEmbedder(EncoderTask):
     ) -> None:
         check_backbone(type(self), backbone, bases.is_backbone(backbone), rest)
         self._parts = 1
+        if projection_dim is not None:
+            projection_dim = rows_of_batch(projection_dim, "projection_dim")
         self.projection_dim = projection_dim
-        self.normalize = normalize
+        self.normalize = flag(normalize, "normalize")
         if lexical_dim is not None:
-            lexical_dim = whole_number(lexical_dim, "lexical_dim", 1)
+            lexical_dim = rows_of_batch(lexical_dim, "lexical_dim")
             if not normalize:
                 raise ValueError(
                     f"`normalize` must be True with `lexical_dim`; got {normalize!r}."
@@ -116,13 +126,15 @@ class TextEmbedder(EncoderTask):
                 divide the batch size.
             **kwargs: `rematerialize`, and those of `keras.Model.compile`.
         """
-        if weighted_metrics == "auto":
+        if is_auto(weighted_metrics):
             metric = keras.metrics.MeanMetricWrapper(in_batch_accuracy, name="accuracy")
             weighted_metrics = [metric]
+        if gradient_cache_rows is not None:
+            rows_of_batch(gradient_cache_rows, "gradient_cache_rows")
         self.gradient_cache_rows = gradient_cache_rows
         super().compile(
             optimizer=optimizer,
-            loss=InfoNCE() if loss == "auto" else loss,
+            loss=InfoNCE() if is_auto(loss) else loss,
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
@@ -300,6 +312,20 @@ class TextEmbedder(EncoderTask):
                 yield rows, batch
                 advance(len(rows))
 
+    def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """Vectors of texts, as `embed`; or of arrays, by `keras.Model.predict`."""
+        check_sizes(batch_size=batch_size, steps=kwargs.get("steps"))
+        if self._unlabeled(x) is None:
+            return super().predict(x, batch_size, **kwargs)
+        return self.embed(x, 32 if batch_size is None else batch_size)
+
+    def _unlabeled(self, x):
+        if self.preprocessor is None or isinstance(x, str | bytes | dict):
+            return None
+        x = in_memory(x)
+        is_texts = isinstance(x, list | tuple) and all(isinstance(t, str) for t in x)
+        return {"encoder": as_list(x)} if is_texts else None
+
     def _columns(self, x, y, name):
         columns = pairs_of(x, y, PAIR, name)
         return {_ARRAYS[side]: column for side, column in columns.items()}, None
@@ -315,9 +341,23 @@ class TextEmbedder(EncoderTask):
 
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines `(n, m)` of vectors `(n, d)` and `(m, d)`, float32."""
+    a, b = _vectors(a=a, b=b)
     lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
     a, b = (x / np.maximum(n, 1e-12) for x, n in zip((a, b), lengths, strict=True))
     return a @ b.T
+
+
+def _vectors(**arrays):
+    """Two arrays of vectors of the same width, float32 `(n, width)`."""
+    found = {name: number_array(value, name) for name, value in arrays.items()}
+    shapes = [array.shape for array in found.values()]
+    if not all(len(shape) == 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        names = " and ".join(f"`{name}`" for name in found)
+        raise ValueError(
+            f"{names} must be (n, width) and (m, width); got {shapes[0]} and "
+            f"{shapes[1]}."
+        )
+    return found.values()
 
 
 def nearest(
@@ -337,7 +377,9 @@ def nearest(
     Raises:
         ValueError: for a `k` that is not in 1..m.
     """
+    queries, vectors = _vectors(queries=queries, vectors=vectors)
     k = whole_number(k, "k", 1, len(vectors))
+    rows_of_batch(rows_at_once, "rows_at_once")
     if not len(queries):
         return np.zeros((0, k), "int64"), np.zeros((0, k), "float32")
     numbers, found = [], []

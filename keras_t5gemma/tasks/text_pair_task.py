@@ -8,12 +8,13 @@ import numpy as np
 from keras_t5gemma.data.fit_adapters import fit_arguments
 from keras_t5gemma.data.pair_dataset import PairDataset
 from keras_t5gemma.data.resumable import any_width
-from keras_t5gemma.data.text_columns import as_columns, as_documents
+from keras_t5gemma.data.text_columns import TEXT_KEYS, as_columns, as_documents
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.prediction import exclusive_loop, predict_on_batch
 from keras_t5gemma.tasks.chunked_loss_task import ChunkedLossTask
-from keras_t5gemma.tasks.fit import FitMixin
+from keras_t5gemma.tasks.fit import FitMixin, check_sizes
 from keras_t5gemma.training.distillation import Distillation
+from keras_t5gemma.utils.texts import in_memory
 
 
 class TextPairTask(FitMixin, ChunkedLossTask):
@@ -117,7 +118,15 @@ class TextPairTask(FitMixin, ChunkedLossTask):
         steps: int | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced."""
+        """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced.
+
+        No pairs, `[]`, give an array of no rows.
+        """
+        check_sizes(batch_size=batch_size, steps=steps)
+        is_empty = _is_empty(x) and (y is None or _is_empty(y))
+        if self.preprocessor is not None and is_empty:
+            length = self.preprocessor.decoder_sequence_length
+            return np.zeros((0, length, self.output.shape[-1]), self.compute_dtype)
         with self._report_truncation(training=False):
             data = self._data(x, y, None, batch_size, steps=steps, batching="fixed")
             if process_group.process_count() > 1 and isinstance(data["x"], PairDataset):
@@ -163,3 +172,11 @@ class TextPairTask(FitMixin, ChunkedLossTask):
         size = self.backbone.config.vocabulary_size
         teacher = self._teacher() if training else None
         return fit_arguments(self.preprocessor, size, *args, teacher=teacher, **kwargs)
+
+
+def _is_empty(x):
+    """Whether columns in memory have no rows."""
+    columns = in_memory(x, TEXT_KEYS)
+    columns = list(columns.values()) if isinstance(columns, dict) else [columns]
+    columns = [in_memory(column) for column in columns]
+    return bool(columns) and all(isinstance(c, list | tuple) and not c for c in columns)

@@ -198,7 +198,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         """
         if sequence_length is None:
             sequence_length = self.decoder_sequence_length
-        whole_number(sequence_length, "sequence_length", 1, MAX_LENGTH)
+        whole_number(sequence_length, "sequence_length", 1)
         if not isinstance(x, dict):
             x = {"encoder_text": x}
         sources, prompts = self._pair(x, decoder_optional=True)
@@ -289,7 +289,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         known = ("encoder_text", "decoder_text")
         if not isinstance(x, dict):
             raise ValueError(
-                f"`x` must be text pairs, a dict with keys {known}; got {shown(x)}."
+                f"`x` must be text pairs, a dict with keys {known}; got "
+                f"{type(x).__name__} {shown(x)}."
             )
         required = known[:1] if decoder_optional else known
         if set(x) - set(known) or set(required) - set(x):
@@ -364,13 +365,27 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         }
 
 
+def check_preprocessor(preprocessor: Any, needed_by: str) -> None:
+    """Raise `ValueError` for anything but a `Seq2SeqLMPreprocessor`.
+
+    Args:
+        preprocessor: what was passed.
+        needed_by: name of the class or method, for the message.
+    """
+    if not isinstance(preprocessor, Seq2SeqLMPreprocessor):
+        raise ValueError(
+            f"`preprocessor` of {needed_by} must be a Seq2SeqLMPreprocessor; got "
+            f"{shown(preprocessor)}."
+        )
+
+
 def _check_objective(preprocessor):
     """Raise `ValueError` if a preprocessor does not fit its objective."""
     objective = preprocessor.objective
     if not (hasattr(objective, "pairs") and hasattr(objective, "mode_tokens")):
         raise ValueError(
             "`objective` must be a PrefixLM or UL2 of `keras_t5gemma.objectives`; "
-            f"got {objective!r}."
+            f"got {shown(objective)}."
         )
     if preprocessor.template is not None:
         raise ValueError("`template` must be None with an `objective`.")

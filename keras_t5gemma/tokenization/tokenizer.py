@@ -190,7 +190,7 @@ class Tokenizer(bases.Tokenizer):
         check_unicode(string(token, "token"), "`token`")
         id = self.processor.PieceToId(token)
         if self.processor.IdToPiece(id) != token:
-            raise ValueError(f"`token` {token!r} is not a piece of the vocabulary.")
+            raise ValueError(f"`token`: the vocabulary has no piece {token!r}.")
         return id
 
     @property

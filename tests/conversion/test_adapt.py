@@ -186,6 +186,8 @@ def test_file_to_file_equals_in_memory(folders, tmp_path, dtype):
     assert loaded.backbone.lineage == lineage
     assert isinstance(loaded.generate("A board", max_length=4), str)
     assert check_checksums(out) == len(loaded.backbone.weights)
+    if not issubclass(kt.Backbone, keras_hub.models.Backbone):
+        return  # Imported after keras_t5gemma; with KERAS_HUB_BASES it is before.
     # KerasHub's base class reads the folder by its own loader.
     theirs = keras_hub.models.Backbone.from_preset(str(out), dtype=dtype)
     for a, b in zip(theirs.weights, expected.weights, strict=True):
