@@ -151,7 +151,8 @@ class Encoder(_Tower):
         x = self._embed(token_ids, training)
         blocks = zip(self.blocks, self.stack.layer_types, strict=True)
         wanted = {} if layers is None else dict.fromkeys(layers, x)
-        for i, (block, kind) in enumerate(list(blocks)[: max(wanted, default=None)]):
+        last = max(layers) if layers else len(self.blocks)
+        for i, (block, kind) in enumerate(list(blocks)[:last]):
             x = self._run(
                 block, (x,), training, attention_mask=masks[kind], angles=angles
             )

@@ -146,14 +146,15 @@ class StatesOfRows:
 
     def _shape(self, total: int, rows: int, longest: int) -> tuple[int, int]:
         """Rows and width of a batch: few different ones where programs are compiled."""
+        # From 2 on: Keras warns of a softmax over a single key.
         if keras.config.backend() == "torch":
-            return rows, self.pad_to or max(1, longest)
+            return rows, max(2, self.pad_to or longest)
         if total <= self.batch_size:
             rows = min(self.batch_size, power_of_two(rows))
         else:
             rows = self.batch_size
         width = self.pad_to or min(self.limit, bucket(longest, halves_from=16))
-        return mesh.round_up(rows), width
+        return mesh.round_up(rows), max(2, width)
 
 
 def _fit(x: Tensor, rows: int, width: int) -> Tensor:
