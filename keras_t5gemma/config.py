@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-from keras_t5gemma.utils.checks import number, whole_number
+from keras_t5gemma.utils.checks import MAX_COUNT, number, shown, whole_number
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-MAX_COUNT = 2**31 - 1  # Sizes beyond it only come from damaged files.
 MAX_LAYERS = 10_000
 
 
@@ -99,7 +98,7 @@ class StackConfig:
         ):
             raise ValueError(
                 f"`layer_types` must be {self.num_layers} of {SLIDING!r} or "
-                f"{FULL!r}; got {types!r}."
+                f"{FULL!r}; got {shown(types)}."
             )
         object.__setattr__(self, "layer_types", types)
 
@@ -159,7 +158,7 @@ class T5GemmaConfig:
             elif side == "decoder" and stack is None:
                 continue
             elif not isinstance(stack, StackConfig):
-                raise ValueError(f"`{side}` must be a StackConfig; got {stack!r}.")
+                raise ValueError(f"`{side}` must be a StackConfig; got {shown(stack)}.")
         _store_counts(self, "vocabulary_size", "max_positions")
         if self.final_soft_cap is not None:
             number(self.final_soft_cap, "final_soft_cap", above=0, other="None")
@@ -183,12 +182,12 @@ class T5GemmaConfig:
         for name, size in (("encoder", encoder), ("decoder", decoder)):
             if isinstance(size, StackConfig):
                 stacks.append(size)
-            elif str(size).lower() in STACKS:
+            elif isinstance(size, str) and size.lower() in STACKS:
                 stacks.append(STACKS[size.lower()])
             else:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(STACKS)}, or a StackConfig; "
-                    f"got {size!r}."
+                    f"got {shown(size)}."
                 )
         return cls(stacks[0], stacks[1], **kwargs)
 
@@ -230,11 +229,18 @@ class T5GemmaConfig:
 
 def _from_dict(cls, config, name):
     if not isinstance(config, dict):
-        raise ValueError(f"`{name}` must be a dict of fields; got {config!r}.")
+        raise ValueError(f"`{name}` must be a dict of fields; got {shown(config)}.")
     known = {field.name for field in dataclasses.fields(cls)}
-    unknown = set(config) - known
+    unknown = [each for each in config if each not in known]
     if unknown:
         raise ValueError(
-            f"`{name}` has unknown fields {sorted(unknown)}; known: {sorted(known)}."
+            f"`{name}` has unknown fields {shown(unknown)}; known: {sorted(known)}."
         )
+    needed = [f.name for f in dataclasses.fields(cls) if _has_no_default(f)]
+    if missing := [each for each in needed if each not in config]:
+        raise ValueError(f"`{name}` must have the fields {missing}.")
     return cls(**config)
+
+
+def _has_no_default(field):
+    return field.default is dataclasses.MISSING

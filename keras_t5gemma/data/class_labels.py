@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_t5gemma.utils.checks import number
+from keras_t5gemma.utils.checks import number, shown
 from keras_t5gemma.utils.texts import column_names, in_memory, to_list
 
 
@@ -97,9 +97,9 @@ class LabelReader:
             elif is_row[i]:
                 if not all(is_row) and any(value in names for value in row):
                     raise ValueError(
-                        f"`y[{i}]` is {row!r}, labels or one number per class: pass "
-                        f"{self.num_classes} zeros and ones for every text, or for "
-                        "none."
+                        f"`y[{i}]` is {shown(row)}, labels or one number per class: "
+                        f"pass {self.num_classes} zeros and ones for every text, or "
+                        "for none."
                     )
                 labels[i] = row
             elif isinstance(row, list | tuple | set | np.ndarray):
@@ -107,7 +107,7 @@ class LabelReader:
             else:
                 raise ValueError(
                     f"`y[{i}]` must be a list of labels among {self._accepted()}, or "
-                    f"{self.num_classes} zeros and ones; got {row!r}."
+                    f"{self.num_classes} zeros and ones; got {shown(row)}."
                 )
         return labels
 
@@ -116,7 +116,7 @@ class LabelReader:
             return "finite numbers"
         return self.class_names or f"0..{self.num_classes - 1}"
 
-    def _number(self, label):
+    def _number(self, label, name="y"):
         if self.class_names is not None:
             if not hasattr(label, "__len__") or isinstance(label, str):
                 if label in self.class_names:
@@ -129,18 +129,16 @@ class LabelReader:
         if self.kind == "multi_label":
             hint += f" A row of {self.num_classes} zeros and ones is accepted too."
         raise ValueError(
-            f"`y` must be labels among {self._accepted()}; got {label!r}.{hint}"
+            f"`{name}` must be labels among {self._accepted()}; got {shown(label)}."
+            f"{hint}"
         )
 
-    def weights(
-        self, y: Any, class_weight: dict, sample_weight: Any = None
-    ) -> np.ndarray:
+    def weights(self, y: Any, class_weight: dict) -> np.ndarray:
         """Weights of texts by their class.
 
         Args:
             y: as in `read`.
             class_weight: dict of labels and weights; 1 for the others.
-            sample_weight: one weight per text to multiply with, or `None`.
 
         Returns:
             float32 `(texts,)`.
@@ -155,22 +153,15 @@ class LabelReader:
         ):
             raise ValueError(
                 "`class_weight` must be a dict of labels and weights, for labels `y` "
-                f"of kind 'single_label'; got {class_weight!r} for {self.kind!r}."
+                f"of kind 'single_label'; got {shown(class_weight)} for {self.kind!r}."
             )
         table = np.ones(self.num_classes, "float32")
         for label, weight in class_weight.items():
-            name = f"class_weight[{label!r}]"
-            table[self._number(label)] = number(weight, name, at_least=0)
-        weights = table[self.read(y)]
-        if sample_weight is None:
-            return weights
-        sample_weight = np.asarray(sample_weight, "float32")
-        if sample_weight.size != len(weights):
-            raise ValueError(
-                "`sample_weight` must have one weight for each of the "
-                f"{len(weights)} texts; got shape {sample_weight.shape}."
+            name = f"class_weight[{shown(label)}]"
+            table[self._number(label, "class_weight")] = number(
+                weight, name, at_least=0
             )
-        return weights * sample_weight.reshape(-1)
+        return table[self.read(y)]
 
 
 def _zeros_and_ones(row, count):

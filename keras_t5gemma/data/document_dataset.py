@@ -7,6 +7,7 @@ import numpy as np
 from keras_t5gemma.data import objective_pairs
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
 from keras_t5gemma.utils.buckets import ceil_div
+from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.ragged import Ragged
 
 
@@ -31,6 +32,11 @@ class DocumentDataset(PairDataset):
     """
 
     def __init__(self, *args: Any, teacher: Any = None, **kwargs: Any) -> None:
+        if teacher is not None and not hasattr(teacher, "inputs"):
+            raise ValueError(
+                "`teacher` must be None, a TeacherInMemory or TeacherScores; got "
+                f"{shown(teacher)}."
+            )
         self.teacher = teacher
         super().__init__(*args, **kwargs)
         if teacher is not None:

@@ -10,6 +10,7 @@ from keras_t5gemma.tokenization.token_ids import named, pad
 from keras_t5gemma.utils.buckets import bucket
 from keras_t5gemma.utils.checks import rows_of_batch
 from keras_t5gemma.utils.ragged import Ragged
+from keras_t5gemma.utils.texts import as_texts
 
 
 class EncoderDataset(PairDataset):
@@ -123,13 +124,14 @@ def encoder_ids(
     Raises:
         ValueError: when a column is not a list of texts, is empty, or has empty texts.
     """
+    # The first column has the name of the model's input.
+    names = {key: name if key == "encoder" else key for key in columns}
+    columns = {key: as_texts(texts, names[key]) for key, texts in columns.items()}
     for key, texts in columns.items():
-        if isinstance(texts, str | bytes):
-            raise ValueError(f"{key!r} must be a list of texts; got {texts!r}.")
         empty = [i for i, text in enumerate(texts) if not len(text)]
         if empty:
             raise ValueError(
-                f"{len(empty)} of {len(texts)} texts of {key!r} are empty, the first "
-                f"is number {empty[0]}: leave them out."
+                f"{len(empty)} of {len(texts)} texts of `{names[key]}` are empty, the "
+                f"first is number {empty[0]}: leave them out."
             )
     return tokenize(preprocessor, columns, name, token_rows)

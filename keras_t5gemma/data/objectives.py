@@ -4,76 +4,46 @@ NumPy only, vectorized over the rows of a batch. The random draws of a row depen
 seed alone: they are the same in every batch, in every order, on every machine.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from keras_t5gemma.data import objective_pairs, span_sampling
+from keras_t5gemma.data.mixtures import MIXTURES as MIXTURES
+from keras_t5gemma.data.mixtures import Spans as Spans
+from keras_t5gemma.data.mixtures import Suffix as Suffix
+from keras_t5gemma.data.mixtures import mixture_rows
+from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.utils import seeded_random
-from keras_t5gemma.utils.checks import number, one_of
+from keras_t5gemma.utils.checks import (
+    instance,
+    number_array,
+    one_of,
+    shown,
+    whole_number,
+)
 from keras_t5gemma.utils.ragged import Ragged
+from keras_t5gemma.utils.texts import to_list
 
 
-@dataclasses.dataclass(frozen=True)
-class Spans:
-    """Span corruption: random spans are removed, each replaced by a sentinel.
-
-    Args:
-        mean_length: mean length of a span in tokens, at least 1.
-        rate: share of the tokens that is removed, in (0, 1).
-        mode: name of the mode token at the start of the encoder's input, or `None`.
-    """
-
-    mean_length: float
-    rate: float
-    mode: str | None = None
-
-    def __post_init__(self):
-        number(self.rate, "rate", above=0, below=1)
-        number(self.mean_length, "mean_length", at_least=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Suffix:
-    """Sequential denoising: the end of the text is removed, without a sentinel.
-
-    Args:
-        rate: share of the tokens that is removed, in (0, 1); `None` draws it uniformly
-            for each text.
-        mode: as in `Spans`.
-    """
-
-    rate: float | None = 0.5
-    mode: str | None = None
-
-    def __post_init__(self):
-        if self.rate is not None:
-            number(self.rate, "rate", above=0, below=1)
-
-
-MIXTURES = {
-    # arXiv 2205.05131, section 3.1: regular, extreme and sequential denoising.
-    "ul2": (
-        (1, Spans(3, 0.15, "[NLU]")),
-        (1, Spans(8, 0.15, "[NLU]")),
-        (1, Spans(3, 0.5, "[NLG]")),
-        (1, Spans(8, 0.5, "[NLG]")),
-        (1, Spans(64, 0.15, "[NLG]")),
-        (1, Spans(64, 0.5, "[NLG]")),
-        (1, Suffix(0.25, "[S2S]")),
-    ),
-    # T5Gemma 2, arXiv 2512.14856, section 3.1. T5Gemma 1's is not published.
-    "t5gemma2": (
-        (1, Spans(3, 0.15)),
-        (1, Spans(12, 0.5)),
-        (1, Spans(32, 0.15)),
-        (1, Spans(32, 0.5)),
-        (4, Suffix(0.75)),
-    ),
-}
+def _ragged(token_ids):
+    """Rows of ids in a list or an array as a `Ragged`."""
+    rows = to_list(token_ids, "token_ids")
+    try:
+        arrays = [np.asarray(row) for row in rows]
+    except ValueError:  # Lists of unequal lengths inside a row.
+        arrays = []
+    if len(arrays) != len(rows) or not all(
+        array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
+        for array in arrays
+    ):
+        raise ValueError(
+            "`token_ids` must be rows of whole numbers, a list of lists or an array "
+            f"(rows, length); got {shown(token_ids)}."
+        )
+    return Ragged.from_rows(arrays)
 
 
 class Objective:
@@ -95,18 +65,15 @@ class Objective:
         sentinels: Sequence[int] = (),
         mode_tokens: dict[str, int] | None = None,
     ) -> None:
-        mixture = tuple(mixture)
-        if not mixture or not all(
-            len(row) == 2 and row[0] > 0 and isinstance(row[1], Spans | Suffix)
-            for row in mixture
-        ):
-            raise ValueError(
-                "`mixture` must be rows of (weight > 0, Spans or Suffix); got "
-                f"{mixture!r}."
-            )
-        self.mixture = mixture
-        self.sentinels = np.array(sentinels, "int32")
-        self.mode_tokens = dict(mode_tokens or {})
+        self.mixture = mixture = mixture_rows(mixture)
+        ids = to_list(sentinels, "sentinels")
+        ids = [whole_number(each, "sentinels", 0) for each in ids]
+        self.sentinels = np.array(ids, "int32")
+        mode_tokens = {} if mode_tokens is None else mode_tokens
+        instance(mode_tokens, "mode_tokens", Mapping, "a dict of names and ids")
+        self.mode_tokens = {
+            name: whole_number(id, "mode_tokens", 0) for name, id in mode_tokens.items()
+        }
         weights, denoisers = zip(*mixture, strict=True)
         self._shares = np.cumsum(weights) / np.sum(weights)
         self._is_spans = np.array([isinstance(d, Spans) for d in denoisers])
@@ -142,7 +109,8 @@ class Objective:
                 are sentinels.
         """
         if not isinstance(token_ids, Ragged):
-            token_ids = Ragged.from_rows(token_ids)
+            token_ids = _ragged(token_ids)
+        whole_number(epoch, "epoch", 0)
         lengths = token_ids.lengths
         kind, taken, spans = self._sizes(lengths, seeds)
         marked = self._is_spans[kind]  # Rows whose spans have sentinels.
@@ -244,11 +212,14 @@ class Objective:
                 f"Every row of `token_ids` must have at least 2 tokens; row "
                 f"{lengths.argmin()} has {lengths.min()}."
             )
-        if len(seeds) != len(lengths):
+        seeds = number_array(seeds, "seeds", "int64")
+        if seeds.shape != np.shape(lengths):
             raise ValueError(
                 f"`seeds` must have {len(lengths)} numbers, one per row; got "
-                f"{len(seeds)}."
+                f"{seeds.size}."
             )
+        if len(seeds) and seeds.min() < 0:
+            raise ValueError(f"`seeds` must be whole numbers >= 0; got {shown(seeds)}.")
         draws = seeded_random.draws(seeds, 3, 0)
         kind = self._kinds(draws)
         taken, spans = self._round(kind, lengths, *draws.reshape(-1, 3)[:, 1:].T)
@@ -324,13 +295,7 @@ class UL2(Objective):
         sentinels: Sequence[int] = (),
         mode_tokens: dict[str, int] | None = None,
     ) -> None:
-        if isinstance(mixture, str) and mixture not in MIXTURES:
-            raise ValueError(
-                f"`mixture` must be one of {list(MIXTURES)}, or rows of (weight, Spans "
-                f"or Suffix); got {mixture!r}."
-            )
-        rows = MIXTURES[mixture] if isinstance(mixture, str) else mixture
-        super().__init__(rows, sentinels, mode_tokens)
+        super().__init__(mixture, sentinels, mode_tokens)
 
     @classmethod
     def from_tokenizer(
@@ -350,8 +315,9 @@ class UL2(Objective):
         Raises:
             ValueError: when there are too few unused tokens, or as `UL2`.
         """
+        instance(tokenizer, "tokenizer", Tokenizer, "a keras_t5gemma.Tokenizer")
         unused = tokenizer.unused_ids
-        rows = MIXTURES.get(mixture, ()) if isinstance(mixture, str) else mixture
+        rows = mixture_rows(mixture)
         names = dict.fromkeys(d.mode for _, d in rows if d.mode is not None)
         if len(unused) <= len(names):
             raise ValueError(
@@ -359,4 +325,4 @@ class UL2(Objective):
                 f"<unused1>, ... for sentinels and modes; it has {len(unused)}."
             )
         modes = dict(zip(names, unused, strict=False))
-        return cls(mixture, unused[len(modes) :][::-1], modes)
+        return cls(rows, unused[len(modes) :][::-1], modes)

@@ -10,7 +10,12 @@ from keras_t5gemma.data import packing
 from keras_t5gemma.data.resumable import ResumableDataset, draw_seed
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.utils.buckets import ceil_div
-from keras_t5gemma.utils.checks import instance, one_of, row_weights, rows_of_batch, whole_number
+from keras_t5gemma.utils.checks import (
+    one_of,
+    row_weights,
+    rows_of_batch,
+    whole_number,
+)
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts
@@ -101,7 +106,7 @@ class PairDataset(ResumableDataset):
         Raises:
             ValueError: for more batches than there are.
         """
-        if whole_number(steps, "steps_per_epoch", 1) > self._all:
+        if whole_number(steps, "steps", 1) > self._all:
             raise ValueError(
                 f"`{name}` has {self._all} batches of {self.batch_size} rows, fewer "
                 f"than the {steps} steps per epoch. Leave the steps out to take all."

@@ -21,11 +21,12 @@ from keras_t5gemma.data.document_dataset import DocumentDataset, cut
 from keras_t5gemma.data.indexed_files import FileRows
 from keras_t5gemma.data.pair_dataset import PairDataset
 from keras_t5gemma.distribution import process_group
-from keras_t5gemma.tokenization.preprocessor import check_preprocessor
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.tokenization.compatibility import check_preprocessor
+from keras_t5gemma.utils.checks import rows_of_batch, string, whole_number
 from keras_t5gemma.utils.ragged import Ragged
 
 _ROWS_AT_ONCE = 1000
+_MAX_THREADS = 256
 
 Paths = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -42,7 +43,8 @@ class _Files:
             ) from error
         self._grain = grain
         check_preprocessor(preprocessor, type(self).__name__)
-        self._threads = whole_number(threads, "threads", 1, 1024)
+        self._threads = whole_number(threads, "threads", 1, _MAX_THREADS)
+        rows_of_batch(batch_size)
         self._next = self._batches = None
         self._lock = threading.Lock()  # TensorFlow prefetches in a thread.
         # Truncation is counted when the lengths are read, and not again.
@@ -180,7 +182,7 @@ class PairFiles(_Files, PairDataset):
         super().__init__(
             preprocessor,
             paths,
-            (source, target),
+            (string(source, "source"), string(target, "target")),
             batch_size,
             threads,
             shuffle=shuffle,
@@ -249,7 +251,7 @@ class TextFiles(_Files, DocumentDataset):
         super().__init__(
             preprocessor,
             paths,
-            (field,),
+            (string(field, "field"),),
             batch_size,
             threads,
             shuffle=shuffle,

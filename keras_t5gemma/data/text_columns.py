@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from keras_t5gemma.data.readers import read_pairs, read_texts
+from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.texts import column_names, in_memory, to_list
 
 TEXT_KEYS = ("encoder_text", "decoder_text")
 
 
-def as_columns(x: Any, y: Any = None) -> dict | None:
+def as_columns(x: Any, y: Any = None, name: str = "x") -> dict | None:
     """In-memory pairs as `{"encoder_text": [...], "decoder_text": [...]}`.
 
     Args:
@@ -19,6 +20,7 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
             a `datasets.Dataset` with these columns; or a `pathlib.Path`, see
             `read_pairs`. A list may be any container of `to_list`.
         y: a list of targets, only with a list of sources.
+        name: of the argument that `x` was passed as, for messages.
 
     Returns:
         The dict, or `None` when `x` is not in-memory text.
@@ -27,12 +29,12 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
         ValueError: when `y` is missing, or passed although `x` has targets.
     """
     if isinstance(x, str | bytes):
-        raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
+        raise ValueError(_not_one_string(x, name))
     if isinstance(x, Path):
         x = read_pairs(x)
-    _check_columns(x, TEXT_KEYS)
+    _check_columns(x, TEXT_KEYS, name)
     x = in_memory(x, TEXT_KEYS)
-    sides = _two_columns(x, "x")
+    sides = _two_columns(x, name)
     if isinstance(x, dict) and any("text" in str(key) for key in x):
         columns = x
     elif sides is not None:
@@ -42,9 +44,9 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
         if isinstance(first, str | bytes):
             if y is None:
                 raise ValueError(
-                    "`y` must be the list of targets when `x` is a list of "
+                    f"`y` must be the list of targets when `{name}` is a list of "
                     "strings; got None. A dict with keys "
-                    f"{TEXT_KEYS} holds both in `x`."
+                    f"{TEXT_KEYS} holds both."
                 )
             return _lists({"encoder_text": x, "decoder_text": y})
         if isinstance(first, dict) and any("text" in str(k) for k in first):
@@ -61,15 +63,15 @@ def as_columns(x: Any, y: Any = None) -> dict | None:
         return None
     if set(columns) != set(TEXT_KEYS):
         raise ValueError(
-            f"`x` must be text pairs with keys {TEXT_KEYS}; got "
-            f"{sorted(map(str, columns))}."
+            f"`{name}` must be text pairs with keys {TEXT_KEYS}; got "
+            f"{shown(list(columns))}."
         )
     if y is not None:
-        raise ValueError("`y` must be None when `x` has the targets.")
+        raise ValueError(f"`y` must be None when `{name}` has the targets.")
     return _lists(columns)
 
 
-def as_documents(x: Any, y: Any = None) -> dict | None:
+def as_documents(x: Any, y: Any = None, name: str = "x") -> dict | None:
     """In-memory texts for an objective as `{"text": [...]}`.
 
     Args:
@@ -77,6 +79,7 @@ def as_documents(x: Any, y: Any = None) -> dict | None:
             pyarrow table or a `datasets.Dataset` with `"text"`; or a `pathlib.Path`,
             see `read_texts`.
         y: must be `None`.
+        name: of the argument that `x` was passed as, for messages.
 
     Returns:
         The dict, or `None` when `x` is not in-memory text.
@@ -87,18 +90,18 @@ def as_documents(x: Any, y: Any = None) -> dict | None:
     if y is not None:
         raise ValueError("`y` must be None: the preprocessor's objective makes it.")
     if isinstance(x, str | bytes):
-        raise ValueError(f"`x` must be a list of strings; got the string {x!r}.")
+        raise ValueError(_not_one_string(x, name))
     if isinstance(x, Path):
         return {"text": read_texts(x)}
     if not set(TEXT_KEYS) & set(column_names(x) or ()):
-        _check_columns(x, ("text",))
+        _check_columns(x, ("text",), name)
     x = in_memory(x, ("text", *TEXT_KEYS))
     names = x if isinstance(x, dict) else ()
     if "text" in names:
         return _lists({"text": x["text"]})
     if set(TEXT_KEYS) & set(names):
         raise ValueError(
-            "`x` must be plain texts, a list or a column `text`, since the "
+            f"`{name}` must be plain texts, a list or a column `text`, since the "
             f"preprocessor has an objective; got {sorted(names)}. For pairs set "
             "`preprocessor.objective = None`."
         )
@@ -114,6 +117,10 @@ def _check_columns(x, wanted, name="x"):
             f"`{name}` must have the columns {wanted}; it has {found}. Rename them "
             "first."
         )
+
+
+def _not_one_string(x, name):
+    return f"`{name}` must be a list of strings; got the string {shown(x)}."
 
 
 def _is_pair(row):
@@ -138,7 +145,7 @@ def _two_columns(x, name):
         raise ValueError(
             f"`{name}` must not be a tuple of two tuples of two strings, which are two "
             "pairs or two columns: pass a list of pairs, or a tuple of two lists; got "
-            f"{x!r:.200}."
+            f"{shown(x)}."
         )
     return sides
 
@@ -147,7 +154,7 @@ def _lists(columns):
     """Columns of any container as lists."""
     for key, column in columns.items():
         if isinstance(column, str | bytes):
-            raise ValueError(f"{key!r} must be a list of strings; got {column!r}.")
+            raise ValueError(f"{key!r} must be a list of strings; got {shown(column)}.")
     return {key: to_list(column, key) for key, column in columns.items()}
 
 
@@ -185,6 +192,6 @@ def pairs_of(x: Any, y: Any, names: tuple[str, str], name: str = "x") -> dict:
         raise ValueError(
             f"`{name}` must be a dict with keys {names}, a list of pairs, or two lists "
             f"of texts, `x` and `y`; got {type(x).__name__}"
-            f"{sorted(map(str, x)) if isinstance(x, dict) else ''}."
+            f"{shown(list(x)) if isinstance(x, dict) else ''}."
         )
     return _lists({key: columns[key] for key in names})

@@ -18,7 +18,7 @@ import ml_dtypes  # noqa: F401  Registers bfloat16 with NumPy.
 import numpy as np
 
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import one_of, whole_number
 
 MESH_AXES = ("data", "model")
 STRATEGIES = ("data", "fsdp", "tensor")
@@ -110,10 +110,7 @@ def partition(
 
 def check_strategy(strategy: str) -> None:
     """Raise `ValueError` for a name that is not in `STRATEGIES`."""
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"`strategy` must be one of {list(STRATEGIES)}; got {strategy!r}."
-        )
+    one_of(strategy, "strategy", STRATEGIES)
 
 
 def check_mesh(mesh: Mapping[str, int]) -> None:

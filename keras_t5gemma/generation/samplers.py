@@ -97,7 +97,10 @@ def get(sampler: Any) -> Any:
         return kind(**config)
     if kind is not None or sampler in _OF_KERAS_HUB or isinstance(sampler, dict):
         hub = require_keras_hub(f"The sampler {sampler!r}")
-        return hub.samplers.get(sampler)
+        try:
+            return hub.samplers.get(sampler)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`sampler` {shown(sampler)}: {error}") from error
     raise ValueError(
         "`sampler` must be a keras_hub.samplers.Sampler or the name of one, "
         f"such as {', '.join(map(repr, SAMPLERS))}; got {shown(sampler)}."

@@ -8,6 +8,8 @@ from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.options import PathOrName, check_choices
 
+MAX_DEVICES = 2**20
+
 
 @dataclasses.dataclass
 class PlanOptions:
@@ -52,7 +54,8 @@ class PlanOptions:
         check_choices(self)
         for name in ("devices", "batch", "lora_rank"):
             if name != "lora_rank" or self.lora_rank is not None:
-                whole_number(getattr(self, name), name, 1)
+                high = MAX_DEVICES if name == "devices" else None
+                whole_number(getattr(self, name), name, 1, high)
         if self.quantize and not self.lora_rank:
             raise ValueError(
                 f"`quantize` {self.quantize!r} needs `lora_rank`: quantized weights "

@@ -15,7 +15,7 @@ from keras_t5gemma.distribution.layouts import STRATEGIES, check_mesh
 from keras_t5gemma.planning.costs import Job, Plan, evaluate
 from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.training.optimizers import OPTIMIZERS
-from keras_t5gemma.utils.checks import one_of, whole_number
+from keras_t5gemma.utils.checks import one_of, shown, whole_number
 from keras_t5gemma.utils.options import takes_options
 
 UNITS = {"": 1, "B": 1} | {
@@ -73,7 +73,7 @@ def _best(
     if mesh is not None:
         meshes = [mesh]
     else:
-        factors = [m for m in range(1, job.devices + 1) if job.devices % m == 0]
+        factors = _divisors(job.devices)
         meshes = [{"data": job.devices // m, "model": m} for m in factors]
     found: list[Plan] = []
     errors: list[ValueError] = []
@@ -94,6 +94,11 @@ def _best(
     if fitting:
         return min(fitting, key=lambda p: (p.received, p.total))
     return min(found, key=lambda p: p.total)
+
+
+def _divisors(count: int) -> list[int]:
+    small = [m for m in range(1, math.isqrt(count) + 1) if count % m == 0]
+    return sorted({*small, *(count // m for m in small)})
 
 
 def _advice(job: Job, strategy: str | None) -> list[str]:
@@ -137,7 +142,7 @@ def read_memory(memory: int | str) -> int:
     Raises:
         ValueError: for anything else.
     """
-    text = str(memory).strip()
+    text = str(memory).strip() if isinstance(memory, int | float | str) else ""
     number = text.rstrip("KMGTiB ")
     try:
         size = float(number) * UNITS[text[len(number) :].strip()]
@@ -147,7 +152,7 @@ def read_memory(memory: int | str) -> int:
         pass
     raise ValueError(
         "`memory` must be a number of bytes, or a size with a unit, e.g. '80GB' or "
-        f"'80GiB'; got {memory!r}."
+        f"'80GiB'; got {shown(memory)}."
     )
 
 
@@ -169,11 +174,11 @@ def read_config(preset: str | os.PathLike[str] | T5GemmaConfig) -> T5GemmaConfig
 
 def read_length(length: Any) -> tuple[int, int]:
     """Lengths of encoder and decoder, from one number for both or a pair."""
-    pair = (length, length) if isinstance(length, Integral) else tuple(length)
-    if len(pair) != 2:
+    pair = (length, length) if isinstance(length, Integral) else length
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise ValueError(
             "`length` must be tokens of encoder and decoder, or one number for both; "
-            f"got {length!r}."
+            f"got {shown(length)}."
         )
     source, target = (whole_number(tokens, "length", 1) for tokens in pair)
     return source, target
@@ -185,9 +190,10 @@ def _read_mesh(
     if mesh is None:
         return None
     if not isinstance(mesh, Mapping):
-        if len(mesh) != 2:
+        if not isinstance(mesh, list | tuple) or len(mesh) != 2:
             raise ValueError(
-                f"`mesh` must be the devices along 'data' and 'model'; got {mesh!r}."
+                "`mesh` must be the devices along 'data' and 'model'; got "
+                f"{shown(mesh)}."
             )
         mesh = {"data": mesh[0], "model": mesh[1]}
     check_mesh(mesh)

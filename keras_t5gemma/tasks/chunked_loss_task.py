@@ -12,7 +12,7 @@ from keras_t5gemma.training.chunked_cross_entropy import token_losses
 from keras_t5gemma.training.distillation import INPUTS as TEACHER_INPUTS
 from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy
-from keras_t5gemma.utils.checks import is_auto
+from keras_t5gemma.utils.checks import is_auto, keras_object
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -35,6 +35,8 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
         **kwargs: Any,
     ) -> None:
         """`keras.Model.compile`; `weighted_metrics="auto"` is accuracy, perplexity."""
+        keras_object(loss, "loss")
+        keras_object(weighted_metrics, "weighted_metrics")
         own = is_auto(weighted_metrics)
         known = type(loss) in (TokenCrossEntropy, Distillation)
         chunked = own and metrics is None and known

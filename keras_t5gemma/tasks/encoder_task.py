@@ -17,14 +17,11 @@ from keras_t5gemma.modeling.heads import POOLINGS
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.fit import FitMixin
-from keras_t5gemma.tokenization.preprocessor import (
-    Seq2SeqLMPreprocessor,
-    check_preprocessor,
-)
-from keras_t5gemma.tokenization.token_ids import check_vocabulary
+from keras_t5gemma.tokenization.compatibility import check_preprocessor
+from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
-from keras_t5gemma.utils.checks import flag, number, one_of, row_weights
+from keras_t5gemma.utils.checks import flag, keras_object, number, one_of, row_weights
 
 INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
@@ -67,9 +64,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
         one_of(pooling, "pooling", POOLINGS)
         is_t5gemma = isinstance(backbone, Backbone)
         if preprocessor is not None:
-            check_preprocessor(preprocessor, type(self).__name__)
-        if preprocessor is not None and is_t5gemma:
-            check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
+            size = backbone.config.vocabulary_size if is_t5gemma else None
+            check_preprocessor(preprocessor, type(self).__name__, size)
         self.backbone = backbone
         self.preprocessor: Any = preprocessor
         self.pooling = pooling
@@ -159,6 +155,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             **kwargs: of `keras.Model.compile`.
         """
         rematerialize = flag(rematerialize, "rematerialize")
+        for name in ("loss", "weighted_metrics"):
+            keras_object(kwargs.get(name), name)
         optimizer = prepare_optimizer(optimizer, self.backbone.variable_dtype)
         super().compile(optimizer=optimizer, **kwargs)
         if isinstance(self.backbone, Backbone):

@@ -231,7 +231,7 @@ def check_sizes(epochs: Any = 1, **sizes: Any) -> None:
     for name, value in sizes.items():
         if value is not None:
             high = MAX_ROWS if "batch_size" in name else None
-            whole_number(value, name, 1, high, other="None")
+            whole_number(value, name, 1, high)
 
 
 def _callbacks(callbacks):

@@ -19,11 +19,8 @@ from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.tasks.text_pair_task import TextPairTask
-from keras_t5gemma.tokenization.preprocessor import (
-    Seq2SeqLMPreprocessor,
-    check_preprocessor,
-)
-from keras_t5gemma.tokenization.token_ids import check_vocabulary
+from keras_t5gemma.tokenization.compatibility import check_preprocessor
+from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.optimizers import prepare_optimizer
 from keras_t5gemma.utils.checks import flag, is_auto, shown
@@ -61,8 +58,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 "(`config.decoder` is None)."
             )
         if preprocessor is not None:
-            check_preprocessor(preprocessor, type(self).__name__)
-            check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
+            size = backbone.config.vocabulary_size
+            check_preprocessor(preprocessor, type(self).__name__, size)
         self.backbone = backbone
         self.preprocessor: Any = preprocessor
         hidden = backbone(backbone.input)["decoder_sequence_output"]
@@ -201,9 +198,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             strip_prompt: return answers without `decoder_text`.
             batch_size: maximum number of sources in a batch; sources of similar length
                 share a batch, and results keep the input order.
-            **options: those of `GenerationOptions`: `temperature`, `top_k`, `top_p`,
-                `num_beams`, `repetition_penalty`, `num_return_sequences`, `seed` and
-                others. They override the sampler of `compile`.
+            **options: those of `GenerationOptions`, e.g. `temperature`, `top_p`,
+                `num_beams` and `seed`; they override the sampler of `compile`.
 
         Returns:
             A string for a string, a list for a list (`[]` for `[]`); for arrays
@@ -227,7 +223,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             texts = [inputs.get("encoder_text"), inputs.get("decoder_text")]
             first = next((t for t in texts if not isinstance(t, str | None)), texts[0])
         nothing = isinstance(first, list | tuple) and not first
-        flag(strip_prompt, "strip_prompt")
+        strip_prompt = flag(strip_prompt, "strip_prompt")
         request = read_request(
             [""] if nothing else inputs,
             self.preprocessor,
@@ -350,7 +346,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         if self.__dict__.get("_scorer") is None:
             # Bypasses Keras's tracking: it owns no weights and is not saved.
             object.__setattr__(self, "_scorer", make_scorer(self))
-        x, labels, weights = self.preprocessor(pairs)
+        x, labels, weights = self.preprocessor.call(pairs)
         result = score(self._scorer, x, labels, weights, batch_size)
         single = isinstance(source, str)
         return {k: v[0] for k, v in result.items()} if single else result

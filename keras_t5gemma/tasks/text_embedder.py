@@ -18,7 +18,7 @@ from keras_t5gemma.modeling.encoder_states import (
 )
 from keras_t5gemma.modeling.heads import HybridVector, l2_normalize, pool
 from keras_t5gemma.tasks.encoder_task import INPUTS, EncoderTask
-from keras_t5gemma.tasks.fit import check_backbone, check_sizes
+from keras_t5gemma.tasks.fit import check_backbone, check_sizes, is_arrays
 from keras_t5gemma.tasks.hidden_states import as_list, hidden_states
 from keras_t5gemma.training.contrastive import InfoNCE, in_batch_accuracy
 from keras_t5gemma.utils.checks import (
@@ -30,7 +30,7 @@ from keras_t5gemma.utils.checks import (
     whole_number,
 )
 from keras_t5gemma.utils.progress import progress_bar
-from keras_t5gemma.utils.texts import in_memory
+from keras_t5gemma.utils.texts import as_texts
 from keras_t5gemma.utils.types import Tensor
 
 PAIR = ("anchor", "positive")
@@ -315,16 +315,16 @@ class TextEmbedder(EncoderTask):
     def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Vectors of texts, as `embed`; or of arrays, by `keras.Model.predict`."""
         check_sizes(batch_size=batch_size, steps=kwargs.get("steps"))
-        if self._unlabeled(x) is None:
+        columns = self._unlabeled(x)
+        if columns is None:
             return super().predict(x, batch_size, **kwargs)
-        return self.embed(x, 32 if batch_size is None else batch_size)
+        size = 32 if batch_size is None else batch_size
+        return self.embed(columns["encoder"], size)
 
     def _unlabeled(self, x):
-        if self.preprocessor is None or isinstance(x, str | bytes | dict):
+        if self.preprocessor is None or is_arrays(x):
             return None
-        x = in_memory(x)
-        is_texts = isinstance(x, list | tuple) and all(isinstance(t, str) for t in x)
-        return {"encoder": as_list(x)} if is_texts else None
+        return {"encoder": as_texts(x, "x")}
 
     def _columns(self, x, y, name):
         columns = pairs_of(x, y, PAIR, name)

@@ -165,7 +165,7 @@ class TextPairTask(FitMixin, ChunkedLossTask):
                 "`x` must be a batch of texts or of arrays of ids, as in `fit`; got "
                 f"{type(x).__name__}."
             )
-        return self.preprocessor(columns, sample_weight=sample_weight)
+        return self.preprocessor.call(columns, sample_weight=sample_weight)
 
     def _data(self, *args, training=False, **kwargs):
         """See `FitMixin`."""

@@ -11,7 +11,13 @@ import numpy as np
 from keras_t5gemma.checkpoints import preset_saving, presets
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
-from keras_t5gemma.tokenization.token_ids import id_array, named, pad, padded_width
+from keras_t5gemma.tokenization.compatibility import check_objective
+from keras_t5gemma.tokenization.token_ids import (
+    id_array,
+    named,
+    pad,
+    padded_width,
+)
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.tokenization.truncation import CountsTruncation
 from keras_t5gemma.utils.checks import instance, row_weights, shown, whole_number
@@ -101,7 +107,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         if objective is None:
             return
         try:
-            _check_objective(self)
+            check_objective(self)
         except ValueError:
             self._objective = None
             raise
@@ -363,43 +369,3 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             "template": self.template,
             "pad_to_multiple_of": self.pad_to_multiple_of,
         }
-
-
-def check_preprocessor(preprocessor: Any, needed_by: str) -> None:
-    """Raise `ValueError` for anything but a `Seq2SeqLMPreprocessor`.
-
-    Args:
-        preprocessor: what was passed.
-        needed_by: name of the class or method, for the message.
-    """
-    if not isinstance(preprocessor, Seq2SeqLMPreprocessor):
-        raise ValueError(
-            f"`preprocessor` of {needed_by} must be a Seq2SeqLMPreprocessor; got "
-            f"{shown(preprocessor)}."
-        )
-
-
-def _check_objective(preprocessor):
-    """Raise `ValueError` if a preprocessor does not fit its objective."""
-    objective = preprocessor.objective
-    if not (hasattr(objective, "pairs") and hasattr(objective, "mode_tokens")):
-        raise ValueError(
-            "`objective` must be a PrefixLM or UL2 of `keras_t5gemma.objectives`; "
-            f"got {shown(objective)}."
-        )
-    if preprocessor.template is not None:
-        raise ValueError("`template` must be None with an `objective`.")
-    ids = [*objective.sentinels.tolist(), *objective.mode_tokens.values()]
-    size = preprocessor.tokenizer.vocabulary_size()
-    if ids and not 0 <= min(ids) <= max(ids) < size:
-        raise ValueError(
-            "`sentinels` and `mode_tokens` of the objective must be ids in "
-            f"[0, {size}); got ids from {min(ids)} to {max(ids)}."
-        )
-    if preprocessor.longest_text() < 3:
-        raise ValueError(
-            "`encoder_sequence_length` "
-            f"{preprocessor.encoder_sequence_length} and `decoder_sequence_length` "
-            f"{preprocessor.decoder_sequence_length} are too short for the "
-            "`objective`: a text of 3 tokens does not fit."
-        )

@@ -17,6 +17,7 @@ from keras_t5gemma.utils.files import open_regular
 from keras_t5gemma.utils.texts import as_texts, check_unicode
 
 VOCABULARY_FILE = presets.VOCABULARY_FILE
+_MANY = 256  # Texts, from which on a batch is encoded in one call.
 _REQUIRED = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
 # Never parsed from a user's text, whatever their type in the vocabulary.
 _CONTROL = re.compile(
@@ -113,8 +114,8 @@ class Tokenizer(bases.Tokenizer):
             check_unicode(text, "`text`")
             return self._encode(text, parse_control_tokens)
         texts = as_texts(text, "text")
-        if not any(_CONTROL.search(t) for t in texts):
-            return self.processor.Encode(texts)  # The whole batch in one call.
+        if len(texts) >= _MANY and not any(_CONTROL.search(t) for t in texts):
+            return self.processor.Encode(texts)  # In threads, which take time to start.
         return [self._encode(t, parse_control_tokens) for t in texts]
 
     def _encode(self, text, parse_control_tokens):

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_t5gemma import _compat
 from keras_t5gemma.training.accumulation import accumulate_exactly
+from keras_t5gemma.utils.checks import shown
 
 OPTIMIZERS = {
     "adafactor": keras.optimizers.Adafactor,
@@ -32,11 +33,23 @@ def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
     """
     if isinstance(optimizer, str) and optimizer == "auto":
         optimizer = keras.optimizers.Adafactor(1e-4)
-    optimizer = keras.optimizers.get(optimizer)
+    try:
+        optimizer = keras.optimizers.get(optimizer)
+    except Exception as error:
+        raise ValueError(_message(optimizer)) from error
+    if optimizer is None:
+        raise ValueError(_message(optimizer))
     check_optimizer(optimizer, dtype)
     update_in_place(optimizer)
     accumulate_exactly(optimizer)
     return optimizer
+
+
+def _message(optimizer):
+    return (
+        "`optimizer` must be a keras.optimizers.Optimizer, its name or its config; got "
+        f"{shown(optimizer)}."
+    )
 
 
 def check_optimizer(optimizer: keras.optimizers.Optimizer, dtype: str) -> None:

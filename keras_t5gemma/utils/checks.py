@@ -116,12 +116,13 @@ def row_weights(value: Any, name: str, rows: int) -> np.ndarray:
     return weights.reshape(rows)
 
 
-def number_array(value: Any, name: str) -> np.ndarray:
-    """Check an array of finite numbers and return it as float32.
+def number_array(value: Any, name: str, dtype: str = "float32") -> np.ndarray:
+    """Check an array of finite numbers and return it in a dtype.
 
     Args:
         value: any container of numbers that NumPy reads, e.g. a list or a tensor.
         name: of the argument, for the message.
+        dtype: of the result; an integer one accepts whole numbers only.
 
     Raises:
         ValueError: for anything else.
@@ -134,12 +135,21 @@ def number_array(value: Any, name: str) -> np.ndarray:
     # A column of numbers of other libraries may be an array of objects.
     if array is not None and array.dtype == object:
         is_numbers = all(isinstance(each, numbers.Real) for each in array.flat)
-        array = array.astype("float64") if array.size and is_numbers else None
-    if array is None or array.dtype.kind not in "iubf":
-        raise ValueError(f"`{name}` must be an array of numbers; got {shown(value)}.")
+        try:
+            array = array.astype("float64") if array.size and is_numbers else None
+        except OverflowError:  # A whole number that no float can hold.
+            array = None
+    kinds = "iubf" if np.dtype(dtype).kind == "f" else "iub"
+    if array is not None and not array.size:
+        array = array.astype(dtype)
+    if array is None or array.dtype.kind not in kinds:
+        whole = "" if "f" in kinds else "whole "
+        raise ValueError(
+            f"`{name}` must be an array of {whole}numbers; got {shown(value)}."
+        )
     if not np.isfinite(array).all():
         raise ValueError(f"`{name}` must be finite numbers; got {shown(value)}.")
-    return array.astype("float32")
+    return array.astype(dtype)
 
 
 def one_of(value: Any, name: str, accepted: Iterable[Any]) -> Any:
@@ -160,6 +170,22 @@ def one_of(value: Any, name: str, accepted: Iterable[Any]) -> Any:
             return value
     words = ", ".join(map(repr, accepted))
     raise ValueError(f"`{name}` must be one of {words}; got {shown(value)}.")
+
+
+def keras_object(value: Any, name: str) -> Any:
+    """Check the type of a loss or of metrics for `compile`, which Keras reads later."""
+    is_known = value is None or isinstance(value, str | list | tuple | dict)
+    if not is_known and not callable(value):
+        raise ValueError(
+            f"`{name}` must be a Keras object, its name, or a list or dict of those; "
+            f"got {shown(value)}."
+        )
+    return value
+
+
+def is_auto(value: Any) -> bool:
+    """Whether an argument is `"auto"`; safe for arrays."""
+    return isinstance(value, str) and value == "auto"
 
 
 def flag(value: Any, name: str) -> bool:
@@ -205,11 +231,18 @@ def path(value: Any, name: str) -> Path:
             string, and a null character.
     """
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(text, str) or not text or "\0" in text:
+    if not isinstance(text, str) or not text or "\0" in text or not _is_utf8(text):
         raise ValueError(
             f"`{name}` must be the path of a file or folder; got {shown(value)}."
         )
     return Path(text)
+
+
+def _is_utf8(text):
+    try:
+        return bool(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # Other lone surrogates.
+        return False
 
 
 def _is_finite(value):

@@ -23,6 +23,9 @@ def progress_bar(
     Yields:
         A function to call with the amount of work done since the last call.
     """
+    if not verbose:
+        yield lambda amount: None
+        return
     amount: tuple[rich.progress.ProgressColumn, ...] = (
         (rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn())
         if is_bytes
@@ -35,7 +38,7 @@ def progress_bar(
         rich.progress.TimeRemainingColumn(),
     )
     console = rich.console.Console(stderr=True)
-    shown = verbose and console.is_terminal and total > 1
+    shown = console.is_terminal and total > 1
     with rich.progress.Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(title, total=total)
         yield lambda amount: bar.advance(task, amount)

@@ -187,7 +187,7 @@ def test_unused_tokens_are_sentinels_and_modes(tokenizer):
         (lambda: Suffix(0), "`rate` must be a number above 0 and below 1; got 0"),
         (lambda: PrefixLM("third"), "`split` must be one of.*random.*'third'"),
         (lambda: UL2("t5"), "`mixture` must be one of.*t5gemma2.*'t5'"),
-        (lambda: UL2([]), "`mixture` must be rows of"),
+        (lambda: UL2([]), "`mixture` must be one of"),
         (lambda: UL2([(0, Spans(3, 0.1))], [1]), "weight > 0"),
         (lambda: UL2("t5gemma2"), "`sentinels` must not be empty"),
         (lambda: UL2("ul2", [9]), r"`mode_tokens` must have an id for \['\[NLG\]'"),

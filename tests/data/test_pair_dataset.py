@@ -6,7 +6,8 @@ import pytest
 from helpers.models import SENTENCES, tiny_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.data.fit_adapters import MappedBatches, StreamBatches, fit_arguments
+from keras_t5gemma.data.fit_adapters import fit_arguments
+from keras_t5gemma.data.text_batches import MappedBatches, StreamBatches
 from keras_t5gemma.data.pair_dataset import BATCHINGS, PairDataset
 from keras_t5gemma.data.resumable import any_width, follow
 
@@ -295,7 +296,10 @@ def test_what_cannot_go_on_says_so(preprocessor):
     batches = PairDataset(preprocessor, PAIRS, batch_size=5)
     with pytest.raises(ValueError, match=r"`batch` must be in \[0, 7\).*got 7"):
         batches.start_at(0, 7)
-    generator = fit_arguments(preprocessor, 480, (b for b in stream_of_seven()))["x"]
+    with pytest.raises(ValueError, match="`x` is an iterator.*pass `steps_per_epoch`"):
+        fit_arguments(preprocessor, 480, (b for b in stream_of_seven()))
+    data = (b for b in stream_of_seven())
+    generator = fit_arguments(preprocessor, 480, data, steps=7)["x"]
     with pytest.raises(ValueError, match="iterated again; got generator"):
         kt.callbacks.BackupAndRestore("nowhere").restore(None, generator)
 
@@ -306,7 +310,7 @@ def test_what_cannot_go_on_says_so(preprocessor):
         ({"batching": "buckets"}, "`batching` must be one of.*'fixed'.*got 'buckets'"),
         ({"batch_size": 2.5}, "`batch_size` must be a whole number.*2.5"),
         ({"steps": 8, "batch_size": 5}, "7 batches of 5 rows, fewer than the 8 steps"),
-        ({"sample_weight": [1.0]}, r"one weight for each of the 35 pairs.*\(1,\)"),
+        ({"sample_weight": [1.0]}, r"one weight for each of the 35 rows.*\(1,\)"),
         ({"validation_split": 0.01}, "`validation_split` 0.01 of 35 rows leaves none"),
         ({"x": {key: [] for key in PAIRS}}, "same number of rows.*at least"),
         (

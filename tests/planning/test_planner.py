@@ -208,7 +208,7 @@ BAD = [
     ({"strategy": "tensor", "mesh": {"data": 16}}, "'tensor' splits nothing"),
     ({"mesh": {"rows": 16}}, "'rows'"),
     ({"mesh": (16, 1, 1)}, "`mesh` must be the devices along.*(16, 1, 1)"),
-    ({"devices": 0}, "`devices` must be a whole number from 1; got 0"),
+    ({"devices": 0}, "`devices` must be a whole number from 1 to 1048576; got 0"),
     ({"devices": 7}, "No layout of 7 devices divides"),
     ({"batch": 2.5}, "`batch` must be"),
     ({"length": (1, 2, 3)}, "`length` must be"),

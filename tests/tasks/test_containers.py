@@ -7,7 +7,7 @@ import pytest
 from helpers.models import one_block_config
 
 import keras_t5gemma as kt
-from keras_t5gemma.data.fit_adapters import map_batch
+from keras_t5gemma.data.text_batches import map_batch
 from keras_t5gemma.data.text_columns import as_columns, as_documents, pairs_of
 from keras_t5gemma.planning.planner import read_length
 
@@ -111,9 +111,15 @@ def test_nothing_gives_nothing(tokenizer):
     assert embedder.embed([], dimensions=5).shape == (0, 5)
     states, padding = embedder.hidden_states([])
     assert states.shape == (0, 0, 16) and padding.shape == (0, 0)
-    states, padding = embedder.hidden_states([], sequence_length=7)
+    states, padding = embedder.hidden_states([], pad_to=7, as_numpy=True)
     assert states.shape == (0, 7, 16) and states.dtype == np.float32
-    assert padding.shape == (0, 7) and padding.dtype == np.int32
+    assert padding.shape == (0, 7) and padding.dtype == bool
+    assert embedder.predict([]).shape == (0, 16)
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()), preprocessor)
+    for nothing in ([[]], [[], []], [{"encoder_text": [], "decoder_text": []}]):
+        assert model.predict(*nothing).shape == (0, 8, 480)
+    with pytest.raises(ValueError, match="`x`"):
+        model.fit([])
     numbers, cosines = kt.nearest(np.zeros((0, 4)), np.ones((3, 4)), k=2)
     assert numbers.shape == cosines.shape == (0, 2)
 

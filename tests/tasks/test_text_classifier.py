@@ -190,7 +190,7 @@ def test_refusals(tokenizer, model):
         kt.TextClassifier(*make_encoder(tokenizer))
     with pytest.raises(ValueError, match="a name twice"):
         make_classifier(tokenizer, class_names=["a", "a"])
-    with pytest.raises(ValueError, match="`num_classes` is 2, `class_names` are 3"):
+    with pytest.raises(ValueError, match="`num_classes` must be.*`class_names`, 3; got 2"):
         make_classifier(tokenizer, class_names=NAMES, num_classes=2)
     with pytest.raises(ValueError, match="`kind` must be one of.*'ranking'"):
         make_classifier(tokenizer, kind="ranking")
@@ -283,8 +283,8 @@ def test_class_weights(tokenizer):
     classifier = make_classifier(tokenizer)
     train(classifier, LABELS, class_weight={"tool": 0, "game": np.int64(2)})
     assert "tool" not in classifier.classify(TEXTS)
-    found = classifier._label_reader().weights(["tool", "game"], {"tool": 0.5}, [3, 4])
-    assert found.tolist() == [1.5, 4]
+    found = classifier._label_reader().weights(["tool", "game"], {"tool": 0.5})
+    assert found.tolist() == [0.5, 1]
     for weights, message in (
         ({"food": 1}, "labels among .*got 'food'"),
         ({"tool": -1}, r"`class_weight\['tool'\]` must be a number at least 0"),
@@ -296,6 +296,39 @@ def test_class_weights(tokenizer):
         make_classifier(tokenizer, kind="regression").fit(
             TEXTS, range(6), class_weight={0: 1}
         )
+
+
+@pytest.mark.one_backend
+def test_class_weights_leave_held_out_texts_alone(tokenizer):
+    """As in Keras: the validation loss counts all classes alike."""
+    classifier = make_classifier(tokenizer)
+    labels = ["game", "game", "tool", "tool"]
+    expected = classifier.evaluate(
+        TEXTS[2:4], labels[2:], sample_weight=[1, 3], verbose=0
+    )
+    classifier.optimizer.learning_rate = 0.0
+    history = classifier.fit(
+        TEXTS[:4],
+        labels,
+        class_weight={"tool": 0.01, "game": 5},
+        sample_weight=[1, 1, 1, 3],
+        validation_split=0.5,
+        verbose=0,
+    ).history
+    assert history["val_loss"][0] == pytest.approx(expected[0], rel=1e-5)
+
+
+@pytest.mark.one_backend
+def test_single_batches_need_no_labels(tokenizer):
+    classifier = make_classifier(tokenizer)
+    logits = np.asarray(keras.ops.convert_to_numpy(classifier.predict_on_batch(TEXTS)))
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert np.allclose(shares, classifier.predict(TEXTS), atol=1e-5)
+    embedder = kt.TextEmbedder(classifier.backbone, classifier.preprocessor)
+    vectors = embedder.embed(TEXTS)
+    found = keras.ops.convert_to_numpy(embedder.predict_on_batch(TEXTS))
+    assert np.allclose(found, vectors, atol=1e-5)
+    assert np.array_equal(embedder.predict(TEXTS), vectors)
 
 
 @pytest.mark.one_backend

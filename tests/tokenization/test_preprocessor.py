@@ -110,7 +110,7 @@ def test_empty_strings_are_rows_of_padding(preprocessor):
         ({"encoder_text": ["a"]}, r"keys.*got \['encoder_text'\]"),
         ({"encoder_text": ["a"], "decoder_text": ["a", "b"]}, "equally many.*1 and 2"),
         ({"encoder_text": [1], "decoder_text": ["a"]}, r"`encoder_text\[0\]`.*int 1"),
-        (["a"], "must be a dict.*list"),
+        (["a"], "`x` must be text pairs, a dict.*list"),
     ],
 )
 def test_bad_pairs(preprocessor, x, message):

@@ -1,0 +1,244 @@
+"""Batches of text that users make, tokenized one by one: datasets and iterables."""
+
+import itertools
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_t5gemma.data.resumable import ResumableDataset, draw_seed
+from keras_t5gemma.data.text_columns import TEXT_KEYS, as_documents
+from keras_t5gemma.distribution import mesh
+from keras_t5gemma.utils.checks import shown
+from keras_t5gemma.utils.texts import column_names, in_memory
+
+_STEPS = "`steps_per_epoch` (`steps`, `validation_steps`)"
+_MAX_COUNTED = 1_000_000  # Batches that are iterated to count them.
+
+
+class MappedBatches(ResumableDataset):
+    """A user's PyDataset of text batches, tokenized batch by batch.
+
+    `start_at` is exact when the dataset does not change between epochs.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`.
+        dataset: the `keras.utils.PyDataset`.
+        shuffle: a new order of the batches in every epoch.
+        steps: batches per epoch; the next epoch continues where this one ends. `None`
+            takes all of them.
+        name: of the argument that `dataset` was passed as, for messages.
+
+    Raises:
+        ValueError: for an endless dataset without `steps`.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Any,
+        dataset: keras.utils.PyDataset,
+        shuffle: bool = False,
+        steps: int | None = None,
+        name: str = "x",
+    ) -> None:
+        super().__init__(
+            workers=dataset.workers,
+            use_multiprocessing=False,
+            max_queue_size=dataset.max_queue_size,
+        )
+        self.preprocessor = preprocessor
+        self.dataset = dataset
+        self.name = name
+        self.length = dataset.num_batches if steps is None else steps
+        self.seed = None
+        if shuffle and dataset.num_batches is not None:
+            self.seed = draw_seed()
+        if self.length is None:
+            raise _endless(name)
+
+    def batches_an_epoch(self):
+        """Batches of a whole epoch."""
+        return self.length
+
+    def __getitem__(self, index):
+        number, count = self._position(index), self.dataset.num_batches
+        if count is not None:
+            epoch, number = divmod(number, count)
+            if self.seed is not None:
+                order = np.random.default_rng((self.seed, epoch)).permutation(count)
+                number = int(order[number])
+        batch = map_batch(self.preprocessor, self.dataset[number], self.name)
+        return self._count(index, batch)
+
+    def on_epoch_begin(self):
+        super().on_epoch_begin()
+        self.dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        self.dataset.on_epoch_end()
+
+
+class StreamBatches(ResumableDataset):
+    """An iterable of text batches that can be iterated again.
+
+    Batches are read in order; an earlier batch restarts the iterable. `start_at` is
+    exact when the iterable gives the same batches in every run.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`.
+        batches: the iterable.
+        length: batches per epoch.
+        continues: `True` starts an epoch where the previous one ended, and restarts
+            the iterable when it is exhausted; `False` restarts it in every epoch.
+        name: of the argument that `batches` was passed as, for messages.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Any,
+        batches: Iterable,
+        length: int,
+        continues: bool = False,
+        name: str = "x",
+    ) -> None:
+        super().__init__(workers=0)
+        self.name = name
+        self.preprocessor = preprocessor
+        self.batches = batches
+        self.length = length
+        self.continues = continues
+        self._place = (None, None)  # The epoch, and the next of its batches.
+        self._lock = threading.Lock()  # TensorFlow prefetches in a thread.
+
+    def batches_an_epoch(self):
+        """Batches of a whole epoch."""
+        return self.length
+
+    def __getitem__(self, index):
+        epoch, wanted = self.epoch, self.skipped + index
+        if self.continues:
+            epoch, wanted = 0, self._position(index)
+        with self._lock:
+            if self._place[0] != epoch or self._place[1] > wanted:
+                self.iterator, self._place = iter(self.batches), (epoch, 0)
+            while self._place[1] <= wanted:
+                batch = self._next()
+                self._place = (epoch, self._place[1] + 1)
+        return self._count(index, map_batch(self.preprocessor, batch, self.name))
+
+    def _next(self):
+        batch = next(self.iterator, None)
+        if batch is None and self.continues:
+            self.iterator = iter(self.batches)
+            batch = next(self.iterator, None)
+        if batch is None:
+            raise ValueError(
+                f"`{self.name}` must have {self.length} batches in every epoch; it "
+                f"ended after {self._place[1]}."
+            )
+        return batch
+
+
+def stream(
+    preprocessor: Any, batches: Iterable, steps: int | None = None, name: str = "x"
+) -> tuple[Iterable, int | None]:
+    """Arrays from an iterable of text batches.
+
+    Generators, `tf.data`, Grain and PyTorch DataLoaders are all iterables.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`.
+        batches: the iterable; each item is a dict of text columns, or a
+            `(sources, targets)` pair of lists.
+        steps: batches per epoch; with `None` an epoch is all of the iterable, which is
+            iterated once to count when it has no length.
+        name: of the argument that `batches` was passed as, for messages.
+
+    Returns:
+        `(data for keras.Model.fit, steps)`.
+
+    Raises:
+        ValueError: when it cannot be iterated, is empty, or, without `steps`, is
+            endless or an iterator, which does not say whether it ends.
+    """
+    try:
+        again = iter(batches) is not batches
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be text pairs (lists, a dict of lists) or an iterable "
+            f"of batches of them; got {shown(batches)}."
+        ) from None
+    if again:
+        length = _length(batches, name) if steps is None else steps
+        has_steps = steps is not None
+        return StreamBatches(preprocessor, batches, length, has_steps, name), None
+    if steps is None:
+        raise ValueError(
+            f"`{name}` is an iterator ({type(batches).__name__}), which may be "
+            f"endless: pass {_STEPS}, or an iterable that can be iterated again."
+        )
+    return (map_batch(preprocessor, batch, name) for batch in batches), steps
+
+
+def _length(batches, name):
+    cardinality = getattr(batches, "cardinality", None)
+    if cardinality is not None and int(cardinality()) == -1:
+        raise _endless(name)
+    try:
+        length = len(batches)
+    except TypeError:
+        length = sum(1 for _ in itertools.islice(batches, _MAX_COUNTED + 1))
+    if length > _MAX_COUNTED:
+        raise _endless(name)
+    if not length:
+        raise ValueError(f"`{name}` is empty.")
+    return length
+
+
+def _endless(name):
+    return ValueError(
+        f"`{name}` never ends, or has too many batches to count them: pass {_STEPS}."
+    )
+
+
+def map_batch(preprocessor: Any, batch: Any, name: str = "x") -> Any:
+    """Tokenize one batch of text; a batch of arrays is returned unchanged.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`.
+        batch: what the user's iterable yielded.
+        name: of the argument that the iterable was passed as, for messages.
+
+    Raises:
+        ValueError: when it is not a batch of texts or arrays.
+    """
+    if column_names(batch) is not None:
+        batch = in_memory(batch, (*TEXT_KEYS, "text"))
+    columns, weight = batch, None
+    first = batch[0] if isinstance(batch, list | tuple) and len(batch) else batch
+    is_ids = isinstance(first, dict) and "encoder_token_ids" in first
+    if preprocessor.objective is not None and not is_ids:
+        columns = as_documents(batch, None, name) or {"text": batch}
+    elif isinstance(batch, list | tuple):
+        if len(batch) and isinstance(batch[0], dict):
+            columns = batch[0]
+            weight = batch[2] if len(batch) > 2 else None
+        elif len(batch) == 2:
+            columns = dict(zip(TEXT_KEYS, batch, strict=True))
+    if not isinstance(columns, dict):
+        raise ValueError(
+            f"A batch of `{name}` must be a dict with keys {TEXT_KEYS}, or a pair "
+            f"(sources, targets) of lists; got {shown(batch)}."
+        )
+    if "encoder_token_ids" in columns:
+        return batch
+    for key, column in columns.items():
+        if isinstance(column, str | bytes) or getattr(column, "shape", None) == ():
+            raise ValueError(
+                f"{shown(key)} of `{name}` must be a batch of strings; got one string. "
+                "Batch the dataset first, e.g. `.batch(32)`."
+            )
+    return mesh.fill_batch(preprocessor.call(columns, sample_weight=weight))
