@@ -91,15 +91,19 @@ def doubled(documents, longest=250):
     return [f"{line}\n{line}" for line in lines if 40 <= len(line) <= longest]
 
 
-def read_synopsis(data, split):
-    """Text pairs of a split, `{"encoder_text": [...], "decoder_text": [...]}`."""
+def read_synopsis(data, split, names=False):
+    """Text pairs of a split, `{"encoder_text": [...], "decoder_text": [...]}`.
+
+    With `names` also the packages' names, `"name"`.
+    """
     path = Path(data) / f"synopsis/{split}.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return {
+    pairs = {
         "encoder_text": [row["text"] for row in rows],
         "decoder_text": [row["summary"] for row in rows],
     }
+    return {**pairs, "name": [row["id"] for row in rows]} if names else pairs
 
 
 def tokenizer():

@@ -27,15 +27,21 @@ LENGTH, ROWS, ROUND = 256, 8, 200  # Tokens a row, rows a step, steps a round.
 
 
 def make_source(size, dtype="float32"):
-    """An untrained GemmaCausalLM with all features of Gemma 2."""
+    """An untrained decoder-only model of a size of `WIDTHS`."""
     heads = WIDTHS[size] // HEAD_DIM
+    shape = WIDTHS[size], LAYERS[size], FEED_FORWARD[size], heads, heads
+    return make_gemma2(*shape, dtype=dtype)
+
+
+def make_gemma2(width, layers, feed_forward, heads, kv_heads, dtype="float32"):
+    """An untrained GemmaCausalLM with all features of Gemma 2."""
     backbone = keras_hub.models.GemmaBackbone(
         vocabulary_size=corpus.tokenizer().vocabulary_size(),
-        num_layers=LAYERS[size],
+        num_layers=layers,
         num_query_heads=heads,
-        num_key_value_heads=heads,
-        hidden_dim=WIDTHS[size],
-        intermediate_dim=2 * FEED_FORWARD[size],  # KerasHub counts both halves.
+        num_key_value_heads=kv_heads,
+        hidden_dim=width,
+        intermediate_dim=2 * feed_forward,  # KerasHub counts both halves.
         head_dim=HEAD_DIM,
         query_head_dim_normalize=True,
         use_post_ffw_norm=True,

@@ -1,190 +1,326 @@
-"""Train the embedded presets with the paper's recipe, on a CPU.
+"""Train the embedded presets with the paper's recipe.
 
     KERAS_BACKEND=jax python tools/train_mini.py --data DATA --runs RUNS
 
-Trains a decoder-only model with KerasHub (experiments/sources.py), adapts it to a
-balanced pair, pretrains that with PrefixLM on plain text and fine-tunes it on package
-synopses. Copying from the encoder is what a small model learns last, so part of the
-plain text repeats every paragraph: the encoder's half then equals the target.
+Decoder-only Gemma 2 models, a deep and a shallow one, are trained on plain text with
+KerasHub's layers. They are adapted to a pair with a deep encoder and a shallow decoder,
+which is pretrained with UL2 and PrefixLM and fine-tuned on package synopses. Copying
+from the encoder is what a small model learns last, so some of the pretraining rows
+repeat a paragraph.
 
-Every step keeps backups: started again after an interruption, it resumes. At the end
-`RUNS/mini/presets` holds both presets, in bfloat16, with their model cards.
+Made for one GPU, where it takes minutes (`--seconds` bounds the stages); on two CPU
+cores it takes hours. A stage that is done is not repeated. At the end `RUNS` holds
+`t5gemma_mini` and `t5gemma_mini_synopsis` in bfloat16; `tools/mini_cards.py` measures
+them and writes their model cards.
 """
 
 import argparse
+import dataclasses
 import json
-import subprocess
+import math
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT)]
 
 import corpus  # noqa: E402
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import sources  # noqa: E402
 
 import keras_t5gemma as kt  # noqa: E402
-from keras_t5gemma.conversion.adapt import adapt_to_folder
-from keras_t5gemma.conversion.convert import convert
-from keras_t5gemma.recipes.model_card import card_metadata, eval_result, save_card
+from keras_t5gemma.conversion.convert import convert  # noqa: E402
+from keras_t5gemma.utils.ragged import Ragged  # noqa: E402
 
-SIZE = "large"
-ONCE, TWICE, LONGEST = 6_000, 10_000, 400  # Of `corpus.mixture`.
-
-
-def write_mixture(data, folder):
-    """Write the pretraining texts and the held-out texts as JSON lines."""
-    paths = [folder / f"{name}.jsonl" for name in ("mixture", "held-out")]
-    if not paths[1].exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = corpus.mixture(data, ONCE, TWICE, LONGEST), corpus.held_out(data)
-        for path, part in zip(paths, texts, strict=True):
-            rows = [json.dumps({"text": text}) + "\n" for text in part]
-            path.write_text("".join(rows), encoding="utf-8")
-    return paths
+SHAPE = {"width": 192, "feed_forward": 384, "heads": 6, "kv_heads": 2}
+ENCODER_LAYERS, DECODER_LAYERS = 6, 2
+LENGTH = 128  # Tokens of the encoder and of the decoder in pretraining.
+PREFIX, COPY = 0.4, 0.15  # Shares of the pretraining rows; the rest is UL2.
+SYNOPSIS_LENGTHS = (224, 40)
+ROUND = 50  # Steps between changes of the learning rate.
 
 
-CARD = """# {name}
+@dataclasses.dataclass
+class Stage:
+    """Steps, rows of a step, peak learning rate and maximum seconds of a training."""
 
-{description}
-
-{parameters:,} parameters: three layers of width 192 in the encoder and in the decoder,
-an 8,192-piece vocabulary with Gemma's special ids, weights in bfloat16. It contains no
-Gemma weights.
-
-## How it was made
-
-Following the paper (arXiv 2504.06225): a decoder-only Gemma 2 of three layers, trained
-with KerasHub on {source_tokens:.1f} million tokens, was adapted to a balanced
-encoder-decoder, the cross-attention copied from the self-attention. Pretraining:
-PrefixLM, {steps} steps of 8 rows of 128 + 128 tokens. {twice:,} of the {documents:,}
-texts repeat every paragraph, so that the model learns to copy from the encoder.{tuning}
-
-## Data
-
-Debian 12 (bookworm): package descriptions, documentation, the King James Bible, WordNet
-glosses; package descriptions only of source packages outside the validation and test
-splits (split by sha256 of the source package's name, first 8 hex digits mod 1000:
-below 50 test, below 80 validation). The texts belong to their authors and are not part
-of this project.
-
-## Rebuild
-
-`KERAS_BACKEND=jax python tools/train_mini.py --data DATA --runs RUNS`, where DATA holds
-`synopsis/{{train,valid,test}}.jsonl.gz` and `text/{{descriptions,docs}}.txt.gz`.
-
-## Scores
-
-{scores}
-
-## Limits
-
-A very small model of one kind of English text. It shows the package with real weights
-and is not meant to be relied on.
-"""
-DESCRIPTIONS = {
-    "t5gemma_mini": "A small T5Gemma that is pretrained on plain text, to be "
-    "fine-tuned.",
-    "t5gemma_mini_synopsis": "A small T5Gemma that shortens a Debian package "
-    "description to one line.",
-}
-BASELINES = """The first ten words of the description score ROUGE-L 28.2; a hand-written
-rule that strips "X is a" scores ROUGE-L 32.1 and BLEU 9.7."""
+    rounds: int
+    rows: int
+    rate: float
+    seconds: float | None = None
 
 
-def publish(name, run, args, folder):
-    """Convert a run's preset to bfloat16, measure it and write its card."""
-    output = folder / "presets" / name
-    convert(str(run / "preset"), output, dtype="bfloat16", overwrite=True)
-    model = kt.Seq2SeqLM.from_preset(output)
-    log = json.loads((args.runs / f"sources/{SIZE}/log.json").read_text())
-    if name.endswith("synopsis"):
-        scores = measure(model, args.data)
-    else:
-        pretraining = json.loads((folder / "pretrained/scores.json").read_text())
-        scores = pretraining["valid"]["loss"]
-    write_card(
-        output,
-        name,
-        scores,
-        parameters=model.backbone.config.count_params(),
-        source_tokens=log[-1]["tokens"] / 1e6,
-        steps=args.pretraining_steps,
-        epochs=args.epochs,
-    )
+def prepare(data, runs):
+    """Token ids of all texts and pairs, `RUNS/tokens.npz`."""
+    path = runs / "tokens.npz"
+    if path.exists():
+        return
+    runs.mkdir(parents=True, exist_ok=True)
+    tokenizer = corpus.tokenizer()
+    train, held_out = corpus.read_documents(data)
+    lines = [line for text in train["descriptions"] for line in text.split("\n")]
+    texts = {
+        "train": [f"{text}\n" for part in train.values() for text in part],
+        "held_out": [text for part in held_out.values() for text in part],
+        "paragraphs": [line for line in lines if 40 <= len(line) <= 400],
+    }
+    for split in ("train", "valid"):
+        pairs = corpus.read_synopsis(data, split)
+        texts[f"{split}_sources"] = pairs["encoder_text"]
+        texts[f"{split}_targets"] = pairs["decoder_text"]
+    arrays = {}
+    for name, part in texts.items():
+        rows = Ragged.from_rows(tokenizer.tokenize(part))
+        arrays[name] = rows.values.astype("uint16")
+        arrays[f"{name}_lengths"] = rows.lengths.astype("uint16")
+    np.savez_compressed(path, **arrays)
 
 
-def measure(model, data):
-    """Scores on the synopsis test set by decoding method."""
-    test = corpus.read_synopsis(data, "test")
-    scores = {}
-    for method, options in (("greedy", {}), ("5 beams", {"num_beams": 5})):
-        answers = model.generate(test["encoder_text"], **options)
-        metrics = ["rouge", "bleu", "chrf"]
-        scores[method] = kt.score_texts(answers, test["decoder_text"], metrics)
-    return scores
+def read(runs, name):
+    """Rows of `RUNS/tokens.npz` as `Ragged`."""
+    with np.load(runs / "tokens.npz") as arrays:
+        lengths = arrays[f"{name}_lengths"].astype("int64")
+        return Ragged(lengths, arrays[name].astype("int32"))
 
 
-def write_card(folder, name, scores, parameters, source_tokens, steps, epochs):
-    """Write README.md of an embedded preset, its metadata included.
+class Batches(keras.utils.PyDataset):
+    """An endless data set of batches that a function makes from a random generator."""
 
-    Args:
-        folder: of the preset.
-        name: of the preset.
-        scores: what `measure` returns; of the pretrained preset `{"mean": loss on
-            held-out texts, "before": that of the adapted model}`.
-        parameters: their number.
-        source_tokens: millions of tokens that the decoder-only model was trained on.
-        steps: of the pretraining.
-        epochs: of the fine-tuning.
+    def __init__(self, make, workers=4):
+        super().__init__(workers=workers, max_queue_size=4 * workers)
+        self.make, self.round = make, 0
+
+    def __len__(self):
+        return ROUND
+
+    def __getitem__(self, i):
+        return self.make(np.random.default_rng([self.round, i]))
+
+    def on_epoch_begin(self):
+        self.round += 1
+
+
+class CosineSchedule(keras.callbacks.Callback):
+    """Linear warm-up, cosine decay over the rounds, or the seconds if these end first.
+
+    The first round, which compiles, does not count.
     """
-    metadata = {"license": "apache-2.0", "language": "en"}
-    if name.endswith("synopsis"):
-        metadata["pipeline_tag"] = "summarization"
-        dataset = "Debian 12 package synopses"
-        results = [
-            eval_result(
-                measure,
-                round(score["mean"], 1),
-                dataset,
-                "test",
-                "summarization",
-                variant=method,
-            )
-            for method, measured in scores.items()
-            for measure, score in measured.items()
-        ]
-        tuning = f"\nFine-tuning: {epochs} epochs on 38,471 synopses."
-        text = f"{score_table(scores)}\n\n{BASELINES}"
-    else:
-        dataset = "Debian 12 descriptions and documentation"
-        results = [eval_result("loss", round(scores["mean"], 2), dataset, "validation")]
-        tuning = ""
-        text = (
-            "Loss per token of the second halves of 400 held-out texts: "
-            f"{scores['mean']:.2f}; before pretraining\n{scores['before']:.2f}."
-        )
-    body = CARD.format(
-        name=name,
-        description=DESCRIPTIONS[name],
-        parameters=parameters,
-        source_tokens=source_tokens,
-        steps=steps,
-        twice=TWICE,
-        documents=ONCE + TWICE,
-        tuning=tuning,
-        scores=text,
+
+    def __init__(self, stage, log):
+        super().__init__()
+        self.stage, self.log, self.history = stage, log, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        now = time.perf_counter()
+        if epoch <= 1:
+            self.start = now
+        done = epoch / self.stage.rounds
+        if self.stage.seconds and epoch > 1:
+            done = max(done, (now - self.start) / self.stage.seconds)
+        warm = min(1.0, (epoch + 1) / 4)
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * min(done, 1))) / 2
+        self.model.optimizer.learning_rate = self.stage.rate * warm * cosine
+        if done >= 1:
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        seconds = time.perf_counter() - self.start
+        self.history.append({"steps": (epoch + 1) * ROUND, "seconds": seconds, **logs})
+        self.log.write_text(json.dumps(self.history, indent=1) + "\n")
+        if epoch % 10 == 9:
+            print(self.log.parent.name, json.dumps(self.history[-1]), flush=True)
+
+
+def train(model, stage, make, valid, log):
+    """Train a compiled model; the log of rounds."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    schedule = CosineSchedule(stage, log)
+    keras.Model.fit(
+        model,
+        Batches(make),
+        epochs=stage.rounds,
+        callbacks=[schedule],
+        verbose=0,
     )
-    save_card(folder, card_metadata(name, results, **metadata), body)
+    loss = evaluate(model, valid)
+    schedule.history.append({"held_out_loss": loss})
+    log.write_text(json.dumps(schedule.history, indent=1) + "\n")
+    print(log.parent.name, "held-out loss", loss, flush=True)
+    return schedule.history
 
 
-def score_table(scores):
-    """Markdown table of measures by decoding method, with greedy's standard errors."""
-    lines = [f"| synopsis test, 1,780 rows | {' | '.join(scores)} |", "|---|---|---|"]
-    for name, greedy in scores["greedy"].items():
-        cells = [f"{measured[name]['mean']:.1f}" for measured in scores.values()]
-        error = greedy["standard_error"]
-        lines.append(f"| {name} (± {error:.1f}) | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def evaluate(model, valid):
+    """Loss on `(x, y)` or `(x, y, sample_weight)`."""
+    arrays = dict(zip(("x", "y", "sample_weight"), valid, strict=False))
+    results = keras.Model.evaluate(model, **arrays, batch_size=256, verbose=0)
+    return float(np.ravel(results)[0])
+
+
+def adamw(rate):
+    return keras.optimizers.AdamW(
+        rate, weight_decay=0.01, beta_2=0.98, global_clipnorm=1.0
+    )
+
+
+def train_source(layers, runs, stage):
+    """A decoder-only Gemma 2 trained on rows of 256 tokens."""
+    folder = runs / f"source-{layers}"
+    if (folder / "preset").exists():
+        return
+    keras.utils.set_random_seed(layers)
+    stream = read(runs, "train").values
+    source = sources.make_gemma2(layers=layers, dtype="mixed_bfloat16", **SHAPE)
+    model = keras.Model(source.backbone.input, source.backbone.output)
+    model.compile(adamw(stage.rate), sources.TokenLosses(source.backbone))
+
+    def make(rng):
+        starts = rng.integers(0, len(stream) - 257, stage.rows)
+        return sources.inputs(stream[starts[:, None] + np.arange(257)])
+
+    held = read(runs, "held_out").values
+    held = held[: len(held) // 257 * 257].reshape(-1, 257)[:512]
+    train(model, stage, make, sources.inputs(held), folder / "log.json")
+    source.backbone.save_to_preset(str(folder / "preset"))
+    assets = folder / "preset/assets/tokenizer"
+    assets.mkdir(parents=True, exist_ok=True)
+    (assets / "vocabulary.spm").write_bytes(corpus.tokenizer().proto)
+
+
+def arrays_of(sources_, targets, lengths):
+    """The backbone's inputs, labels and weights of rows of ids that fit `lengths`."""
+    padded = []
+    for rows, width in zip((sources_, targets), lengths, strict=True):
+        ids = np.zeros((len(rows), width), "int32")
+        used = np.arange(width) < np.minimum(rows.lengths, width)[:, None]
+        kept = np.arange(len(rows.values)) - np.repeat(rows.starts, rows.lengths)
+        ids[used] = rows.values[kept < width]
+        padded += [ids, used]
+    encoder, encoder_mask, labels, mask = padded
+    decoder = np.concatenate([np.full((len(labels), 1), 2, "int32"), labels[:, :-1]], 1)
+    x = {
+        "encoder_token_ids": encoder,
+        "encoder_padding_mask": encoder_mask.astype("int32"),
+        "decoder_token_ids": decoder,
+        "decoder_padding_mask": mask.astype("int32"),
+    }
+    return x, labels, mask.astype("float32")
+
+
+def pretraining_rows(runs):
+    """A function of a row count and a random generator: batches of the mixture."""
+    stream = read(runs, "train").values
+    paragraphs = read(runs, "paragraphs")
+    paragraphs = paragraphs.take(np.flatnonzero(paragraphs.lengths < LENGTH))
+    ul2 = kt.objectives.UL2.from_tokenizer(corpus.tokenizer())
+    prefix = kt.objectives.PrefixLM()
+
+    def windows(rng, rows, length):
+        starts = rng.integers(0, len(stream) - length, rows)
+        ids = stream[starts[:, None] + np.arange(length)]
+        return Ragged(np.full(rows, length), ids.reshape(-1))
+
+    def make(rows, rng):
+        copies = round(COPY * rows)
+        prefixes = round(PREFIX * rows)
+        chosen = paragraphs.take(rng.integers(0, len(paragraphs), copies))
+        seeds = rng.integers(0, 2**31, rows)
+        parts = [
+            (chosen, chosen),
+            prefix(windows(rng, prefixes, 2 * LENGTH), seeds[:prefixes]),
+            ul2(
+                windows(
+                    rng, rows - copies - prefixes, ul2.longest_text(LENGTH, LENGTH)
+                ),
+                seeds[copies + prefixes :],
+            ),
+        ]
+        both = [Ragged.concatenate(side) for side in zip(*parts, strict=True)]
+        return arrays_of(*both, (LENGTH, LENGTH))
+
+    return make
+
+
+def compiled(model, stage, smoothing=0.0):
+    model.compile(
+        optimizer=adamw(stage.rate),
+        loss=kt.TokenCrossEntropy(label_smoothing=smoothing),
+    )
+    return model
+
+
+def pretrain(runs, source, stage, start=None):
+    """Adapt the sources, or take the preset `start`; pretrain: `RUNS/pretrained`."""
+    folder = runs / "pretrained"
+    if (folder / "preset").exists():
+        return
+    keras.utils.set_random_seed(0)
+    if start is None:
+        for layers in (ENCODER_LAYERS, DECODER_LAYERS):
+            train_source(layers, runs, source)
+        deep, shallow = (
+            str(runs / f"source-{layers}/preset")
+            for layers in (ENCODER_LAYERS, DECODER_LAYERS)
+        )
+        backbone = kt.adapt_gemma2(deep, shallow, dtype="mixed_bfloat16")
+    else:
+        backbone = kt.Backbone.from_preset(start, dtype="mixed_bfloat16")
+    preprocessor = kt.Seq2SeqLMPreprocessor(corpus.tokenizer(), LENGTH, LENGTH)
+    model = compiled(kt.Seq2SeqLM(backbone, preprocessor), stage)
+    rows = pretraining_rows(runs)
+    held = read(runs, "held_out")
+    held = held.take(np.flatnonzero(held.lengths >= 2 * LENGTH))
+    held = Ragged.from_rows([held[i][: 2 * LENGTH] for i in range(len(held))])
+    valid = kt.objectives.PrefixLM()(held, np.arange(len(held)))
+    valid = arrays_of(*valid, (LENGTH, LENGTH))
+    before = evaluate(model, valid)
+    log = folder / "log.json"
+    history = train(model, stage, lambda rng: rows(stage.rows, rng), valid, log)
+    history.append({"before": before})
+    log.write_text(json.dumps(history, indent=1) + "\n")
+    model.save_to_preset(folder / "preset")
+    convert(str(folder / "preset"), runs / "t5gemma_mini", dtype="bfloat16")
+
+
+def finetune(runs, stage, dropout, smoothing, name):
+    """Fine-tune on synopses: `RUNS/NAME`."""
+    folder = runs / name
+    if (folder / "preset").exists():
+        return
+    keras.utils.set_random_seed(1)
+    model = with_dropout(runs / "pretrained/preset", dropout)
+    compiled(model, stage, smoothing)
+    pairs = [read(runs, f"train_{side}") for side in ("sources", "targets")]
+    valid = [read(runs, f"valid_{side}") for side in ("sources", "targets")]
+
+    def arrays(sources_, targets):
+        ends = targets.ends
+        ended = Ragged(targets.lengths + 1, np.insert(targets.values, ends, 1))
+        return arrays_of(sources_, ended, SYNOPSIS_LENGTHS)
+
+    def make(rng):
+        chosen = rng.integers(0, len(pairs[0]), stage.rows)
+        return arrays(*(side.take(chosen) for side in pairs))
+
+    train(model, stage, make, arrays(*valid), folder / "log.json")
+    tuned = with_dropout(runs / "pretrained/preset", 0.0)
+    tuned.backbone.set_weights(model.backbone.get_weights())
+    tuned.preprocessor.encoder_sequence_length = SYNOPSIS_LENGTHS[0]
+    tuned.preprocessor.decoder_sequence_length = SYNOPSIS_LENGTHS[1]
+    tuned.save_to_preset(folder / "preset")
+    convert(str(folder / "preset"), runs / f"t5gemma_mini_{name}", dtype="bfloat16")
+
+
+def with_dropout(preset, rate):
+    """A model of a preset with another dropout rate."""
+    model = kt.Seq2SeqLM.from_preset(preset, dtype="mixed_bfloat16")
+    config = dataclasses.replace(model.backbone.config, dropout=rate)
+    backbone = kt.Backbone(
+        config, dtype="mixed_bfloat16", lineage=model.backbone.lineage
+    )
+    backbone.set_weights(model.backbone.get_weights())
+    return kt.Seq2SeqLM(backbone, model.preprocessor)
 
 
 def main():
@@ -192,60 +328,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--pretraining-steps", type=int, default=800)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, nargs=3, default=(20, 140, 50))
+    parser.add_argument("--rows", type=int, nargs=3, default=(256, 256, 128))
+    parser.add_argument("--seconds", type=float, nargs=3, default=(None,) * 3)
+    parser.add_argument("--rates", type=float, nargs=3, default=(3e-3, 3e-3, 1e-3))
+    parser.add_argument("--name", default="synopsis", help="of the fine-tuned preset")
+    parser.add_argument("--start", help="pretrained pair to continue from")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--label-smoothing", type=float, default=0.1)
     args = parser.parse_args()
-    common = ["--data", str(args.data), "--runs", str(args.runs)]
-    sources = ROOT / "experiments/sources.py"
-    subprocess.run([sys.executable, sources, SIZE, *common], check=True)
-    folder = args.runs / "mini"
-    source = args.runs / f"sources/{SIZE}/preset"
-    adapted = folder / "adapted"
-    if not (adapted / "config.json").exists():
-        adapt_to_folder(str(source), folder=adapted)
-    texts, held_out = write_mixture(args.data, folder)
-    pretrained = folder / "pretrained"
-    if not (pretrained / "scores.json").exists():
-        kt.pretrain(
-            str(adapted),
-            [str(texts)],
-            str(pretrained),
-            [str(held_out)],
-            encoder_sequence_length=128,
-            decoder_sequence_length=128,
-            batch_size=8,
-            max_steps=args.pretraining_steps,
-            optimizer="adamw",
-            learning_rate=2e-3,
-            weight_decay=0.01,
-            save_freq=100,
+    prepare(args.data, args.runs)
+    source, pretraining, tuning = (
+        Stage(*options)
+        for options in zip(
+            args.rounds, args.rows, args.rates, args.seconds, strict=True
         )
-    finetuned = folder / "finetuned"
-    if not (finetuned / "scores.json").exists():
-        data = args.data / "synopsis"
-        kt.finetune(
-            str(pretrained / "preset"),
-            str(data / "train.jsonl.gz"),
-            str(finetuned),
-            str(data / "valid.jsonl.gz"),
-            str(data / "test.jsonl.gz"),
-            source="text",
-            target="summary",
-            encoder_sequence_length=224,
-            decoder_sequence_length=40,
-            epochs=args.epochs,
-            optimizer="adamw",
-            learning_rate=1.5e-3,
-            schedule="cosine",
-            warmup_steps=100,
-            weight_decay=0.01,
-            label_smoothing=0.1,
-            monitor="val_loss",
-            sample_rows=200,
-            save_freq=100,
-        )
-    publish("t5gemma_mini", pretrained, args, folder)
-    publish("t5gemma_mini_synopsis", finetuned, args, folder)
+    )
+    pretrain(args.runs, source, pretraining, args.start)
+    if tuning.rounds:
+        finetune(args.runs, tuning, args.dropout, args.label_smoothing, args.name)
 
 
 if __name__ == "__main__":
