@@ -1,5 +1,6 @@
 """The tests as CI runs them: `nox` alone runs everything, `nox -l` lists."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -35,7 +36,11 @@ NUMBERS = " or ".join(
     )
 )
 # Without dependencies: its metadata asks for TensorFlow whatever the backend.
-KERAS_HUB = ("--no-deps", "keras-hub==0.32.0")
+KERAS_HUB = ("--no-deps", "keras-hub==0.32.0", "regex", "tokenizers")
+NOT_INSTALLED = (
+    "import importlib.util as u;"
+    "assert not u.find_spec('tensorflow') and not u.find_spec('keras_hub')"
+)
 LINT = ("ruff==0.17.5", "import-linter==2.17", "mypy==2.4.1")
 
 
@@ -60,6 +65,8 @@ def tests(session):
     for backend in BACKENDS:
         session.log(f"backend: {backend}")
         env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+        if backend == "tensorflow":  # The others run the base classes on Keras alone.
+            env["KERAS_HUB_BASES"] = "1"
         chosen = () if backend == "torch" else ("-m", "not one_backend")
         try:
             session.run(*PYTEST, *chosen, *session.posargs, env=env)
@@ -72,15 +79,10 @@ def tests(session):
 @nox.session
 @nox.parametrize("backend", ["jax", "torch"])
 def without_tensorflow(session, backend):
-    """Text in, text out, with one backend and nothing of TensorFlow installed."""
+    """Text in, text out, with one backend, no TensorFlow and no KerasHub installed."""
     session.install(PINNED[backend])
-    session.install(*KERAS_HUB)
     session.install(".", "keras==3.15.1", "pytest>=8", "pytest-xdist>=3.6")
-    session.run(
-        "python",
-        "-c",
-        "import importlib.util as u; assert not u.find_spec('tensorflow')",
-    )
+    session.run("python", "-c", NOT_INSTALLED)
     chosen = () if backend == "torch" else ("-m", "not one_backend")
     session.run(
         *PYTEST,
@@ -97,6 +99,46 @@ def without_tensorflow(session, backend):
         *session.posargs,
         env={"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},
     )
+
+
+IMPORT_TIME = """
+import sys, time
+import {module}
+print(f"import {module}: {{time.process_time():.2f}} s of processor time")
+"""
+
+
+@nox.session(reuse_venv=False)
+@nox.parametrize("backend", ["jax", "torch"])
+@nox.parametrize("kind", ["wheel", "sdist"])
+def package(session, kind, backend):
+    """Build, check, install in a new environment, run the README's first command."""
+    folder = Path(session.create_tmp()).absolute()
+    dist = folder / "dist"
+    session.run("rm", "-rf", str(dist), external=True)
+    session.install("build==1.6.1", "twine==7.0.0")
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    session.run("twine", "check", "--strict", *map(str, dist.iterdir()))
+    for file in dist.iterdir():
+        session.log(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
+    venv = folder / "venv"
+    session.run("python", "-m", "venv", "--clear", str(venv))
+    (artefact,) = dist.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    python = str(venv / "bin/python")
+
+    def run(*command):
+        env = {"KERAS_BACKEND": backend, "PATH": f"{venv / 'bin'}:/usr/bin:/bin"}
+        session.run(*command, env=env, external=True)
+
+    run(python, "-m", "pip", "install", "-q", PINNED[backend])
+    run(python, "-m", "pip", "install", "-q", f"{artefact}[{backend}]")
+    readme = Path("README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^keras-t5gemma generate --sampler .*$", readme, re.M)
+    with session.chdir(folder):  # Away from the checkout's package.
+        run(python, "-c", NOT_INSTALLED)
+        run("bash", "-c", command)
+        for module in ("keras", "keras_t5gemma"):
+            run(python, "-c", IMPORT_TIME.format(module=module))
 
 
 @nox.session(default=False, venv_backend="none")
@@ -173,7 +215,7 @@ def newest(session, backend):
     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
     """
     session.install("--upgrade", "--upgrade-strategy=eager", f".[{backend}]")
-    session.install("--upgrade", "--no-deps", "keras-hub")
+    session.install("--upgrade", "--no-deps", "keras-hub", "regex", "tokenizers")
     quick_tests(session, backend)
 
 
@@ -185,6 +227,18 @@ def notebooks(session):
     session.install(*KERAS_HUB)
     session.install("-e", ".[test,notebooks]", "keras==3.15.1")
     session.run("python", "tools/build_notebooks.py", *session.posargs)
+
+
+@nox.session
+def docs(session):
+    """The documentation site, in `site/`: warnings are errors, links are checked."""
+    session.install(PINNED["torch"])
+    session.install(*KERAS_HUB)
+    session.install("-e", ".[docs]", "keras==3.15.1")
+    env = {"KERAS_BACKEND": "torch", "NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", env=env)
+    # Links and anchors of the written pages; `-- --check-extern` follows others too.
+    session.run("linkchecker", "--no-status", "site/index.html", *session.posargs)
 
 
 @nox.session

@@ -1,5 +1,6 @@
 """Checks of the installation, made before Keras is imported."""
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -8,9 +9,20 @@ from typing import Any
 
 from keras_t5gemma.utils.files import read_json_file
 
-VERSION = "0.1.0"
+DISTRIBUTION, UNKNOWN_VERSION = "keras-t5gemma", "0+unknown"
 BACKENDS = ("tensorflow", "jax", "torch")
 COMMAND, COMMAND_MODULE = "keras-t5gemma", "keras_t5gemma.cli"
+
+
+def _version():
+    """The version of the installation; a checkout on the path may have none."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return UNKNOWN_VERSION
+
+
+VERSION = _version()
 
 
 def defers_imports() -> bool:

@@ -95,7 +95,8 @@ def get(sampler: Any) -> Any:
         return sampler
     if kind is not None and sys.modules.get("keras_hub") is None:
         return kind(**config)
-    if kind is not None or sampler in _OF_KERAS_HUB or isinstance(sampler, dict):
+    is_other = isinstance(sampler, str) and sampler in _OF_KERAS_HUB
+    if kind is not None or is_other or isinstance(sampler, dict):
         hub = require_keras_hub(f"The sampler {sampler!r}")
         try:
             return hub.samplers.get(sampler)
