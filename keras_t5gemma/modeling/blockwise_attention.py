@@ -1,0 +1,111 @@
+"""Attention in memory that grows with the length, not with its square.
+
+Queries are taken in blocks, and of the keys only the blocks that such a block may see:
+a local layer costs length x window, and blocks of padding or of other segments are
+skipped. The softmax is exact: a running maximum and sum of each query's exponentials.
+The backward pass keeps queries, keys, values, output and the log-sum-exp, and computes
+the logits again, block by block (arXiv 2205.14135 and 2307.08691).
+
+Implementations of `attend`, each in a module:
+
+    blockwise_xla      JAX and TensorFlow
+    blockwise_torch    PyTorch
+    flex_attention     PyTorch on CUDA: fused kernels, compiled by Triton
+    splash_attention   JAX on TPUs: fused kernels
+"""
+
+import keras
+
+from keras_t5gemma.modeling import flex_attention
+from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator
+from keras_t5gemma.modeling.masks import Visibility
+from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR, LOGITS_ON_CPU
+from keras_t5gemma.utils.checks import one_of
+from keras_t5gemma.utils.types import Tensor
+
+KERNELS = ("auto", "portable", "flex", "splash", "plain")
+# Queries x keys from which on blocks are used.
+_LONG = 2**20
+_KEYS = 512
+_FEWEST_QUERIES = 64
+
+
+def uses_blocks(queries: int, keys: int) -> bool:
+    """Whether attention of these lengths is computed in blocks.
+
+    Below, one product of all queries and keys is faster, and its logits are small.
+    """
+    return queries * keys >= _LONG
+
+
+def block_sizes(heads: int, on_cpu: bool) -> tuple[int, int]:
+    """Numbers of queries and keys in a block of all heads of one row.
+
+    On a CPU its logits stay in the cache.
+    """
+    at_once = LOGITS_ON_CPU if on_cpu else LOGITS_ON_ACCELERATOR
+    keys = _KEYS if on_cpu else 2 * _KEYS
+    queries = _FEWEST_QUERIES
+    while 2 * queries * heads * keys <= at_once:
+        queries *= 2
+    return queries, keys
+
+
+def check_blocks(blocks: tuple[int, int]) -> None:
+    """Raise `ValueError` for a size of blocks that is no power of two."""
+    if any(size < 1 or size & (size - 1) for size in blocks):
+        raise ValueError(
+            "`blocks` must be two powers of two, the queries and the keys in a block; "
+            f"got {blocks!r}."
+        )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    soft_cap: float | None = None,
+    dropout: float = 0.0,
+    seeds: ReplayableSeedGenerator | None = None,
+    kernel: str = "auto",
+    blocks: tuple[int, int] | None = None,
+) -> Tensor:
+    """Soft-capped grouped-query attention, block by block.
+
+    Args:
+        query: `(B, T, N, H)`, scaled.
+        key: `(B, K, S, H)`.
+        value: `(B, K, S, H)`.
+        visibility: which keys a query attends to. A query that sees none gets 0.
+        soft_cap: cap on the logits, or `None`.
+        dropout: rate on the attention weights.
+        seeds: seeds of dropout, `None` for no dropout.
+        kernel: `"auto"`, `"portable"`, or a kernel of an accelerator, `"flex"` or
+            `"splash"`; `"auto"` takes one where it computes the same function.
+        blocks: numbers of queries and keys in a block, powers of two; `None` chooses.
+
+    Returns:
+        `(B, T, N, H)`, in the dtype of the query.
+
+    Raises:
+        ValueError: for an unknown kernel, one that cannot run here, or block sizes
+            that are no powers of two.
+    """
+    one_of(kernel, "kernel", [name for name in KERNELS if name != "plain"])
+    seed = seeds.next() if seeds is not None and dropout else None
+    if keras.config.backend() == "torch":
+        reason = flex_attention.unavailable(query, key, seed is not None)
+        if kernel == "flex" and reason:
+            raise ValueError(f"`kernel` 'flex' cannot be used: {reason}.")
+        if kernel in ("auto", "flex") and not reason:
+            return flex_attention.attend(query, key, value, visibility, soft_cap)
+        from keras_t5gemma.modeling import blockwise_torch as portable
+
+        on_cpu = query.device.type == "cpu"
+    else:
+        raise NotImplementedError
+    blocks = blocks or block_sizes(query.shape[2], on_cpu)
+    check_blocks(blocks)
+    arguments = visibility, soft_cap, dropout, seed, blocks
+    return portable.attend(query, key, value, *arguments)
