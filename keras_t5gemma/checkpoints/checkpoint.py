@@ -14,8 +14,15 @@ from keras_t5gemma.checkpoints import (
     safetensors_file,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, FileTensor, LazyTensor
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    DTYPES,
+    FileTensor,
+    LazyTensor,
+    parse_policy,
+)
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.utils.checks import json_object, string
+from keras_t5gemma.utils.files import named_values
 
 _TABLES = {
     presets.KERAS: weight_maps.KERAS,
@@ -58,7 +65,7 @@ class Checkpoint:
 
     def saved_policy(self) -> keras.DTypePolicy:
         """Dtype policy that a preset of keras_t5gemma was saved with."""
-        return keras.dtype_policies.get(self.source.config["config"]["dtype"])
+        return parse_policy(self.source.config["config"]["dtype"])
 
     def _table(self):
         if self.format == presets.HUGGING_FACE and self.config.decoder is None:
@@ -165,11 +172,17 @@ def open_checkpoint(preset: presets.PresetLike) -> Checkpoint:
     """
     source = presets.resolve(preset)
     file = f"{source.location}: config.json"
+    with named_values(file):
+        return _open(source, file)
+
+
+def _open(source, file):
     if source.format == presets.HUGGING_FACE:
         fields = source.config
         stored = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+        stored = string(stored, "dtype")
         return Checkpoint(source, huggingface.read_config(fields, file), stored)
-    fields = source.config.get("config") or {}
+    fields = json_object(source.config.get("config"), "config")
     stored = _stored_dtype(fields)
     if source.format == presets.KERAS_HUB:
         return Checkpoint(source, keras_hub_format.read_config(fields, file), stored)
@@ -179,17 +192,12 @@ def open_checkpoint(preset: presets.PresetLike) -> Checkpoint:
         config = T5GemmaConfig.from_dict(fields["config"])
     except TypeError as error:
         raise ValueError(f"{file} lacks a field: {error}.") from error
+    if fields.get("lineage") is not None:
+        json_object(fields["lineage"], "lineage")
     return Checkpoint(source, config, stored, fields.get("lineage"))
 
 
 def _stored_dtype(fields):
-    policy = fields.get("dtype") or {}
-    name = policy if isinstance(policy, str) else policy.get("config", {}).get("name")
-    try:
-        variable_dtype = keras.dtype_policies.get(name).variable_dtype
-    except (ValueError, TypeError, AttributeError):
-        return "quantized"
-    quantized = getattr(keras.dtype_policies.get(name), "quantization_mode", None)
-    if name is None or quantized or variable_dtype not in DTYPES:
-        return "quantized"
-    return variable_dtype
+    policy = parse_policy(fields.get("dtype"))
+    is_plain = type(policy) is keras.DTypePolicy and policy.variable_dtype in DTYPES
+    return policy.variable_dtype if is_plain else "quantized"

@@ -11,8 +11,9 @@ import numpy as np
 from keras_t5gemma.checkpoints import safetensors_file, weight_maps
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor
-from keras_t5gemma.checkpoints.presets import HUGGING_FACE_TOKENIZER
+from keras_t5gemma.checkpoints.presets import HUGGING_FACE_TOKENIZER, TOKENIZER_JSON
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.utils.checks import json_object, number
 
 
 def read_config(config: dict[str, Any], source: str = "config.json") -> T5GemmaConfig:
@@ -42,7 +43,10 @@ def read_config(config: dict[str, Any], source: str = "config.json") -> T5GemmaC
     try:
         # transformers' config of an encoder alone has a decoder too, which is ignored.
         alone = config.get("is_encoder_decoder") is False
-        encoder, last = config["encoder"], config["encoder" if alone else "decoder"]
+        encoder, last = (
+            json_object(config[name], name)
+            for name in ("encoder", "encoder" if alone else "decoder")
+        )
         return T5GemmaConfig(
             encoder=read_stack(encoder, source),
             decoder=None if alone else read_stack(last, source),
@@ -72,7 +76,7 @@ _ROPE_FIELDS = {"rope_theta", "rope_type", "type"}
 
 def _check_rope(stack, field, source):
     """Refuse rotary embeddings other than the default ones."""
-    rope = stack.get(field) or {}
+    rope = json_object(stack.get(field) or {}, field)
     kind = rope.get("rope_type", rope.get("type", "default"))
     changed = {k: v for k, v in rope.items() if k not in _ROPE_FIELDS}
     changed = {k: v for k, v in changed.items() if v not in (None, 1, 1.0)}
@@ -99,6 +103,8 @@ def read_stack(stack: dict[str, Any], source: str) -> StackConfig:
         _check_rope(stack, field, source)
     rope = stack.get("rope_parameters") or {}
     layer_types: Any = stack.get("layer_types")
+    scalar = stack.get("query_pre_attn_scalar", stack["head_dim"])
+    base = rope.get("rope_theta", stack.get("rope_theta", 10_000.0))
     return StackConfig(
         num_layers=stack["num_hidden_layers"],
         hidden_dim=stack["hidden_size"],
@@ -108,9 +114,9 @@ def read_stack(stack: dict[str, Any], source: str) -> StackConfig:
         head_dim=stack["head_dim"],
         sliding_window=stack.get("sliding_window") or 4096,
         layer_types=layer_types,
-        query_scale=stack.get("query_pre_attn_scalar", stack["head_dim"]) ** -0.5,
+        query_scale=number(scalar, "query_pre_attn_scalar", above=0) ** -0.5,
         attention_soft_cap=stack.get("attn_logit_softcapping", 50.0),
-        rope_base=float(rope.get("rope_theta", stack.get("rope_theta", 10_000.0))),
+        rope_base=number(base, "rope_theta", above=0),
         rms_norm_epsilon=stack.get("rms_norm_eps", 1e-6),
     )
 
@@ -266,6 +272,8 @@ def save(
 
 def _save_tokenizer(folder, tokenizer):
     (folder / HUGGING_FACE_TOKENIZER).write_bytes(tokenizer.proto)
+    text = tokenizer.tokenizer_json()
+    (folder / TOKENIZER_JSON).write_text(text, encoding="utf-8")
     _write_json(
         folder / "tokenizer_config.json",
         {

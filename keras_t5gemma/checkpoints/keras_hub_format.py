@@ -3,7 +3,7 @@
 from typing import Any
 
 from keras_t5gemma.config import FULL, MAX_LAYERS, StackConfig, T5GemmaConfig
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import number, whole_number
 
 T5GEMMA, GEMMA = "keras_hub>T5GemmaBackbone", "keras_hub>GemmaBackbone"
 
@@ -50,7 +50,10 @@ def _read_stack(config: dict[str, Any], side: str) -> StackConfig:
         head_dim=config[f"{side}_head_dim"],
         sliding_window=config["sliding_window"] or 4096,
         layer_types=config[f"{side}_layer_types"],
-        query_scale=config["query_pre_attn_scalar"] ** -0.5,
+        query_scale=number(
+            config["query_pre_attn_scalar"], "query_pre_attn_scalar", above=0
+        )
+        ** -0.5,
         attention_soft_cap=config["attn_logit_softcapping"],
         rope_base=config["rope_max_wavelength"],
         rms_norm_epsilon=config["rms_norm_eps"],

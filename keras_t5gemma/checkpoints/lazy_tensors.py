@@ -20,6 +20,7 @@ import numpy as np
 from keras_t5gemma.checkpoints.byte_ranges import bounds, byte_runs
 from keras_t5gemma.checkpoints.layout_transforms import LayoutTransform
 from keras_t5gemma.distribution.shared_arrays import gathered
+from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.files import open_regular
 from keras_t5gemma.utils.types import Tensor
 
@@ -40,6 +41,27 @@ def parse_dtype(name: str, argument: str = "dtype") -> np.dtype:
             f"`{argument}` must be one of {', '.join(DTYPES)}; got {name!r}."
         )
     return DTYPES[name]
+
+
+def parse_policy(value: Any, argument: str = "dtype") -> keras.DTypePolicy:
+    """Keras dtype policy of float weights, from a policy, its name, or its dict.
+
+    Raises:
+        ValueError: naming the argument, for anything else.
+    """
+    try:
+        policy = keras.dtype_policies.get(value)
+    except Exception:  # Keras raises many kinds for a damaged dict.
+        policy = None
+    is_plain = type(policy) is keras.DTypePolicy
+    if not isinstance(policy, keras.DTypePolicy) or (
+        is_plain and "float" not in policy.variable_dtype
+    ):
+        raise ValueError(
+            f"`{argument}` must be a dtype policy of floats or its name, e.g. "
+            f"'bfloat16' or 'mixed_bfloat16'; got {shown(value)}."
+        )
+    return policy
 
 
 class LazyTensor:

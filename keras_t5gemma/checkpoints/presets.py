@@ -16,11 +16,18 @@ from keras_t5gemma.checkpoints import (
 )
 from keras_t5gemma.checkpoints.hub import get_file
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.utils.files import check_regular, read_json_file, read_text
+from keras_t5gemma.utils.checks import string
+from keras_t5gemma.utils.files import (
+    check_regular,
+    named_values,
+    read_json_file,
+    read_text,
+)
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "_presets"
 KERAS, KERAS_HUB, HUGGING_FACE = "keras_t5gemma", "keras_hub", "transformers"
 VOCABULARY_FILE, HUGGING_FACE_TOKENIZER = "vocabulary.spm", "tokenizer.model"
+TOKENIZER_JSON = "tokenizer.json"
 PresetLike: TypeAlias = Union[str, "os.PathLike[str]", "Source"]
 _PACKAGE = "keras_t5gemma>"
 _EMBEDDED = {  # Objective, tuned.
@@ -170,7 +177,7 @@ class Source:
         return read_json(self.location, name, default)
 
     def tokenizer_file(self) -> str:
-        """Path of the SentencePiece model; see `tokenizer_file`."""
+        """Path of the SentencePiece model or tokenizer.json; see `tokenizer_file`."""
         return tokenizer_file(self.location, self.format)
 
     def download(self) -> Path:
@@ -206,6 +213,8 @@ def resolve(preset: PresetLike) -> Source:
     location = locate(preset, names, "one of `keras_t5gemma.presets()`")
     config = read_json(location)
     registered = config.get("registered_name") or ""
+    with named_values(f"{location}: config.json"):
+        string(registered, "registered_name")
     if registered.startswith(_PACKAGE):
         kind = KERAS
     elif registered == keras_hub_format.T5GEMMA:
@@ -302,18 +311,22 @@ def download(location: str) -> Path:
         raise _download_error(location, error) from error
 
 
-def _tokenizer_name(kind):
-    is_keras = kind != HUGGING_FACE
-    return f"assets/tokenizer/{VOCABULARY_FILE}" if is_keras else HUGGING_FACE_TOKENIZER
+def _tokenizer_names(kind):
+    """Names that a format's tokenizer file has, the preferred one first."""
+    if kind != HUGGING_FACE:
+        return (f"assets/tokenizer/{VOCABULARY_FILE}",)
+    return (HUGGING_FACE_TOKENIZER, TOKENIZER_JSON)
 
 
 def has_tokenizer(folder: str | os.PathLike[str], kind: str) -> bool:
-    """Whether a local folder of a format has a SentencePiece model."""
-    return os.path.exists(os.path.join(folder, _tokenizer_name(kind)))
+    """Whether a local folder of a format has a tokenizer's vocabulary."""
+    return any((Path(folder) / name).exists() for name in _tokenizer_names(kind))
 
 
 def tokenizer_file(location: str, kind: str) -> str:
     """Path of the SentencePiece model of a folder or handle, downloaded if needed.
+
+    In transformers' format it is a tokenizer.json if there is no SentencePiece model.
 
     Args:
         location: folder or handle.
@@ -323,17 +336,21 @@ def tokenizer_file(location: str, kind: str) -> str:
         ValueError: if a folder has none.
         OSError: when a download fails, with instructions.
     """
-    name = _tokenizer_name(kind)
-    try:
-        path = get_file(location, name)
-    except Exception as error:
-        if "://" in location:
-            raise _download_error(location, error) from error
-        raise ValueError(
-            f"{location} has no {name}, the SentencePiece model; copy it there, or "
-            "pass preprocessor=None to work on ids."
-        ) from error
-    check_regular(path)
+    names = _tokenizer_names(kind)
+    for name in names:
+        try:
+            path = get_file(location, name)
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and name != names[-1]:
+                continue
+            if "://" in location:
+                raise _download_error(location, error) from error
+            raise ValueError(
+                f"{location} has no {' and no '.join(names)}, the vocabulary of the "
+                "tokenizer; copy it there, or pass preprocessor=None to work on ids."
+            ) from error
+        check_regular(path)
+        break
     return path
 
 

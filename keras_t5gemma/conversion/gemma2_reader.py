@@ -22,6 +22,8 @@ from keras_t5gemma.checkpoints import (
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import StackConfig
 from keras_t5gemma.environment import require_keras_hub
+from keras_t5gemma.utils.checks import json_object
+from keras_t5gemma.utils.files import named_values
 
 _MAX_POSITIONS = 8192  # Of all Gemma 2 models; KerasHub's config does not hold it.
 _TUNED_PREFIX = "gemma2_instruct_"
@@ -84,17 +86,21 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
     copies: dict[str, str] = {}
     if registered == keras_hub_format.GEMMA:
         kind, rows = presets.KERAS_HUB, weight_maps.GEMMA2_KERAS_HUB
-        if _is_quantized(config["config"]):
+        with named_values(file):
+            fields = json_object(config["config"], "config")
+        if _is_quantized(fields):
             raise ValueError(
                 f"`{argument}` {location} is quantized; adapt the float checkpoint "
                 "and quantize the result."
             )
-        stack, size, cap = keras_hub_format.read_gemma2_config(config["config"], file)
+        with named_values(file):
+            stack, size, cap = keras_hub_format.read_gemma2_config(fields, file)
         positions = _MAX_POSITIONS
     elif model_type == "gemma2":
         kind, rows = presets.HUGGING_FACE, weight_maps.GEMMA2_HUGGING_FACE
         copies = weight_maps.GEMMA2_HUGGING_FACE_COPIES
-        stack, size, cap = huggingface.read_gemma2_config(config, file)
+        with named_values(file):
+            stack, size, cap = huggingface.read_gemma2_config(config, file)
         positions = config.get("max_position_embeddings", _MAX_POSITIONS)
     else:
         found = registered or model_type or "no model"

@@ -10,7 +10,7 @@ import keras
 
 from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints import checkpoint, huggingface, presets
-from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
+from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype, parse_policy
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import layouts, mesh, process_group
@@ -67,7 +67,7 @@ class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
                 f"T5GemmaConfig.pair('s', 's'); got {config!r}."
             )
         mesh.prepare(config)
-        dtype = keras.dtype_policies.get(dtype)
+        dtype = parse_policy(dtype)
         sides = ("encoder",) if config.decoder is None else ("encoder", "decoder")
         inputs = {
             name: keras.Input((None,), dtype="int32", name=name)

@@ -1,5 +1,6 @@
 """Base class of tasks on an encoder alone: loading, saving, `compile`, data."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
-from keras_t5gemma.utils.checks import flag, keras_object, number, one_of, row_weights
+from keras_t5gemma.utils.checks import (
+    flag,
+    json_object,
+    keras_object,
+    number,
+    one_of,
+    row_weights,
+)
+from keras_t5gemma.utils.files import named_values
 
 INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
@@ -108,7 +117,14 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
         is_new = bool(set(cls.HEAD) & set(kwargs))
         dropped = {"backbone", "preprocessor", *(cls.HEAD if is_new else ())}
         own = {k: v for k, v in saved.items() if k not in dropped}
-        task = cls(backbone, **{**own, **kwargs})
+        # What the caller has passed is not the file's fault.
+        is_saved = source is not None and own and set(kwargs) <= {"preprocessor"}
+        with (
+            named_values(f"{source.location}: {TASK_FILE}")
+            if is_saved
+            else contextlib.nullcontext()
+        ):
+            task = cls(backbone, **{**own, **kwargs})
         if saved and load_weights and not is_new and task.has_task_weights():
             path = source.download() / TASK_WEIGHTS_FILE
             keras_format.check_task(
@@ -126,7 +142,8 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             return {}
         saved = source.read_json(TASK_FILE, default={})
         is_this = saved.get("class_name") == cls.__name__
-        return saved["config"] if is_this else {}
+        with named_values(f"{source.location}: {TASK_FILE}"):
+            return json_object(saved["config"], "config") if is_this else {}
 
     def load_task_weights(self, filepath: str) -> None:
         skipped = self._not_the_head()

@@ -1,5 +1,6 @@
 """Preprocessor: text pairs to padded arrays for training and generation."""
 
+import contextlib
 import inspect
 import os
 from collections.abc import Sequence
@@ -20,7 +21,15 @@ from keras_t5gemma.tokenization.token_ids import (
 )
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.tokenization.truncation import CountsTruncation
-from keras_t5gemma.utils.checks import instance, row_weights, shown, whole_number
+from keras_t5gemma.utils.checks import (
+    instance,
+    json_object,
+    row_weights,
+    shown,
+    string,
+    whole_number,
+)
+from keras_t5gemma.utils.files import named_values
 from keras_t5gemma.utils.texts import as_texts, check_unicode
 
 INSTRUCTION_TEMPLATE = (
@@ -257,9 +266,14 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         saved = {}
         if source.format != presets.HUGGING_FACE:
             saved = source.read_json("preprocessor.json", default={})
-        config = saved.get("config", {})
+        given, file = set(kwargs), f"{source.location}: preprocessor.json"
+        with named_values(file):
+            config = json_object(saved.get("config", {}), "config")
+            registered = saved.get("registered_name")
+            if registered is not None:
+                string(registered, "registered_name")
         if source.format == presets.KERAS:
-            saved_cls = keras.saving.get_registered_object(saved.get("registered_name"))
+            saved_cls = keras.saving.get_registered_object(registered)
             if isinstance(saved_cls, type) and issubclass(saved_cls, cls):
                 cls, kwargs = saved_cls, {**config, **kwargs}
         else:
@@ -272,12 +286,16 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
                 if config.get(name):
                     kwargs.setdefault(name, config[name])
         if "tokenizer" not in kwargs:
-            kwargs["tokenizer"] = Tokenizer(source.tokenizer_file())
+            kwargs["tokenizer"] = Tokenizer.from_preset(source)
         elif isinstance(kwargs["tokenizer"], dict):  # As it was saved.
-            tokenizer: Any = keras.layers.deserialize(kwargs["tokenizer"])
+            with named_values(file):
+                tokenizer: Any = keras.layers.deserialize(kwargs["tokenizer"])
+                instance(tokenizer, "tokenizer", Tokenizer, "a serialized Tokenizer")
             tokenizer.load_assets(os.path.dirname(source.tokenizer_file()))
             kwargs["tokenizer"] = tokenizer
-        return cls.from_config(kwargs)
+        # What the caller has passed is not the file's fault.
+        with contextlib.nullcontext() if given else named_values(file):
+            return cls.from_config(kwargs)
 
     @property
     def end_id(self) -> int:

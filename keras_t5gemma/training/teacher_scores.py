@@ -16,8 +16,13 @@ from keras_t5gemma.data.text_columns import as_documents
 from keras_t5gemma.training.chunked_cross_entropy import top_choices
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, spread
 from keras_t5gemma.utils.buckets import round_up
-from keras_t5gemma.utils.checks import whole_number
-from keras_t5gemma.utils.files import check_regular, read_json_file, sha256
+from keras_t5gemma.utils.checks import json_object, path, whole_number
+from keras_t5gemma.utils.files import (
+    check_regular,
+    named_values,
+    read_json_file,
+    sha256,
+)
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
 
@@ -43,23 +48,25 @@ class TeacherScores:
     """
 
     def __init__(self, folder: str | os.PathLike, check: bool = True) -> None:
-        self.folder = Path(folder)
+        self.folder = path(folder, "folder")
         try:
             about = read_json_file(self.folder / ABOUT)
             self.ids = _map(self.folder / IDS)
             self.log_probs = _map(self.folder / LOG_PROBS)
+            with named_values(self.folder / ABOUT):
+                digests = json_object(about["sha256"], "sha256")
+                self.texts = about["texts"]
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"{folder} has no teacher scores: {error}. Write them with "
+                f"`folder` {folder} has no teacher scores: {error}. Write them with "
                 "`keras_t5gemma.write_teacher_scores`."
             ) from error
-        for name, digest in about["sha256"].items() if check else ():
+        for name, digest in digests.items() if check else ():
             if digest != sha256(self.folder / name):
                 raise ValueError(
                     f"{self.folder / name} has changed: its checksum differs. Write "
                     "the scores again."
                 )
-        self.texts = about["texts"]
         self.top_k = self.ids.shape[1]
 
     def check(self, batches: Any) -> None:

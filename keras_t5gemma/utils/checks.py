@@ -221,6 +221,11 @@ def string(value: Any, name: str) -> str:
     return instance(value, name, str, "a string")
 
 
+def json_object(value: Any, name: str) -> dict[str, Any]:
+    """Check a parsed JSON object and return it; anything else raises `ValueError`."""
+    return instance(value, name, dict, "a JSON object")
+
+
 def path(value: Any, name: str) -> Path:
     """Check the path of a file or folder, and return it as a `Path`.
 

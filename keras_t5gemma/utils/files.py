@@ -13,6 +13,11 @@ from typing import IO, Any, AnyStr, BinaryIO, cast
 
 MAX_JSON_BYTES = 64 * 1024**2  # Gemma's longest, tokenizer.json, has 34 MB.
 MAX_RECORD = 64 * 1024**2  # Characters or bytes of a line or a cell of a data file.
+# What reading a value of a wrong type or range raises.
+_WRONG_VALUES = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError),
+    ArithmeticError,
+)
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -122,6 +127,24 @@ def parse_json(text: str | bytes, name: str) -> Any:
         raise ValueError(f"{name} is nested too deeply for JSON.") from error
     except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def named_values(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what is wrong with the values of a parsed file as `ValueError` naming it.
+
+    Args:
+        file: its path, for the message.
+    """
+    try:
+        yield
+    except _WRONG_VALUES as error:
+        text = str(error)
+        if isinstance(error, KeyError):
+            text = f"lacks the field {error}"
+        elif isinstance(error, ValueError) and os.fspath(file) in text:
+            raise
+        raise ValueError(f"{os.fspath(file)}: {text}") from error
 
 
 @contextlib.contextmanager
