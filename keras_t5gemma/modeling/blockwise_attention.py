@@ -19,6 +19,7 @@ import keras
 from keras_t5gemma.modeling import flex_attention
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator
 from keras_t5gemma.modeling.masks import Visibility
+from keras_t5gemma.utils.backends import on_cpu
 from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR, LOGITS_ON_CPU
 from keras_t5gemma.utils.checks import one_of
 from keras_t5gemma.utils.types import Tensor
@@ -38,13 +39,13 @@ def uses_blocks(queries: int, keys: int) -> bool:
     return queries * keys >= _LONG
 
 
-def block_sizes(heads: int, on_cpu: bool) -> tuple[int, int]:
+def block_sizes(heads: int, cpu: bool) -> tuple[int, int]:
     """Numbers of queries and keys in a block of all heads of one row.
 
     On a CPU its logits stay in the cache.
     """
-    at_once = LOGITS_ON_CPU if on_cpu else LOGITS_ON_ACCELERATOR
-    keys = _KEYS if on_cpu else 2 * _KEYS
+    at_once = LOGITS_ON_CPU if cpu else LOGITS_ON_ACCELERATOR
+    keys = _KEYS if cpu else 2 * _KEYS
     queries = _FEWEST_QUERIES
     while 2 * queries * heads * keys <= at_once:
         queries *= 2
@@ -101,11 +102,9 @@ def attend(
         if kernel in ("auto", "flex") and not reason:
             return flex_attention.attend(query, key, value, visibility, soft_cap)
         from keras_t5gemma.modeling import blockwise_torch as portable
-
-        on_cpu = query.device.type == "cpu"
     else:
-        raise NotImplementedError
-    blocks = blocks or block_sizes(query.shape[2], on_cpu)
+        from keras_t5gemma.modeling import blockwise_xla as portable  # type: ignore
+    blocks = blocks or block_sizes(query.shape[2], on_cpu(query))
     check_blocks(blocks)
     arguments = visibility, soft_cap, dropout, seed, blocks
     return portable.attend(query, key, value, *arguments)

@@ -6,8 +6,8 @@ particular here:
 - Buffers of one block are written in place, and rows of the batch are taken one by
   one, so that blocks that only padding or other segments fill are skipped in each row.
 - On a CPU PyTorch's `exp2` takes a quarter of the time of `exp`, and a fifteenth of
-  that of `tanh`, which is computed as `(e - 1) / (e + 1)` with `e = exp(2 x)`. Its error
-  is 6e-8 whatever its size, which a cap up to 64 keeps at that of float32 logits.
+  that of `tanh`, which is computed as `(e - 1) / (e + 1)` with `e = exp(2 x)`. Its
+  error is 6e-8 whatever its size: with a cap up to 64, that of float32 logits.
 - Products are float32 on a CPU, whatever the dtype of the model.
 """
 

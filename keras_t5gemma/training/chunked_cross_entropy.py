@@ -17,11 +17,11 @@ from keras_t5gemma.training.vocabulary_chunks import (
     chunk_ids,
     chunk_logits,
     chunk_rows,
-    compiled,
     logits_at_once,
     loop,
     write_rows,
 )
+from keras_t5gemma.utils.backends import compiled
 from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR
 from keras_t5gemma.utils.types import Tensor
 

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.utils.backends import on_cpu
 from keras_t5gemma.utils.buckets import (
     LOGITS_ON_ACCELERATOR,
     LOGITS_ON_CPU,
@@ -61,17 +62,7 @@ def add_mass(
 
 def logits_at_once(states: Tensor) -> int:
     """Number of logits to compute at a time on one device; see `utils.buckets`."""
-    if keras.config.backend() == "torch":
-        on_cpu = states.device.type == "cpu"
-    elif keras.config.backend() == "jax":
-        import jax
-
-        on_cpu = jax.default_backend() == "cpu"
-    else:
-        import tensorflow as tf
-
-        on_cpu = not tf.config.list_logical_devices("GPU")
-    return LOGITS_ON_CPU if on_cpu else LOGITS_ON_ACCELERATOR
+    return LOGITS_ON_CPU if on_cpu(states) else LOGITS_ON_ACCELERATOR
 
 
 def chunk_count(size: int, tokens: int | None, at_once: int) -> int:
@@ -79,18 +70,6 @@ def chunk_count(size: int, tokens: int | None, at_once: int) -> int:
     tokens = tokens or 2**11  # Unknown while a TensorFlow function is traced.
     tokens = ceil_div(tokens, mesh.size("data"))
     return vocabulary_chunks(size, tokens, at_once, mesh.pieces_of_width())
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile with XLA on TensorFlow, whose other CPU kernels take twice as long.
-
-    Keras asks for XLA itself on JAX, and on TensorFlow only with a GPU.
-    """
-    if keras.config.backend() != "tensorflow":
-        return function
-    import tensorflow as tf
-
-    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def loop(count: int, body: Callable, state: Any) -> Any:

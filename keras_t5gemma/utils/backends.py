@@ -1,0 +1,32 @@
+"""What differs between the backends below the level of Keras."""
+
+from collections.abc import Callable
+
+import keras
+
+from keras_t5gemma.utils.types import Tensor
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether a tensor, concrete or traced, is computed on a CPU."""
+    if keras.config.backend() == "torch":
+        return x.device.type == "cpu"
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    import tensorflow as tf
+
+    return not tf.config.list_logical_devices("GPU")
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile with XLA on TensorFlow, whose other CPU kernels take twice as long.
+
+    Keras asks for XLA itself on JAX, and on TensorFlow only with a GPU.
+    """
+    if keras.config.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True, autograph=False)
