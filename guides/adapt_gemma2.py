@@ -26,8 +26,8 @@
 
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:
-# %pip install -q --no-deps "keras-hub>=0.32"
 # %pip install -q "keras-t5gemma[jax]"
+# %pip install -q --no-deps "keras-hub>=0.32" regex tokenizers
 
 # %%
 import inspect

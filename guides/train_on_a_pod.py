@@ -26,7 +26,6 @@
 
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:
-# %pip install -q --no-deps "keras-hub>=0.32"
 # %pip install -q "keras-t5gemma[jax,distributed]"
 
 # %%

@@ -72,6 +72,19 @@ def test_generate(tmp_path):
 
 
 @runs_here
+def test_published_checkpoint_to_your_task(tmp_path):
+    printed = run("published_checkpoint_to_your_task", tmp_path)
+    rows = re.findall(r"ROUGE-L ([\d.]+) ± [\d.]+, ([\d.]+) nats", printed)
+    (rouge, nats), (tuned_rouge, tuned_nats), (_, int8_nats) = [
+        map(float, row) for row in rows
+    ]
+    assert tuned_rouge > rouge + 10 and tuned_nats < nats - 1
+    assert int8_nats == pytest.approx(tuned_nats, abs=0.2)
+    assert "batch  8, LoRA of rank 16" in printed and "does not fit" not in printed
+    assert "same tensors and logits: True" in printed
+
+
+@runs_here
 def test_finetune_summarization(tmp_path):
     printed = run("finetune_summarization", tmp_path)
     first, best = numbers(r"validation loss: ([\d.]+) .* ([\d.]+) at best", printed)
@@ -203,7 +216,7 @@ def test_cells_are_whole_and_say_what_the_guide_shows(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["finetune_summarization", "finetune_translation_lora"]
+    "name", [name for name in GUIDES if "GUIDE_DATA" in source(name)]
 )
 def test_data_of_ones_own(name, tmp_path, monkeypatch, capsys):
     file = tmp_path / "pairs.jsonl"
