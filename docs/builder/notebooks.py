@@ -9,7 +9,7 @@ def page(path):
     notebook = nbformat.read(path, as_version=4)
     resources = {"unique_key": path.stem, "output_files_dir": "."}
     text, found = MarkdownExporter().from_notebook_node(notebook, resources=resources)
-    download = f"[:material-download: Notebook]({path.name}){{ .md-button }}"
+    download = f"[Download the notebook]({path.name}){{ .md-button }}"
     title, _, rest = text.strip().partition("\n")
     made = {
         f"guides/{path.stem}.md": f"{title}\n\n{download}\n\n{rest}\n",

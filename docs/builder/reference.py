@@ -123,26 +123,21 @@ def cli_page():
     for command, (kind, _) in main.COMMANDS.items():
         docs = field_docs(kind)
         hints = typing.get_type_hints(kind, include_extras=True)
-        rows = []
-        positional = []
+        usage, rows = ["keras-t5gemma", command], []
         for field in dataclasses.fields(kind):
             hint = hints[field.name]
-            is_positional = main.tyro.conf.Positional in getattr(
-                hint, "__metadata__", ()
-            )
-            flag = field.name.upper() if is_positional else flag_of(field, hint)
-            if is_positional:
-                required = field.default is dataclasses.MISSING
-                positional.append(flag if required else f"[{flag}]")
-            rows.append(
-                f"| `{flag}` | {values(hint)} | {default_of(field)} "
-                f"| {escape(docs.get(field.name, ''))} |"
-            )
-        usage = " ".join(["keras-t5gemma", command, *positional, "[OPTIONS]"])
+            is_required = field.default is dataclasses.MISSING
+            if main.tyro.conf.Positional in getattr(hint, "__metadata__", ()):
+                name = field.name.upper()
+                usage.append(name if is_required else f"[{name}]")
+            else:
+                name = flag_of(field, hint)
+                usage += [f"{name} ..."] if is_required else []
+            parts = [f"`{name}`", values(hint), default_of(field)]
+            rows += [" · ".join(filter(None, parts)), f":   {docs[field.name]}", ""]
         text += [f"## {command}", "", (kind.__doc__ or "").strip(), ""]
-        text += ["```bash", usage if rows else f"keras-t5gemma {command}", "```", ""]
-        if rows:
-            text += ["| option | values | default | |", "|---|---|---|---|", *rows, ""]
+        usage += ["[OPTIONS]"] if rows else []
+        text += ["```bash", " ".join(usage), "```", "", *rows]
     return "\n".join(text)
 
 
@@ -156,8 +151,9 @@ def default_of(field):
     """A default as Markdown."""
     if field.default is not dataclasses.MISSING:
         empty = field.default is None or field.default == ()
-        return "" if empty else f"`{str(field.default).strip('()').rstrip(',')}`"
-    return "" if field.default_factory is not dataclasses.MISSING else "required"
+        shown = str(field.default).strip("()").rstrip(",")
+        return "" if empty else f"default `{shown}`"
+    return "required"
 
 
 def values(hint):
@@ -175,8 +171,3 @@ def values(hint):
         return " or ".join(word for word in words if word)
     names = {int: "number", float: "number", bool: "", str: "text", Path: "path"}
     return names.get(hint, "path" if "PathLike" in str(hint) else "")
-
-
-def escape(text):
-    """Text for a cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("<", "&lt;")

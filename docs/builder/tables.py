@@ -181,11 +181,14 @@ def devices_table():
 
 
 def readme(title):
-    """A section of the README, without its heading."""
+    """A section of the README, to the paragraph after its first code block."""
     text = (ROOT / "README.md").read_text("utf-8")
-    return re.split(r"^## ", text, flags=re.M)[
-        1 + re.findall(r"^## (.*)$", text, re.M).index(title)
-    ].partition("\n")[2]
+    titles = re.findall(r"^## (.*)$", text, re.M)
+    body = re.split(r"^## .*\n", text, flags=re.M)[1 + titles.index(title)]
+    before, code, after = re.split(
+        r"^(```.*?^```\n)", body, maxsplit=1, flags=re.M | re.S
+    )
+    return before + code + "\n\n".join(after.split("\n\n")[:2])
 
 
 def measured(section, *columns):
