@@ -50,7 +50,14 @@ def write_lock(folder, **changes):
     return owner
 
 
-def test_a_second_process_is_refused_and_a_dead_one_replaced(model, tmp_path):
+def test_a_second_process_is_refused_and_a_dead_one_replaced(
+    model, tmp_path, tmp_path_factory
+):
+    data = tmp_path_factory.mktemp("data")
+    (data / "own").mkdir()
+    rows = "".join(json.dumps({"text": "a", "label": x}) + "\n" for x in "xy")
+    for split in ("train", "valid", "test"):
+        (data / "own" / f"{split}.jsonl").write_text(rows)
     model.compile("sgd")
     host = socket.gethostname()
     with another_process(tmp_path) as child:
@@ -65,6 +72,8 @@ def test_a_second_process_is_refused_and_a_dead_one_replaced(model, tmp_path):
             RunDirectory(tmp_path).locked(),
         ):
             pass
+        with pytest.raises(FolderInUseError, match=message):
+            kt.evaluate_encoders(tasks=["own"], tfidf=True, data=data, output=tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]
         os.kill(child, signal.SIGKILL)
         while module._start_of(child) is not None:  # Until it is a zombie.
