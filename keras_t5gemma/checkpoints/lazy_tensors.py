@@ -36,9 +36,9 @@ def parse_dtype(name: str, argument: str = "dtype") -> np.dtype:
     Raises:
         ValueError: naming the argument, for a dtype that weights are not stored in.
     """
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(
-            f"`{argument}` must be one of {', '.join(DTYPES)}; got {name!r}."
+            f"`{argument}` must be one of {', '.join(DTYPES)}; got {shown(name)}."
         )
     return DTYPES[name]
 

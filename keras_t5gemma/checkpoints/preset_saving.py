@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints.atomic import atomic_folder
+from keras_t5gemma.utils.checks import path
 from keras_t5gemma.utils.sizes import UNITS, parse_shard_size
 
 # Keras restores neither from a preset; both depend on the machine.
@@ -39,7 +40,7 @@ class AtomicSaveToPreset:
             OSError: when the disk is full; then nothing is left behind.
         """
         size = parse_shard_size(max_shard_size)
-        with atomic_folder(preset_dir) as staging:
+        with atomic_folder(path(preset_dir, "preset_dir")) as staging:
             if hasattr(self, "backbone"):
                 _write_task(self, staging, size)
             else:

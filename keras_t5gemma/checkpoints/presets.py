@@ -16,7 +16,7 @@ from keras_t5gemma.checkpoints import (
 )
 from keras_t5gemma.checkpoints.hub import get_file
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.utils.checks import string
+from keras_t5gemma.utils.checks import shown, string
 from keras_t5gemma.utils.files import (
     check_regular,
     named_values,
@@ -248,7 +248,7 @@ def locate(preset: Any, names: Mapping[str, str], accepted: str) -> str:
         ValueError: for anything else, with the nearest names.
     """
     if not isinstance(preset, str | os.PathLike):
-        raise ValueError(f"`preset` must be a string; got {preset!r}.")
+        raise ValueError(f"`preset` must be a string; got {shown(preset)}.")
     location = os.fspath(preset)
     if "://" in location:
         hub.split(location)

@@ -15,7 +15,9 @@ from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
 from keras_t5gemma.checkpoints.presets import PresetLike
 from keras_t5gemma.conversion.compare import config_differences
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.utils.checks import path, shown
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.texts import to_list
 
 
 def average_presets(
@@ -42,9 +44,9 @@ def average_presets(
             or configurations that differ, naming the fields.
         OSError: when there is not enough space on the disk.
     """
-    if isinstance(presets, str | Path) or not len(presets):
+    if not isinstance(presets, list | tuple) or not presets:
         raise ValueError(
-            f"`presets` must be a list of at least one preset; got {presets!r}."
+            f"`presets` must be a list of at least one preset; got {shown(presets)}."
         )
     shares = _check_weights([1.0] * len(presets) if weights is None else weights)
     if len(shares) != len(presets):
@@ -52,7 +54,7 @@ def average_presets(
             f"`weights` must be one number for each of the {len(presets)} presets; "
             f"got {len(shares)}."
         )
-    folder = Path(folder)
+    folder = path(folder, "folder")
     atomic.check_overwrite(folder, overwrite)
     opened = [open_checkpoint(preset) for preset in presets]
     first = opened[0]
@@ -93,13 +95,13 @@ def average_presets(
 
 def _check_weights(weights):
     try:
-        array = np.asarray(list(weights), "float64")
+        array = np.asarray(to_list(weights, "weights"), "float64")
         fits = np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0
     except (TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(
-            f"`weights` must be numbers >= 0, not all of them 0; got {weights!r}."
+            f"`weights` must be numbers >= 0, not all of them 0; got {shown(weights)}."
         )
     return tuple(array.tolist())
 

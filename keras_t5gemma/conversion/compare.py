@@ -14,6 +14,7 @@ from keras_t5gemma.checkpoints import checkpoint, integrity
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
 from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.utils.checks import whole_number
 
 _CHUNK = 4_000_000  # Elements of a tensor that are compared at a time.
 
@@ -60,6 +61,7 @@ def verify(a: str | Path, b: str | Path, seed: int = 0) -> Comparison:
         ValueError: if one of them is not a T5Gemma checkpoint.
         OSError: when a download fails, with instructions.
     """
+    whole_number(seed, "seed", 0)
     opened = [checkpoint.open_checkpoint(x) for x in (a, b)]
     first, second = (c.config.to_dict() for c in opened)
     configs = config_differences(first, second)

@@ -9,6 +9,7 @@ from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.utils.checks import flag, one_of, path
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.sizes import parse_shard_size
 
@@ -38,10 +39,9 @@ def convert(
         ValueError: naming the argument, or the file and the tensors that do not fit.
         OSError: when there is not enough space on the disk.
     """
-    folder = Path(folder)
-    formats = (presets.KERAS, presets.HUGGING_FACE)
-    if to not in formats:
-        raise ValueError(f"`to` must be one of {formats}; got {to!r}.")
+    folder = path(folder, "folder")
+    one_of(to, "to", (presets.KERAS, presets.HUGGING_FACE))
+    overwrite = flag(overwrite, "overwrite")
     shard_bytes = parse_shard_size(max_shard_size)
     atomic.check_overwrite(folder, overwrite)
     opened = open_checkpoint(preset)

@@ -101,9 +101,9 @@ class Model:
             backbone = keras_hub.models.GemmaBackbone.from_preset(
                 self.preset, dtype=recipe.dtype
             )
-            file = open_gemma2(self.preset, "decoder_only").tokenizer_file
+            vocabulary = open_gemma2(self.preset, "decoder_only").vocabulary
             preprocessor = Seq2SeqLMPreprocessor(
-                Tokenizer(file), template=_AFTER_BOS, **lengths
+                Tokenizer(vocabulary), template=_AFTER_BOS, **lengths
             )
             return backbone, preprocessor
         backbone = Backbone.from_preset(

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +18,11 @@ from keras_t5gemma.evaluation.candidates import Model, Recipe, TfIdf
 from keras_t5gemma.evaluation.measures import mean_and_error
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.evaluation.tasks import CLASSES, Task, read_task
+from keras_t5gemma.utils.checks import path, shown
 from keras_t5gemma.utils.files import read_json_file
 from keras_t5gemma.utils.options import PathsOrNames, as_yaml, takes_options
 from keras_t5gemma.utils.progress import progress_bar
+from keras_t5gemma.utils.texts import to_list
 
 RESULTS, TABLE, OPTIONS = "results.json", "results.md", "run.yaml"
 
@@ -55,7 +59,7 @@ def evaluate_encoders(o: EvaluateOptions) -> Scores:
         model.check()
     tasks = {
         name: _shortened(read_task(name, o.data), o.train_rows)
-        for name in _names(o.tasks)
+        for name in _names(o.tasks, "tasks")
     }
     options = {**dataclasses.asdict(recipe), "train_rows": o.train_rows}
     if Path(o.output).is_file():
@@ -84,18 +88,18 @@ def _measure(runs, tasks, models, recipe, seeds, rates):
                     advance(1)
 
 
-def _names(names: PathsOrNames) -> list[str]:
+def _names(names: PathsOrNames, name: str) -> list[str]:
     if isinstance(names, str | os.PathLike):
-        return [str(names)]
-    return [str(name) for name in names]
+        names = [names]
+    return [str(path(each, name)) for each in to_list(names, name)]
 
 
 def _models(o: EvaluateOptions) -> list[Model | TfIdf]:
     """Models to compare, which must have different names."""
     models: list[Model | TfIdf] = []
     for kind in ("preset", "scratch", "decoder_only"):
-        presets = getattr(o, "presets" if kind == "preset" else kind)
-        models += [Model(preset, kind) for preset in _names(presets)]
+        name = "presets" if kind == "preset" else kind
+        models += [Model(preset, kind) for preset in _names(getattr(o, name), name)]
     models += [TfIdf()] if o.tfidf else []
     if not models:
         raise ValueError(
@@ -141,13 +145,18 @@ def _require_scikit_learn() -> None:
 
 
 def _numbers(rates: Any) -> list[float]:
+    is_one = isinstance(rates, str | numbers.Real)
     try:
-        numbers = [float(rate) for rate in np.atleast_1d(rates)]
-    except ValueError as error:
-        raise ValueError(f"`learning_rates` must be numbers; {error}.") from error
-    if not numbers or min(numbers) <= 0:
-        raise ValueError(f"`learning_rates` must be above 0; got {numbers}.")
-    return numbers
+        found = [rates] if is_one else to_list(rates, "learning_rates")
+        found = [float(rate) for rate in found]
+    except (OverflowError, TypeError, ValueError):
+        found = []
+    if not found or not all(0 < rate < math.inf for rate in found):
+        raise ValueError(
+            "`learning_rates` must be one or more finite numbers above 0; got "
+            f"{shown(rates)}."
+        )
+    return found
 
 
 def _short(measures: Mapping[str, float]) -> str:

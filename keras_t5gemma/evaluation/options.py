@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from keras_t5gemma.utils.checks import number, whole_number
+from keras_t5gemma.utils.checks import flag, number, path, string, whole_number
 from keras_t5gemma.utils.options import PathOrName, PathsOrNames, check_choices
 
 _COUNTS = (
@@ -78,4 +78,10 @@ class EvaluateOptions:
             value = getattr(self, field.name)
             if field.name in _COUNTS and not (value is None and field.default is None):
                 whole_number(value, field.name, 1)
+        path(self.data, "data")
+        path(self.output, "output")
+        for name in ("tfidf", "frozen"):
+            flag(getattr(self, name), name)
+        if self.dtype is not None:
+            string(self.dtype, "dtype")
         number(self.dropout, "dropout", at_least=0, below=1)

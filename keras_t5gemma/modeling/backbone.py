@@ -18,7 +18,7 @@ from keras_t5gemma.distribution.prediction import SafeInference
 from keras_t5gemma.modeling import bases, lora, weight_loading
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.towers import Decoder, Encoder
-from keras_t5gemma.utils.checks import one_of
+from keras_t5gemma.utils.checks import flag, instance, one_of, path
 from keras_t5gemma.utils.sizes import parse_shard_size
 from keras_t5gemma.utils.types import Tensor
 
@@ -61,11 +61,8 @@ class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
     ):
         if isinstance(config, dict):
             config = T5GemmaConfig.from_dict(config)
-        if not isinstance(config, T5GemmaConfig):
-            raise ValueError(
-                "`config` must be a T5GemmaConfig, e.g. "
-                f"T5GemmaConfig.pair('s', 's'); got {config!r}."
-            )
+        kind = "a T5GemmaConfig, e.g. T5GemmaConfig.pair('s', 's')"
+        instance(config, "config", T5GemmaConfig, kind)
         mesh.prepare(config)
         dtype = parse_policy(dtype)
         sides = ("encoder",) if config.decoder is None else ("encoder", "decoder")
@@ -296,9 +293,14 @@ class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
                 not fit.
             OSError: when a download fails, with instructions.
         """
+        flag(load_weights, "load_weights")
+        flag(encoder_only, "encoder_only")
         checks = verify_checksums, allow_non_finite
-        if kwargs.get("dtype") in QUANTIZED:
-            mode = kwargs.pop("dtype")
+        flag(verify_checksums, "verify_checksums")
+        flag(allow_non_finite, "allow_non_finite")
+        mode = kwargs.get("dtype")
+        if isinstance(mode, str) and mode in QUANTIZED:
+            del kwargs["dtype"]
             backbone = cls.from_preset(
                 preset, load_weights, encoder_only, *checks, **kwargs
             )
@@ -378,10 +380,10 @@ class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
                 express.
         """
         huggingface.save(
-            folder,
+            path(folder, "folder"),
             self.config,
             weight_loading.model_tensors(self),
-            parse_dtype(dtype or self.variable_dtype),
+            parse_dtype(self.variable_dtype if dtype is None else dtype),
             max_shard_bytes=parse_shard_size(max_shard_size),
             **kwargs,
         )

@@ -11,7 +11,8 @@ from keras_t5gemma.checkpoints.atomic import atomic_file
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import MAX_ROWS, one_of, whole_number
+from keras_t5gemma.utils.texts import to_list
 
 # Parts: components of the layers' paths, and the layers adapted by default.
 PARTS = {
@@ -40,17 +41,17 @@ def enable(
     Raises:
         ValueError: for a rank below 1, or names and parts that match no layer.
     """
-    rank = whole_number(rank, "rank", 1)
-    if isinstance(parts, str) or (parts is not None and set(parts) - set(PARTS)):
-        raise ValueError(f"`parts` must be a list of {list(PARTS)}; got {parts!r}.")
+    rank = whole_number(rank, "rank", 1, MAX_ROWS)
+    if parts is not None:
+        parts = [one_of(part, "parts", PARTS) for part in to_list(parts, "parts")]
     if parts is None and names is None:
         names = backbone.default_lora_layer_names()
     candidates = _candidates(backbone)
     known = {layer.name for layer in candidates}
-    if names is not None and set(names) - known:
-        raise ValueError(
-            f"`target_layer_names` must be among {sorted(known)}; got {names!r}."
-        )
+    if names is not None:
+        names = to_list(names, "target_layer_names")
+        for name in names:
+            one_of(name, "target_layer_names", sorted(known))
 
     def is_chosen(layer):
         if parts is None:

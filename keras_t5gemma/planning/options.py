@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import flag, whole_number
 from keras_t5gemma.utils.options import PathOrName, check_choices
 
 MAX_DEVICES = 2**20
@@ -56,6 +56,7 @@ class PlanOptions:
             if name != "lora_rank" or self.lora_rank is not None:
                 high = MAX_DEVICES if name == "devices" else None
                 whole_number(getattr(self, name), name, 1, high)
+        flag(self.rematerialize, "rematerialize")
         if self.quantize and not self.lora_rank:
             raise ValueError(
                 f"`quantize` {self.quantize!r} needs `lora_rank`: quantized weights "

@@ -306,6 +306,7 @@ def load_encoder(preset: Any, load_weights: bool, kwargs: dict) -> tuple:
         `(source, backbone, options)`: the `presets.Source`, `None` if nothing was read;
         a `Backbone` without a decoder; and the arguments taken out of `kwargs`.
     """
+    flag(load_weights, "load_weights")
     is_offline = not load_weights and presets.published_config(preset) is not None
     source = None if is_offline else presets.resolve(preset)
     of_backbone = ("dtype", "verify_checksums", "allow_non_finite")

@@ -23,7 +23,7 @@ from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.optimizers import prepare_optimizer
-from keras_t5gemma.utils.checks import flag, is_auto, shown
+from keras_t5gemma.utils.checks import flag, is_auto, path, shown
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -92,6 +92,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
         known = (*of_backbone, "preprocessor", "name", "compile")
         presets.check_keywords(kwargs, known, cls.__name__)
+        flag(load_weights, "load_weights")
         is_offline = not load_weights and presets.published_config(preset) is not None
         source = preset if is_offline else presets.resolve(preset)
         options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}
@@ -379,11 +380,11 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
 
     def save_lora_weights(self, filepath: Any) -> None:
         """Save only the adapters, to a path that ends in `.lora.h5`."""
-        self.backbone.save_lora_weights(filepath)
+        self.backbone.save_lora_weights(path(filepath, "filepath"))
 
     def load_lora_weights(self, filepath: Any) -> None:
         """Load adapters of `save_lora_weights` into the same layers."""
-        self.backbone.load_lora_weights(filepath)
+        self.backbone.load_lora_weights(path(filepath, "filepath"))
         self._forget_compiled()
 
     def quantize(self, mode: str | None = None, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ import sentencepiece
 from keras_t5gemma.checkpoints import preset_saving, presets
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.tokenization import tokenizer_files, tokenizer_json
 from keras_t5gemma.utils.checks import path as checked_path
 from keras_t5gemma.utils.checks import shown, string, whole_number
 from keras_t5gemma.utils.files import open_regular
@@ -34,12 +35,13 @@ class Tokenizer(bases.Tokenizer):
     encoded as ordinary characters.
 
     Args:
-        proto: path of a SentencePiece model, or its bytes. `None` leaves the
-            tokenizer empty until `load_assets`.
+        proto: path of a SentencePiece model or of a tokenizer.json, or its bytes.
+            `None` leaves the tokenizer empty until `load_assets`.
 
     Raises:
-        ValueError: if the file is not a SentencePiece model, or lacks Gemma's
-            special tokens (pad 0, eos 1, bos 2, unk 3, the two turn tokens).
+        ValueError: if the file is neither, is a tokenizer.json of another kind than
+            Gemma's, or lacks Gemma's special tokens (pad 0, eos 1, bos 2, unk 3, the
+            two turn tokens).
     """
 
     backbone_cls = Backbone
@@ -56,9 +58,13 @@ class Tokenizer(bases.Tokenizer):
             self._set_proto(proto)
 
     def _set_proto(self, proto):
+        name = "`proto`"
         if not isinstance(proto, bytes):
-            with open_regular(checked_path(proto, "proto")) as file:
+            name = os.fspath(checked_path(proto, "proto"))
+            with open_regular(name) as file:
                 proto = file.read()
+        if proto[:1] == b"{":
+            proto = tokenizer_json.read(proto, name)
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(proto)
@@ -84,6 +90,11 @@ class Tokenizer(bases.Tokenizer):
             for i in range(len(processor))
             if processor.IsControl(i) or _CONTROL.fullmatch(processor.IdToPiece(i))
         }
+        # Control tokens that somebody added to the vocabulary, longer ones first.
+        pieces = {processor.IdToPiece(i) for i in self.control_ids}
+        added = sorted(filter(None, pieces), key=len, reverse=True)
+        added = [re.escape(p) for p in added if not _CONTROL.fullmatch(p)]
+        self._control = re.compile("|".join([*added, _CONTROL.pattern]))
 
     @property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -114,23 +125,26 @@ class Tokenizer(bases.Tokenizer):
             check_unicode(text, "`text`")
             return self._encode(text, parse_control_tokens)
         texts = as_texts(text, "text")
-        if len(texts) >= _MANY and not any(_CONTROL.search(t) for t in texts):
-            return self.processor.Encode(texts)  # In threads, which take time to start.
+        processor = self.processor
+        if len(texts) >= _MANY and not any(map(self._control.search, texts)):
+            return processor.Encode(texts)  # In threads, which take time to start.
         return [self._encode(t, parse_control_tokens) for t in texts]
 
     def _encode(self, text, parse_control_tokens):
+        processor = self.processor
         ids, start = [], 0
-        for match in _CONTROL.finditer(text):
-            if parse_control_tokens:
-                ids += self.processor.Encode(text[start : match.start()])
-                ids.append(self.token_to_id(match.group()))
+        for match in self._control.finditer(text):
+            id = processor.PieceToId(match.group())
+            if parse_control_tokens and processor.IdToPiece(id) == match.group():
+                ids += processor.Encode(text[start : match.start()])
+                ids.append(id)
                 start = match.end()
             else:
                 # Cut inside the token: no piece can span it any more.
                 cut = match.start() + 1
-                ids += self.processor.Encode(text[start:cut])
+                ids += processor.Encode(text[start:cut])
                 start = cut
-        return ids + self.processor.Encode(text[start:])
+        return ids + processor.Encode(text[start:])
 
     def detokenize(self, token_ids: Any, skip_control_tokens: bool = True) -> Any:
         """Decode one sequence of ids, or a batch of them.
@@ -212,7 +226,11 @@ class Tokenizer(bases.Tokenizer):
     def from_preset(cls, preset: presets.PresetLike, **kwargs: Any) -> "Tokenizer":
         """Load the tokenizer of a preset; see `Backbone.from_preset`."""
         presets.check_keywords(kwargs, ("name",), cls.__name__)
-        return cls(presets.resolve(preset).tokenizer_file(), **kwargs)
+        return cls(tokenizer_files.read(presets.resolve(preset)), **kwargs)
+
+    def tokenizer_json(self) -> str:
+        """The same vocabulary as a tokenizer.json of the `tokenizers` library."""
+        return tokenizer_json.write(self.processor.serialized_model_proto())
 
     def save_to_preset(self, preset_dir: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into the folder of a preset."""

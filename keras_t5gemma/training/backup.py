@@ -5,7 +5,6 @@ import json
 import math
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -17,7 +16,7 @@ from keras_t5gemma.data.resumable import ResumableDataset
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.training import state_file
 from keras_t5gemma.training.state_file import write as _write
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import path, whole_number
 from keras_t5gemma.utils.files import read_json_file
 
 _PROGRESS = "progress.json"
@@ -53,9 +52,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         self, folder: str | os.PathLike, save_freq: str | int = "epoch"
     ) -> None:
         super().__init__()
-        if save_freq != "epoch":
+        if not isinstance(save_freq, str) or save_freq != "epoch":
             save_freq = whole_number(save_freq, "save_freq", 1, other="'epoch'")
-        self.folder = Path(folder)
+        self.folder = path(folder, "folder")
         self.save_freq = save_freq
         self.history: dict[str, list[float]] = {}
         self.data: Any = None

@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -18,7 +17,8 @@ from keras_t5gemma.data.text_columns import as_columns
 from keras_t5gemma.training.backup import BackupAndRestore as BackupAndRestore
 from keras_t5gemma.training.text_metrics import text_metrics
 from keras_t5gemma.training.warmup import CrossAttentionWarmUp as CrossAttentionWarmUp
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import one_of, shown, string, whole_number
+from keras_t5gemma.utils.checks import path as checked_path
 from keras_t5gemma.utils.files import read_json_file
 
 _BEST_FILE = "best.json"
@@ -75,6 +75,8 @@ class GenerationMetrics(keras.callbacks.Callback):
             ("examples", examples, 0),
         ):
             whole_number(value, name, low)
+        whole_number(seed, "seed", 0, 2**128 - 1)
+        string(prefix, "prefix")
         one_answer = {"num_return_sequences", "return_scores"} & set(generate_options)
         if one_answer:
             raise ValueError(
@@ -89,7 +91,7 @@ class GenerationMetrics(keras.callbacks.Callback):
         self.metrics = text_metrics(metrics)
         self.every = every
         self.examples = examples
-        self.samples = samples
+        self.samples = None if samples is None else checked_path(samples, "samples")
         self.prefix = prefix
         self.seed = seed
         self.generate_options = generate_options
@@ -149,18 +151,18 @@ class GenerationMetrics(keras.callbacks.Callback):
 
 def _pairs(x, y):
     columns = as_columns(x, y)
-    if columns is None and hasattr(x, "__len__") and not len(x):
+    if columns is None and isinstance(x, list | tuple) and not x:
         columns = {"encoder_text": [], "decoder_text": []}
     if columns is None:
         raise ValueError(
             "GenerationMetrics needs text pairs in memory (`x` and `y`: lists of "
-            f"strings, or a list of pairs); got `x` of type {type(x).__name__}."
+            f"strings, or a list of pairs); got {shown(x)}."
         )
     sources, targets = columns["encoder_text"], columns["decoder_text"]
     if not len(sources) or len(sources) != len(targets):
         raise ValueError(
-            "The validation pairs must have one target per source, and at least one; "
-            f"got {len(sources)} sources and {len(targets)} targets."
+            "The validation pairs `x` (and `y`) must have one target per source, and "
+            f"at least one; got {len(sources)} sources and {len(targets)} targets."
         )
     return sources, targets
 
@@ -304,8 +306,8 @@ class SaveBest(keras.callbacks.Callback):
         self, folder: str | os.PathLike, monitor: str = "val_loss", mode: str = "auto"
     ) -> None:
         super().__init__()
-        self.folder = Path(folder)
-        self.monitor = monitor
+        self.folder = checked_path(folder, "folder")
+        self.monitor = string(monitor, "monitor")
         self.mode = _mode(monitor, mode)
         self.best: float | None = None
         finish_interrupted_save(self.folder)
@@ -359,6 +361,7 @@ class SaveBest(keras.callbacks.Callback):
 
 
 def _mode(monitor, mode):
+    one_of(mode, "mode", ("auto", "min", "max"))
     if mode in ("min", "max"):
         return mode
     name = monitor.removeprefix("val_")
@@ -369,5 +372,5 @@ def _mode(monitor, mode):
         return "max"
     raise ValueError(
         "`mode` must be 'min' or 'max', or 'auto' for a known `monitor`; got "
-        f"{mode!r} for {monitor!r}."
+        f"{shown(mode)} for {monitor!r}."
     )

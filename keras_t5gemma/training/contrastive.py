@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from keras_t5gemma.modeling.heads import l2_normalize
-from keras_t5gemma.utils.checks import number, whole_number
+from keras_t5gemma.utils.checks import flag, number, whole_number
+from keras_t5gemma.utils.texts import to_list
 from keras_t5gemma.utils.types import Tensor
 
 FAR = -1e30
@@ -41,7 +42,10 @@ class InfoNCE(keras.losses.Loss):
         super().__init__(name, reduction="mean_with_sample_weight", dtype="float32")
         number(temperature, "temperature", above=0)
         self.temperature = temperature
-        self.symmetric = symmetric
+        self.symmetric = flag(symmetric, "symmetric")
+        if dimensions is not None:
+            dimensions = to_list(dimensions, "dimensions")
+            dimensions = [whole_number(n, "dimensions", 1) for n in dimensions] or None
         self.dimensions = dimensions
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from keras_t5gemma.training.chunked_cross_entropy import TeacherTargets, top_cho
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, no_gradients
 from keras_t5gemma.training.teacher_scores import TeacherScores
-from keras_t5gemma.utils.checks import number, whole_number
+from keras_t5gemma.utils.checks import number, shown, whole_number
 
 INPUTS = "teacher_"  # Prefix of the names of a teacher's arrays in a batch.
 
@@ -62,7 +62,7 @@ class Distillation(TokenCrossEntropy):
         if not isinstance(teacher, TeacherInMemory | TeacherScores | None):
             raise ValueError(
                 "`teacher` must be a keras_hub.models.CausalLM or TeacherScores; got "
-                f"{type(teacher).__name__}."
+                f"{shown(teacher)}."
             )
         number(temperature, "temperature", above=0)
         number(label_weight, "label_weight", at_least=0, at_most=1)

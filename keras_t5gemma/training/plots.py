@@ -3,10 +3,15 @@
 import csv
 import io
 import math
+import numbers
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from keras_t5gemma.utils.checks import path as checked_path
+from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.files import read_text
 
 if TYPE_CHECKING:
@@ -42,6 +47,7 @@ def plot_history(history: Any, path: str | os.PathLike | None = None) -> "Figure
         raise ImportError(
             "`plot_history` needs matplotlib: pip install matplotlib"
         ) from error
+    path = None if path is None else checked_path(path, "path")
     epochs, curves = _read(history)
     families = _group(curves)
     columns = min(len(families), _COLUMNS)
@@ -61,7 +67,7 @@ def plot_history(history: Any, path: str | os.PathLike | None = None) -> "Figure
         axes.grid(alpha=0.3)
         axes.legend()
     if path is not None:
-        _save(figure, Path(path))
+        _save(figure, path)
     return figure
 
 
@@ -77,13 +83,13 @@ def _save(figure, path):
 def _read(history):
     """`(epochs from 1, {name: values})`."""
     if isinstance(history, str | Path):
-        return _read_csv(Path(history))
+        return _read_csv(checked_path(history, "history"))
     epochs = getattr(history, "epoch", None)
     curves = getattr(history, "history", history)
-    if not isinstance(curves, dict) or not curves:
+    if not isinstance(curves, dict) or not curves or not _are_curves(curves):
         raise ValueError(
             "`history` must be what `fit` returns, its dict with at least one epoch, "
-            f"or a CSVLogger file; got {history!r}."
+            f"or a CSVLogger file; got {shown(history)}."
         )
     if epochs is None:
         epochs = range(len(next(iter(curves.values()))))
@@ -94,6 +100,17 @@ def _read(history):
                 "epochs, without their numbers; plot the file of a CSVLogger."
             )
     return [epoch + 1 for epoch in epochs], curves
+
+
+def _are_curves(curves):
+    """Whether a dict holds a list of numbers for each name."""
+    return all(
+        isinstance(name, str)
+        and isinstance(values, list | tuple | np.ndarray)
+        and len(values)
+        and all(isinstance(value, numbers.Real) for value in values)
+        for name, values in curves.items()
+    )
 
 
 def _read_csv(path):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from keras_t5gemma.utils.texts import as_texts
+from keras_t5gemma.utils.checks import shown
+from keras_t5gemma.utils.texts import as_texts, to_list
 
 _RESAMPLES = 400
 
@@ -55,15 +56,15 @@ def text_metrics(
         ValueError: for none, an unknown one, or two of one name.
         ImportError: see `text_metric`.
     """
-    metrics = (
-        [metrics] if isinstance(metrics, str) or callable(metrics) else list(metrics)
-    )
+    is_one = isinstance(metrics, str) or callable(metrics)
+    metrics = [metrics] if is_one else to_list(metrics, "metrics")
+    functions = [text_metric(metric) for metric in metrics]
     names = [_name(metric) for metric in metrics]
     if not names or len(set(names)) < len(names):
         raise ValueError(
-            f"`metrics` must be one or more with different names; got {names}."
+            f"`metrics` must be one or more with different names; got {shown(names)}."
         )
-    return {n: text_metric(m) for n, m in zip(names, metrics, strict=True)}
+    return dict(zip(names, functions, strict=True))
 
 
 def text_metric(metric: str | Callable) -> Callable:
@@ -89,7 +90,8 @@ def text_metric(metric: str | Callable) -> Callable:
     if not isinstance(metric, str) or metric not in _METRICS:
         raise ValueError(
             f"`metrics` must be among {', '.join(_METRICS)}, or a function "
-            f"(predictions, references) -> number or dict of numbers; got {metric!r}."
+            "(predictions, references) -> number or dict of numbers; got "
+            f"{shown(metric)}."
         )
     return _METRICS[metric]()
 

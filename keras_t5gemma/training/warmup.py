@@ -5,7 +5,7 @@ import functools
 import keras
 
 from keras_t5gemma import _compat
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import flag, whole_number
 
 
 class CrossAttentionWarmUp(keras.callbacks.Callback):
@@ -31,7 +31,7 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
     def __init__(self, steps: int = 1000, norms: bool = True) -> None:
         super().__init__()
         self.steps = whole_number(steps, "steps", 0)
-        self.norms = norms
+        self.norms = flag(norms, "norms")
         self.is_on = False
 
     def on_train_begin(self, logs=None):

@@ -1,7 +1,10 @@
 """Sizes in bytes: numbers, or strings with a unit such as `"80GB"` or `"500 MiB"`."""
 
 import math
+import numbers
 import re
+
+from keras_t5gemma.utils.checks import shown
 
 UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -23,7 +26,8 @@ def parse_bytes(value: float | str, name: str, unit: str = "B") -> int:
     Raises:
         ValueError: naming the argument, for anything else.
     """
-    text = "" if isinstance(value, bool) else str(value)
+    is_size = isinstance(value, str | numbers.Real) and not isinstance(value, bool)
+    text = str(value) if is_size else ""
     match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     try:
         if match:
@@ -32,10 +36,10 @@ def parse_bytes(value: float | str, name: str, unit: str = "B") -> int:
                 return max(1, round(size))
     except (KeyError, ValueError):
         pass
-    numbers = "bytes" if unit == "B" else unit
+    unit = "bytes" if unit == "B" else unit
     raise ValueError(
-        f"`{name}` must be a number of {numbers}, or a size with a unit, e.g. '80GB' "
-        f"or '80GiB'; got {value!r}."
+        f"`{name}` must be a number of {unit}, or a size with a unit, e.g. '80GB' "
+        f"or '80GiB'; got {shown(value)}."
     )
 
 

@@ -1,16 +1,17 @@
 """Wrong arguments for every public name: what is called, and with which values."""
 
 import dataclasses
+import functools
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
-from helpers.gemma2 import SMALL, make_gemma2
-from helpers.models import one_block_config
 
 import keras_t5gemma as kt
+from helpers.gemma2 import SMALL, make_gemma2
+from helpers.models import one_block_config
 from keras_t5gemma.data.pair_dataset import PairDataset
+from keras_t5gemma.tokenization.token_ids import INPUTS
 
 # Functions: generators are used up, and calls may change what they get.
 VALUES = [
@@ -32,10 +33,15 @@ VALUES = [
     lambda: np.array([[0.5, 1.5]]), lambda: np.array(["a", "b"], "S1"),
     lambda: (i for i in ()), lambda: (i for i in (1, None, "a")), itertools.count,
     lambda: itertools.repeat(["a"]), lambda: itertools.repeat(None), lambda: _endless(),
-    lambda: _nested(), lambda: _cycle(),
+    lambda: nested(100),
 ]  # fmt: skip
-# Values of these arguments are never accepted, whatever they mean.
-NEVER = (-1, float("nan"), float("inf"), "x", b"", [], {}, 10**400, 1j)
+
+
+def is_never_a_number(value):
+    """Whether no number of rows, steps, seconds or the like may be this value."""
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        return not 0 <= value < 1e300
+    return not isinstance(value, str | None | np.bool_ | np.ndarray)
 
 
 def _endless():
@@ -43,16 +49,11 @@ def _endless():
         yield ["a"], ["b"]
 
 
-def _nested(depth=5000):
+def nested(depth):
+    """Lists in lists; at a depth of thousands, `repr` and Keras fail."""
     value = []
     for _ in range(depth):
         value = [value]
-    return value
-
-
-def _cycle():
-    value = []
-    value.append(value)
     return value
 
 
@@ -67,7 +68,7 @@ class Call:
         more: arguments with a default, which are replaced too.
         also: names of an argument's parts that a message may use.
         numbers: the arguments that are numbers, at least 0 and finite.
-        free: arguments that any value may be passed for.
+        runs: whether it succeeds with valid arguments here.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Call:
     more: tuple = ()
     also: tuple = ()
     numbers: tuple = ()
+    runs: bool = True
 
     @property
     def arguments(self):
@@ -83,127 +85,168 @@ class Call:
 
 
 PAIRS = {"encoder_text": ["a", "b"], "decoder_text": ["c", "d"]}
+TEXT = {"x": ["a b c d", "b c d e"]}
+CLASSES = {"x": ["a", "b"], "y": [0, 1]}
+SIZES = (
+    "batch_size", "steps", "epochs", "steps_per_epoch", "validation_steps",
+    "validation_batch_size", "max_length",
+)  # fmt: skip
+OF_FIT = (
+    "batch_size", "epochs", "validation_data", "validation_split", "sample_weight",
+    "steps_per_epoch", "validation_batch_size", "batching", "callbacks", "shuffle",
+    "class_weight",
+)  # fmt: skip
+# Parts of data that a message may name.
+PARTS = (
+    *PAIRS, "encoder_token_ids", "encoder_padding_mask", "text", "x", "sample_weight",
+    "anchor", "positive",
+)  # fmt: skip
+GENERATION = tuple(f.name for f in dataclasses.fields(kt.GenerationOptions))
 
 
-def calls(tokenizer, folder):
-    """All calls, on tiny shared models and files in `folder`."""
-    folder = Path(folder)
+class Shared:
+    """Tiny models and files that the calls share."""
+
+    def __init__(self, tokenizer, folder):
+        self.tokenizer, self.folder = tokenizer, folder
+        self.config = config = one_block_config()
+        self.plain = plain = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 8)
+        self.ul2 = kt.objectives.UL2.from_tokenizer(tokenizer)
+        self.documents = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 24, objective=self.ul2)
+        self.model = kt.Seq2SeqLM(kt.Backbone(config), plain)
+        self.other = kt.Seq2SeqLM(kt.Backbone(config), self.documents)
+        self.tower = kt.Backbone(dataclasses.replace(config, decoder=None))
+        self.preset = folder / "preset"
+        self.model.save_to_preset(self.preset)
+        self.rows = folder / "rows.jsonl"
+        row = {"source": "a b", "target": "c", "text": "a b"}
+        self.rows.write_text(json.dumps(row) + "\n")
+
+
+def quiet(function):
+    return functools.partial(function, verbose=0)
+
+
+def configs(s):
+    """Configurations, backbones and options."""
     stack = {
         "num_layers": 1, "hidden_dim": 16, "intermediate_dim": 32,
         "num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
     }  # fmt: skip
-    config = one_block_config()
-    plain = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 8)
-    ul2 = kt.objectives.UL2.from_tokenizer(tokenizer)
-    documents = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 24, objective=ul2)
-    model = kt.Seq2SeqLM(kt.Backbone(config), plain)
-    other = kt.Seq2SeqLM(kt.Backbone(config), documents)
-    untrained = kt.Seq2SeqLM(kt.Backbone(config), plain)
-    tower = kt.Backbone(dataclasses.replace(config, decoder=None))
-    embedder = kt.TextEmbedder(tower, plain)
-    classifier = kt.TextClassifier(tower, plain, num_classes=2)
-    tagger = kt.TextClassifier(tower, plain, num_classes=2, kind="multi_label")
-    regressor = kt.TextClassifier(tower, plain, kind="regression")
-    ids = model.preprocessor(PAIRS)
-    preset, gemma = folder / "preset", make_gemma2(**SMALL)
-    model.save_to_preset(preset)
-    rows = folder / "rows.jsonl"
-    rows.write_text(json.dumps({"source": "a b", "target": "c", "text": "a b"}) + "\n")
-    history = {"loss": [2.0, 1.0], "val_loss": [2.0, 1.0]}
-    data = PairDataset(plain, PAIRS)
-    text = {"x": ["a b c d", "b c d e"]}
-    classes = {"x": ["a", "b"], "y": [0, 1]}
-    sizes = ("batch_size", "steps", "epochs", "steps_per_epoch", "validation_steps",
-             "validation_batch_size", "initial_epoch", "max_length")  # fmt: skip
-    of_fit = ("batch_size", "epochs", "validation_data", "validation_split",
-              "sample_weight", "steps_per_epoch", "validation_batch_size",
-              "batching", "callbacks", "shuffle", "class_weight")  # fmt: skip
-    columns = ("encoder_text", "decoder_text", "encoder_token_ids", "text", "x",
-               "sample_weight")  # fmt: skip
-    quiet = {"verbose": 0}
-
-    def of(function, **fixed):
-        return lambda **kwargs: function(**{**fixed, **kwargs})
-
-    def streamed(**kwargs):
-        return list(model.stream(**{"max_length": 4, **kwargs}))
-
-    def from_ids(**arrays):
-        known = {"encoder_token_ids": [[5, 6]], "decoder_token_ids": [[2, 7]]}
-        return model.generate({**known, **arrays}, max_length=4)
-
-    generation = tuple(f.name for f in dataclasses.fields(kt.GenerationOptions))
-    found = [
+    untrained = kt.Seq2SeqLM(kt.Backbone(s.config), s.plain)
+    return [
         Call("StackConfig", kt.StackConfig, stack, (
             "sliding_window", "layer_types", "query_scale", "attention_soft_cap",
             "rope_base", "rms_norm_epsilon"), numbers=(*stack, "sliding_window")),
         Call("T5GemmaConfig", kt.T5GemmaConfig,
-             {"encoder": config.encoder, "decoder": config.decoder},
+             {"encoder": s.config.encoder, "decoder": s.config.decoder},
              ("vocabulary_size", "final_soft_cap", "dropout", "max_positions"),
              numbers=("vocabulary_size", "dropout", "max_positions")),
         Call("T5GemmaConfig.pair", kt.T5GemmaConfig.pair,
              {"encoder": "s", "decoder": "s"}),
         Call("T5GemmaConfig.from_dict", kt.T5GemmaConfig.from_dict,
-             {"config": config.to_dict()}),
-        Call("Backbone", kt.Backbone, {"config": config}, ("lineage", "dtype")),
-        Call("Backbone.from_preset", kt.Backbone.from_preset, {"preset": preset},
+             {"config": s.config.to_dict()}),
+        Call("Backbone", kt.Backbone, {"config": s.config}, ("lineage", "dtype")),
+        Call("Backbone.from_preset", kt.Backbone.from_preset, {"preset": s.preset},
              ("load_weights", "encoder_only", "dtype", "verify_checksums")),
-        Call("Tokenizer", kt.Tokenizer, {"proto": tokenizer.proto}),
-        Call("tokenize", tokenizer.tokenize, {"text": "a"}),
-        Call("detokenize", tokenizer.detokenize, {"token_ids": [5]}),
-        Call("id_to_token", tokenizer.id_to_token, {"id": 5}, numbers=("id",)),
-        Call("token_to_id", tokenizer.token_to_id, {"token": "<eos>"}),
+        Call("enable_lora", untrained.enable_lora, {"rank": 2, "parts": ["mlp"]},
+             ("target_layer_names",), ("parts", "target_layer_names", "lora"),
+             ("rank",), runs=False),
+        Call("GenerationOptions", kt.GenerationOptions, {}, GENERATION, numbers=(
+            "num_beams", "temperature", "top_k", "top_p", "repetition_penalty",
+            "no_repeat_ngram_size", "min_new_tokens", "num_return_sequences", "seed",
+            "max_time")),
+    ]  # fmt: skip
+
+
+def texts(s):
+    """Tokenizer and preprocessor."""
+    return [
+        Call("Tokenizer", kt.Tokenizer, {"proto": s.tokenizer.proto}),
+        Call("tokenize", s.tokenizer.tokenize, {"text": "a"}),
+        Call("detokenize", s.tokenizer.detokenize, {"token_ids": [5]}),
+        Call("id_to_token", s.tokenizer.id_to_token, {"id": 5}, numbers=("id",)),
+        Call("token_to_id", s.tokenizer.token_to_id, {"token": "<eos>"}),
         Call("Seq2SeqLMPreprocessor", kt.Seq2SeqLMPreprocessor,
-             {"tokenizer": tokenizer}, (
+             {"tokenizer": s.tokenizer}, (
                  "encoder_sequence_length", "decoder_sequence_length", "template",
                  "pad_to_multiple_of", "objective"),
              numbers=("encoder_sequence_length", "decoder_sequence_length",
                       "pad_to_multiple_of")),
-        Call("preprocessor", plain.call, {"x": PAIRS}, ("sample_weight", "y"), columns),
-        Call("preprocessor with an objective", documents.call, text),
-        Call("generate_preprocess", plain.generate_preprocess, {"x": ["a"]},
-             ("sequence_length",), columns, numbers=("sequence_length",)),
-        Call("generate_postprocess", plain.generate_postprocess,
+        Call("preprocessor", s.plain.call, {"x": PAIRS}, ("sample_weight", "y"), PARTS),
+        Call("preprocessor with an objective", s.documents.call, TEXT),
+        Call("generate_preprocess", s.plain.generate_preprocess, {"x": ["a"]},
+             ("sequence_length",), PARTS, numbers=("sequence_length",)),
+        Call("generate_postprocess", s.plain.generate_postprocess,
              {"x": {"decoder_token_ids": [[5]], "decoder_padding_mask": [[1]]}}),
-        Call("Seq2SeqLM", kt.Seq2SeqLM, {"backbone": model.backbone,
-             "preprocessor": plain}),
-        Call("Seq2SeqLM.from_preset", kt.Seq2SeqLM.from_preset, {"preset": preset},
+    ]  # fmt: skip
+
+
+def fits(s):
+    """Training and evaluation of text pairs."""
+    ids = s.model.preprocessor(PAIRS)
+    untrained = kt.Seq2SeqLM(kt.Backbone(s.config), s.plain)
+    return [
+        Call("Seq2SeqLM", kt.Seq2SeqLM, {"backbone": s.model.backbone,
+             "preprocessor": s.plain}),
+        Call("Seq2SeqLM.from_preset", kt.Seq2SeqLM.from_preset, {"preset": s.preset},
              ("load_weights", "dtype", "preprocessor")),
         Call("compile", untrained.compile, {}, ("optimizer", "loss", "weighted_metrics",
              "sampler", "rematerialize")),
-        Call("fit", of(model.fit, **quiet), {"x": PAIRS}, ("y", *of_fit),
-             (*columns, "x"), sizes),
-        Call("fit on arrays", of(model.fit, **quiet),
-             dict(zip(("x", "y", "sample_weight"), ids, strict=True)), of_fit,
-             columns, sizes),
-        Call("fit on documents", of(other.fit, **quiet), text, of_fit, columns, sizes),
-        Call("evaluate", of(model.evaluate, **quiet), {"x": PAIRS},
+        Call("fit", quiet(s.model.fit), {"x": PAIRS}, ("y", *OF_FIT),
+             PARTS, SIZES),
+        Call("fit on arrays", quiet(s.model.fit),
+             dict(zip(("x", "y", "sample_weight"), ids, strict=True)), OF_FIT,
+             PARTS, SIZES),
+        Call("fit on documents", quiet(s.other.fit), TEXT, OF_FIT, PARTS, SIZES),
+        Call("evaluate", quiet(s.model.evaluate), {"x": PAIRS},
              ("y", "batch_size", "sample_weight", "steps", "batching"),
-             (*columns, "x"), sizes),
-        Call("predict", of(model.predict, **quiet), {"x": PAIRS},
-             ("y", "batch_size", "steps"), (*columns, "x"), sizes),
-        Call("train_on_batch", model.train_on_batch, {"x": PAIRS},
-             ("y", "sample_weight"), (*columns, "x")),
-        Call("test_on_batch", model.test_on_batch, {"x": PAIRS},
-             ("y", "sample_weight"), (*columns, "x")),
-        Call("predict_on_batch", model.predict_on_batch, {"x": PAIRS}, (),
-             (*columns, "x")),
-        Call("generate", of(model.generate, max_length=4), {"inputs": ["a"]},
+             PARTS, SIZES),
+        Call("predict", quiet(s.model.predict), {"x": PAIRS},
+             ("y", "batch_size", "steps"), PARTS, SIZES),
+        Call("train_on_batch", s.model.train_on_batch, {"x": PAIRS},
+             ("y", "sample_weight"), PARTS),
+        Call("test_on_batch", s.model.test_on_batch, {"x": PAIRS},
+             ("y", "sample_weight"), PARTS),
+        Call("predict_on_batch", s.model.predict_on_batch, {"x": PAIRS}, (),
+             PARTS),
+    ]  # fmt: skip
+
+
+def generations(s):
+    """`generate`, `stream` and `score`."""
+
+    def streamed(**kwargs):
+        return list(s.model.stream(**{"max_length": 4, **kwargs}))
+
+    def from_ids(**arrays):
+        known = {"encoder_token_ids": [[5, 6]], "decoder_token_ids": [[2, 7]]}
+        return s.model.generate({**known, **arrays}, max_length=4)
+
+    return [
+        Call("generate", functools.partial(s.model.generate, max_length=4),
+             {"inputs": ["a"]},
              ("max_length", "stop_token_ids", "strip_prompt", "batch_size",
-              *generation), columns, ("max_length", "batch_size")),
-        *(Call(f"generate from {name}", from_ids, {name: [[5, 6]]}) for name in ids[0]),
+              *GENERATION), PARTS, ("max_length", "batch_size")),
+        *(Call(f"generate from {name}", from_ids, {name: [[5, 6]]}) for name in INPUTS),
         Call("stream", streamed, {"text": "a"}, ("max_length", "stop_token_ids",
-             *generation), columns),
-        Call("score", model.score, {"source": ["a"], "target": ["b"]},
-             ("batch_size",), columns, sizes),
-        Call("enable_lora", untrained.enable_lora, {"rank": 2, "parts": ["mlp"]},
-             ("target_layer_names",), ("parts", "target_layer_names"), ("rank",)),
-        Call("GenerationOptions", kt.GenerationOptions, {}, generation, numbers=(
-            "num_beams", "temperature", "top_k", "top_p", "repetition_penalty",
-            "no_repeat_ngram_size", "min_new_tokens", "num_return_sequences", "seed",
-            "max_time")),
-        Call("TextEmbedder", kt.TextEmbedder, {"backbone": tower,
-             "preprocessor": plain}, ("pooling", "projection_dim", "normalize",
+             *GENERATION), PARTS),
+        Call("score", s.model.score, {"source": ["a"], "target": ["b"]},
+             ("batch_size",), PARTS, SIZES),
+    ]  # fmt: skip
+
+
+def encoders(s):
+    """Embedders and classifiers."""
+    embedder = kt.TextEmbedder(s.tower, s.plain)
+    classifier = kt.TextClassifier(s.tower, s.plain, num_classes=2)
+    tagger = kt.TextClassifier(s.tower, s.plain, num_classes=2, kind="multi_label")
+    regressor = kt.TextClassifier(s.tower, s.plain, kind="regression")
+    arrays = {"encoder_token_ids": [[5, 6]], "encoder_padding_mask": [[1, 1]]}
+    arrays = {name: np.array(array) for name, array in arrays.items()}
+    return [
+        Call("TextEmbedder", kt.TextEmbedder, {"backbone": s.tower,
+             "preprocessor": s.plain}, ("pooling", "projection_dim", "normalize",
              "lexical_dim"), numbers=("projection_dim", "lexical_dim")),
         Call("TextEmbedder.compile", embedder.compile, {}, ("gradient_cache_rows",),
              numbers=("gradient_cache_rows",)),
@@ -212,36 +255,42 @@ def calls(tokenizer, folder):
         Call("hidden_states", embedder.hidden_states, {"texts": ["a"]},
              ("layers", "batch_size", "pad_to", "final_norm", "dtype", "as_numpy"),
              numbers=("batch_size", "pad_to")),
-        Call("TextEmbedder.fit", of(embedder.fit, **quiet),
-             {"x": ["a", "b"], "y": ["c", "d"]}, of_fit,
-             ("x", "anchor", "positive"), sizes),
-        Call("TextEmbedder.predict", of(embedder.predict, **quiet),
-             {"x": {name: v for name, v in ids[0].items() if name[0] == "e"}},
-             ("batch_size", "steps"), columns, sizes),
+        Call("TextEmbedder.fit", quiet(embedder.fit),
+             {"x": ["a", "b"], "y": ["c", "d"]}, OF_FIT,
+             PARTS, SIZES),
+        Call("TextEmbedder.predict", quiet(embedder.predict),
+             {"x": arrays},
+             ("batch_size", "steps"), PARTS, SIZES),
         Call("cosine_similarity", kt.cosine_similarity,
              {"a": np.ones((1, 2)), "b": np.ones((1, 2))}),
         Call("nearest", kt.nearest, {"queries": np.ones((1, 2)),
              "vectors": np.ones((3, 2)), "k": 2}, ("rows_at_once",),
              ("k",), ("k", "rows_at_once")),
-        Call("TextClassifier", kt.TextClassifier, {"backbone": tower,
-             "preprocessor": plain, "num_classes": 2}, ("class_names", "kind",
+        Call("TextClassifier", kt.TextClassifier, {"backbone": s.tower,
+             "preprocessor": s.plain, "num_classes": 2}, ("class_names", "kind",
              "pooling", "dropout", "separator"), numbers=("dropout", "num_classes")),
-        Call("TextClassifier.fit", of(classifier.fit, **quiet), classes, of_fit,
-             ("x", "text", "encoder", "second"), sizes),
-        Call("TextClassifier.evaluate", of(classifier.evaluate, **quiet), classes,
-             ("batch_size", "sample_weight", "steps"), ("text", "encoder"), sizes),
-        Call("multi-label fit", of(tagger.fit, **quiet),
-             {"x": ["a", "b"], "y": [[0], [1]]}, (), ("x", "text")),
-        Call("regression fit", of(regressor.fit, **quiet),
-             {"x": ["a", "b"], "y": [0.5, 1.0]}, (), ("x", "text")),
+        Call("TextClassifier.fit", quiet(classifier.fit), CLASSES, OF_FIT,
+             PARTS, SIZES),
+        Call("TextClassifier.evaluate", quiet(classifier.evaluate), CLASSES,
+             ("batch_size", "sample_weight", "steps"), ("text", "encoder"), SIZES),
+        Call("multi-label fit", quiet(tagger.fit),
+             {"x": ["a", "b"], "y": [[0], [1]]}, (), PARTS),
+        Call("regression fit", quiet(regressor.fit),
+             {"x": ["a", "b"], "y": [0.5, 1.0]}, (), PARTS),
         Call("classify", tagger.classify, {"x": ["a"]}, ("batch_size", "threshold"),
-             ("text", "encoder"), sizes),
+             PARTS, SIZES),
         Call("TextClassifier.predict", classifier.predict, {"x": ["a"]},
-             ("batch_size",), ("text", "encoder"), sizes),
-        Call("TextClassifier.train_on_batch", classifier.train_on_batch, classes,
-             ("sample_weight",), ("x", "text")),
+             ("batch_size",), ("text", "encoder"), SIZES),
+        Call("TextClassifier.train_on_batch", classifier.train_on_batch, CLASSES,
+             ("sample_weight",), PARTS),
         Call("TextClassifier.predict_on_batch", classifier.predict_on_batch,
-             {"x": ["a", "b"]}, (), ("x", "text")),
+             {"x": ["a", "b"]}, (), PARTS),
+    ]  # fmt: skip
+
+
+def objectives(s):
+    """Objectives and losses."""
+    return [
         Call("Spans", kt.objectives.Spans, {"mean_length": 3, "rate": 0.5}, ("mode",),
              numbers=("mean_length", "rate")),
         Call("Suffix", kt.objectives.Suffix, {}, ("rate", "mode"), numbers=("rate",)),
@@ -249,28 +298,10 @@ def calls(tokenizer, folder):
         Call("UL2", kt.objectives.UL2, {"mixture": "ul2", "sentinels": [9, 8],
              "mode_tokens": {"[NLU]": 5, "[NLG]": 6, "[S2S]": 7}}),
         Call("UL2.from_tokenizer", kt.objectives.UL2.from_tokenizer,
-             {"tokenizer": tokenizer}, ("mixture",)),
-        Call("an objective", ul2, {"token_ids": [[5, 6, 7]], "seeds": [0]}, ("epoch",),
+             {"tokenizer": s.tokenizer}, ("mixture",)),
+        Call("an objective", s.ul2, {"token_ids": [[5, 6, 7]], "seeds": [0]},
+             ("epoch",),
              ("seeds",), ("epoch",)),
-        Call("PairFiles", kt.PairFiles, {"preprocessor": plain, "paths": [rows]},
-             ("source", "target", "batch_size", "batching", "steps", "threads"),
-             ("rows.jsonl",), ("batch_size", "steps", "threads")),
-        Call("TextFiles", kt.TextFiles, {"preprocessor": documents, "paths": rows},
-             ("field", "batch_size", "batching", "steps", "threads", "teacher"),
-             ("rows.jsonl",), ("batch_size", "steps", "threads")),
-        Call("read_pairs", kt.read_pairs, {"path": rows}, ("source", "target"),
-             ("rows.jsonl",)),
-        Call("read_texts", kt.read_texts, {"path": rows}, ("field",), ("rows.jsonl",)),
-        Call("GenerationMetrics", kt.callbacks.GenerationMetrics, {"x": PAIRS},
-             ("y", "metrics", "every", "max_rows", "examples", "samples", "prefix",
-              "seed"), columns, ("every", "max_rows", "examples", "seed")),
-        Call("SaveBest", kt.callbacks.SaveBest, {"folder": folder / "best"},
-             ("monitor", "mode")),
-        Call("BackupAndRestore", kt.callbacks.BackupAndRestore,
-             {"folder": folder / "backup"}, ("save_freq",), numbers=("save_freq",)),
-        Call("CrossAttentionWarmUp", kt.callbacks.CrossAttentionWarmUp, {"steps": 5},
-             ("norms",), numbers=("steps",)),
-        Call("TrainingReport", kt.callbacks.TrainingReport, {"data": data}),
         Call("TokenCrossEntropy", kt.TokenCrossEntropy, {}, ("label_smoothing",
              "z_loss"), numbers=("label_smoothing", "z_loss")),
         Call("InfoNCE", kt.InfoNCE, {}, ("temperature", "dimensions"),
@@ -278,39 +309,87 @@ def calls(tokenizer, folder):
         Call("Distillation", kt.Distillation, {"teacher": None}, ("temperature",
              "top_k", "label_weight"), numbers=("temperature", "top_k",
              "label_weight")),
-        Call("TeacherScores", kt.TeacherScores, {"folder": folder / "no"}),
+    ]  # fmt: skip
+
+
+def data(s):
+    """Readers, data sets, callbacks, metrics and plots."""
+    history = {"loss": [2.0, 1.0], "val_loss": [2.0, 1.0]}
+    data = PairDataset(s.plain, PAIRS)
+    return [
+        Call("PairFiles", kt.PairFiles, {"preprocessor": s.plain, "paths": [s.rows]},
+             ("source", "target", "batch_size", "batching", "steps", "threads"),
+             ("rows.jsonl",), ("batch_size", "steps", "threads")),
+        Call("TextFiles", kt.TextFiles, {"preprocessor": s.documents, "paths": s.rows},
+             ("field", "batch_size", "batching", "steps", "threads", "teacher"),
+             ("rows.jsonl",), ("batch_size", "steps", "threads")),
+        Call("read_pairs", kt.read_pairs, {"path": s.rows}, ("source", "target"),
+             ("rows.jsonl",)),
+        Call("read_texts", kt.read_texts, {"path": s.rows}, ("field",),
+             ("rows.jsonl",)),
+        Call("GenerationMetrics", kt.callbacks.GenerationMetrics, {"x": PAIRS},
+             ("y", "metrics", "every", "max_rows", "examples", "samples", "prefix",
+              "seed"), PARTS, ("every", "max_rows", "examples", "seed")),
+        Call("SaveBest", kt.callbacks.SaveBest, {"folder": s.folder / "best"},
+             ("monitor", "mode")),
+        Call("BackupAndRestore", kt.callbacks.BackupAndRestore,
+             {"folder": s.folder / "backup"}, ("save_freq",), numbers=("save_freq",)),
+        Call("CrossAttentionWarmUp", kt.callbacks.CrossAttentionWarmUp, {"steps": 5},
+             ("norms",), numbers=("steps",)),
+        Call("TrainingReport", kt.callbacks.TrainingReport, {"data": data}),
         Call("score_texts", kt.score_texts, {"predictions": ["a"],
-             "references": ["b"], "metrics": "exact_match"}),
+             "references": ["b"], "metrics": "exact_match"}, (), ("list",)),
         Call("plot_history", kt.plot_history, {"history": history}, ("path",)),
-        Call("plan", kt.plan, {"preset": config, "devices": 2, "memory": "1GB",
+    ]  # fmt: skip
+
+
+def commands(s):
+    """Planning, conversion, adaptation, saving."""
+    gemma = make_gemma2(**SMALL)
+    convert = functools.partial(kt.convert, overwrite=True)
+    average = functools.partial(kt.average_presets, overwrite=True)
+    return [
+        Call("TeacherScores", kt.TeacherScores, {"folder": s.folder / "no"},
+             runs=False),
+        Call("plan", kt.plan, {"preset": s.config, "devices": 2, "memory": "1GB",
              "batch": 8, "length": 16}, ("optimizer", "dtype", "lora_rank", "quantize",
              "strategy", "mesh", "rematerialize"),
-             numbers=("devices", "memory", "batch", "length", "lora_rank")),
+             numbers=("devices", "memory", "batch", "length", "lora_rank"),
+             also=("data", "model")),
         Call("adapt_gemma2", kt.adapt_gemma2, {"encoder": gemma}, ("decoder", "dtype",
              "cross_attention", "cross_norms", "initializer_std", "seed", "dropout"),
              ("preset",), ("initializer_std", "seed", "dropout")),
-        Call("convert", of(kt.convert, overwrite=True), {"preset": preset,
-             "folder": folder / "converted"}, ("to", "dtype", "max_shard_size"),
+        Call("convert", convert, {"preset": s.preset,
+             "folder": s.folder / "converted"}, ("to", "dtype", "max_shard_size"),
              numbers=("max_shard_size",)),
-        Call("verify", kt.verify, {"a": preset, "b": preset}, ("seed",), ("preset",),
+        Call("verify", kt.verify, {"a": s.preset, "b": s.preset}, ("seed",),
+             ("preset",),
              ("seed",)),
-        Call("average_presets", of(kt.average_presets, overwrite=True),
-             {"presets": [preset, preset], "folder": folder / "mean"}, ("weights",),
+        Call("average_presets", average,
+             {"presets": [s.preset, s.preset], "folder": s.folder / "mean"},
+             ("weights",),
              ("preset",)),
-        Call("evaluate_encoders", kt.evaluate_encoders, {"tasks": "no", "data": folder,
-             "output": folder / "out", "presets": str(preset)}, ("seeds",
+        Call("evaluate_encoders", kt.evaluate_encoders, {"tasks": "no",
+             "data": s.folder,
+             "output": s.folder / "out", "presets": str(s.preset)}, ("seeds",
              "learning_rates", "epochs", "batch_size", "dropout", "train_rows",
              "pooling", "lexical_dim"), numbers=("seeds", "epochs", "batch_size",
-             "dropout", "train_rows", "lexical_dim", "learning_rates")),
+             "dropout", "train_rows", "lexical_dim", "learning_rates"),
+             also=("tasks", "preset", "output"), runs=False),
         Call("distribute", kt.distribute, {}, ("strategy", "data", "model",
-             "devices"), ("JAX",)),
+             "devices"), ("JAX",), runs=False),
         Call("connect", kt.connect, {"address": "localhost:1", "processes": 2,
-             "index": 0}, ("timeout",), ("JAX",)),
-        Call("save_to_preset", model.save_to_preset, {"preset_dir": preset}),
-        Call("save_to_huggingface", model.save_to_huggingface,
-             {"folder": folder / "hf"}, ("dtype", "max_shard_size"),
+             "index": 0}, ("timeout",), ("JAX",),
+             runs=False),
+        Call("save_to_preset", s.model.save_to_preset, {"preset_dir": s.preset}),
+        Call("save_to_huggingface", s.model.save_to_huggingface,
+             {"folder": s.folder / "hf"}, ("dtype", "max_shard_size"),
              numbers=("max_shard_size",)),
-        Call("load_lora_weights", model.load_lora_weights, {"filepath": "no.lora.h5"}),
-        Call("save_lora_weights", model.save_lora_weights, {"filepath": "no"}),
+        Call("load_lora_weights", s.model.load_lora_weights, {"filepath": "no.lora.h5"},
+             also=("file",), runs=False),
+        Call("save_lora_weights", s.model.save_lora_weights, {"filepath": "no"},
+             also=("adapters",), runs=False),
     ]  # fmt: skip
-    return {call.name: call for call in found}
+
+
+GROUPS = (configs, texts, objectives, data, commands, encoders, generations, fits)
