@@ -1,21 +1,30 @@
-"""Throughput of `TextEmbedder.embed` against a fixed-length loop of the same model.
+"""Throughput of `TextEmbedder.embed`, and time of `hidden_states` of one text.
 
     KERAS_BACKEND=jax python benchmarks/embed.py [--texts 10000] [--length 256]
+    KERAS_BACKEND=jax python benchmarks/embed.py --states
 
 Texts of mixed length, made of words from the standard library's sources, with the
 length distribution of package descriptions (mean about 60 words). The loop pads every
 text to `--length` tokens and calls `predict` on the whole array.
+
+`--states` compares `hidden_states` of one text, 100 times, with the bare encoder: the
+same compiled encoder on token ids that are already arrays, of the same shape.
 """
 
 import argparse
+import dataclasses
 import re
+import resource
+import statistics
 import time
 
 import keras
 import numpy as np
 
 import keras_t5gemma as kt
+from keras_t5gemma.config import STACKS
 from keras_t5gemma.data.encoder_dataset import arrays
+from keras_t5gemma.distribution.prediction import compiled
 
 
 def make_texts(count):
@@ -35,16 +44,62 @@ def make_texts(count):
     return [" ".join(words[start : start + n]) for start, n in pairs]
 
 
+def compare_states(preprocessor, calls=100):
+    """Print milliseconds of `hidden_states` and of the bare encoder, interleaved."""
+    (text,) = make_texts(1)
+    print(f"{keras.config.backend()}, one text, medians of {calls}")
+    print("| encoder | tokens | first call, s | hidden_states, ms | bare, ms | ratio |")
+    print("|---|---|---|---|---|---|")
+    mini = kt.Backbone.from_preset("t5gemma_mini", encoder_only=True)
+    config = dataclasses.replace(mini.config, encoder=STACKS["b"])
+    for name, backbone in (("mini", mini), ("b", kt.Backbone(config))):
+        model = kt.TextEmbedder(backbone, preprocessor)
+        encoder = backbone.encoder
+        bare = compiled(encoder, "bare", lambda i, p, e=encoder: e(i, p))
+        for tokens in (16, 64, 256):
+            rows = preprocessor.tokenizer.tokenize([" ".join([text] * 8)])
+            short = preprocessor.tokenizer.detokenize(rows[0][:tokens])
+            ids = arrays([rows[0][:tokens]], (1, tokens)).values()
+            ids = [keras.ops.convert_to_tensor(x) for x in ids]
+            runs = {
+                "states": lambda m=model, s=short, n=tokens: m.hidden_states(
+                    [s], pad_to=n
+                )[0],
+                "bare": lambda f=bare, x=ids: f(*x),
+            }
+            start = time.perf_counter()
+            keras.ops.convert_to_numpy(runs["states"]())
+            first = time.perf_counter() - start
+            runs["bare"]()
+            times = {key: [] for key in runs}
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for _ in range(calls):
+                for key, run in runs.items():
+                    start = time.perf_counter()
+                    keras.ops.convert_to_numpy(run())
+                    times[key].append(1e3 * (time.perf_counter() - start))
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            states, alone = (statistics.median(times[key]) for key in runs)
+            print(
+                f"| {name} | {tokens} | {first:.2f} | {states:.2f} | {alone:.2f} "
+                f"| {states / alone:.2f} |  peak + {grown / 1e3:.1f} MB"
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--length", type=int, default=256, help="tokens")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--states", action="store_true", help="time hidden_states")
     args = parser.parse_args()
     texts = make_texts(args.texts)
     preprocessor = kt.Seq2SeqLMPreprocessor.from_preset(
         "t5gemma_mini", encoder_sequence_length=args.length
     )
+    if args.states:
+        compare_states(preprocessor)
+        return
     model = kt.TextEmbedder.from_preset("t5gemma_mini", preprocessor=preprocessor)
 
     def sorted_by_length(texts):
