@@ -44,6 +44,15 @@ class StackConfig:
 
     Raises:
         ValueError: naming the field, its value, and what is accepted.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> stack = keras_t5gemma.StackConfig(
+        ...     num_layers=2, hidden_dim=64, intermediate_dim=128,
+        ...     num_query_heads=4, num_key_value_heads=2, head_dim=16,
+        ... )
+        >>> stack.layer_types
+        ('sliding_attention', 'full_attention')
     """
 
     num_layers: int
@@ -141,6 +150,12 @@ class T5GemmaConfig:
 
     Raises:
         ValueError: naming the field, its value, and what is accepted.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> config = keras_t5gemma.T5GemmaConfig.pair("9b", "2b")
+        >>> f"{config.count_params():,}"
+        '12,292,375,296'
     """
 
     encoder: StackConfig
