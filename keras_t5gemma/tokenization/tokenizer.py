@@ -42,6 +42,13 @@ class Tokenizer(bases.Tokenizer):
         ValueError: if the file is neither, is a tokenizer.json of another kind than
             Gemma's, or lacks Gemma's special tokens (pad 0, eos 1, bos 2, unk 3, the
             two turn tokens).
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> tokenizer = keras_t5gemma.Tokenizer.from_preset("t5gemma_mini")
+        >>> ids = tokenizer.tokenize("a game of chess")
+        >>> tokenizer.detokenize(ids)
+        'a game of chess'
     """
 
     backbone_cls = Backbone
@@ -233,7 +240,11 @@ class Tokenizer(bases.Tokenizer):
         return tokenizer_json.write(self.processor.serialized_model_proto())
 
     def save_to_preset(self, preset_dir: str | os.PathLike[str]) -> None:
-        """Write the tokenizer's files into the folder of a preset."""
+        """Write the tokenizer's files into the folder of a preset.
+
+        Args:
+            preset_dir: path of an existing folder.
+        """
         preset_saving.save_tokenizer(self, preset_dir)
 
     def save_assets(self, dir_path: str) -> None:
