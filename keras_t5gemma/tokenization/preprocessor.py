@@ -68,6 +68,17 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     Raises:
         ValueError: for a length below 1, a template without `{text}`, or lengths that
             are too short for the objective.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> preprocessor = keras_t5gemma.Seq2SeqLMPreprocessor.from_preset(
+        ...     "t5gemma_mini", encoder_sequence_length=16, decoder_sequence_length=8
+        ... )
+        >>> x, y, weights = preprocessor(
+        ...     {"encoder_text": ["A game of chess."], "decoder_text": ["chess game"]}
+        ... )
+        >>> x["encoder_token_ids"].shape, y.shape, weights.shape
+        ((1, 16), (1, 8), (1, 8))
     """
 
     backbone_cls = Backbone
