@@ -49,6 +49,14 @@ class GenerationOptions:
 
     Raises:
         ValueError: for a value out of range, or options that exclude each other.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> keras_t5gemma.GenerationOptions(temperature=0.7, top_p=0.9).is_sampling
+        True
+        >>> keras_t5gemma.GenerationOptions(num_beams=0)
+        Traceback (most recent call last):
+        ValueError: ...
     """
 
     num_beams: int = 1
