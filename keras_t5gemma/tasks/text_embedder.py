@@ -61,6 +61,14 @@ class TextEmbedder(EncoderTask):
     Raises:
         ValueError: for a backbone with a decoder, an unknown pooling, or
             `lexical_dim` without `normalize`.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> embedder = keras_t5gemma.TextEmbedder.from_preset("t5gemma_mini")
+        >>> vectors = embedder.embed(["a game of chess", "a mail server", "chess"])
+        >>> numbers, cosines = keras_t5gemma.nearest(vectors[:1], vectors[1:], k=1)
+        >>> numbers.shape
+        (1, 1)
     """
 
     HEAD = ("projection_dim", "lexical_dim")
@@ -340,7 +348,14 @@ class TextEmbedder(EncoderTask):
 
 
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines `(n, m)` of vectors `(n, d)` and `(m, d)`, float32."""
+    """Cosines `(n, m)` of vectors `(n, d)` and `(m, d)`, float32.
+
+    Examples:
+        >>> import numpy as np
+        >>> import keras_t5gemma
+        >>> keras_t5gemma.cosine_similarity(np.eye(2), np.array([[2.0, 0.0]])).tolist()
+        [[1.0], [0.0]]
+    """
     a, b = _vectors(a=a, b=b)
     lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
     a, b = (x / np.maximum(n, 1e-12) for x, n in zip((a, b), lengths, strict=True))
@@ -376,6 +391,13 @@ def nearest(
 
     Raises:
         ValueError: for a `k` that is not in 1..m.
+
+    Examples:
+        >>> import numpy as np
+        >>> import keras_t5gemma
+        >>> numbers, _ = keras_t5gemma.nearest(np.array([[1.0, 0.1]]), np.eye(2), k=2)
+        >>> numbers.tolist()
+        [[0, 1]]
     """
     queries, vectors = _vectors(queries=queries, vectors=vectors)
     k = whole_number(k, "k", 1, len(vectors))
