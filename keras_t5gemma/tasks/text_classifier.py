@@ -58,6 +58,18 @@ class TextClassifier(EncoderTask):
     Raises:
         ValueError: for fewer than two classes, duplicate names, or arguments out of
             range.
+
+    Examples:
+        >>> import keras
+        >>> import keras_t5gemma
+        >>> classifier = keras_t5gemma.TextClassifier.from_preset(
+        ...     "t5gemma_mini", class_names=["game", "library"]
+        ... )
+        >>> classifier.compile(keras.optimizers.AdamW(1e-3))
+        >>> texts = ["A game of chess for two.", "Functions to read JSON files."]
+        >>> history = classifier.fit(texts, ["game", "library"], epochs=1, verbose=0)
+        >>> classifier.classify(["A board game."])[0] in classifier.class_names
+        True
     """
 
     HEAD = ("class_names", "num_classes", "kind")
