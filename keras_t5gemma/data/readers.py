@@ -43,6 +43,14 @@ def read_pairs(
         ValueError: for another kind of file, an empty one, or a row in which a field
             is missing or not a string, with its line.
         ImportError: for `.parquet` without pyarrow.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import keras_t5gemma
+        >>> row = '{"source": "A game of chess.", "target": "chess game"}'
+        >>> _ = Path("pairs.jsonl").write_text(row)
+        >>> keras_t5gemma.read_pairs("pairs.jsonl")
+        {'encoder_text': ['A game of chess.'], 'decoder_text': ['chess game']}
     """
     names = checks.string(source, "source"), checks.string(target, "target")
     columns = _read(path, names, _READERS)
@@ -63,6 +71,13 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
     Raises:
         ValueError: as `read_pairs`.
         ImportError: for `.parquet` without pyarrow.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import keras_t5gemma
+        >>> _ = Path("texts.txt").write_text("one document\\n\\nanother one\\n")
+        >>> keras_t5gemma.read_texts("texts.txt")
+        ['one document', 'another one']
     """
     checks.string(field, "field")
     readers = {**_READERS, ".txt": functools.partial(_lines, field=field)}
