@@ -33,6 +33,14 @@ def score_texts(
     Raises:
         ValueError: for no rows, lists of unequal length, or an unknown metric.
         ImportError: for a metric whose library is not installed, with its name.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> scores = keras_t5gemma.score_texts(
+        ...     ["chess", "go"], ["chess", "checkers"], "exact_match"
+        ... )
+        >>> scores["exact_match"]["mean"]
+        50.0
     """
     predictions = as_texts(predictions, "predictions")
     references = as_texts(references, "references")
