@@ -39,6 +39,14 @@ def plot_history(history: Any, path: str | os.PathLike | None = None) -> "Figure
         ValueError: for no epochs, a file that is not such a log, a metric with missing
             epochs in a dict, or an unknown suffix.
         ImportError: without matplotlib.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> figure = keras_t5gemma.plot_history(
+        ...     {"loss": [2.0, 1.0], "val_loss": [2.1, 1.5]}, "curves.png"
+        ... )
+        >>> len(figure.axes)
+        1
     """
     try:
         from matplotlib.figure import Figure
