@@ -25,6 +25,13 @@ class TokenCrossEntropy(keras.losses.Loss):
 
     Raises:
         ValueError: for a number out of its range.
+
+    Examples:
+        >>> import numpy as np
+        >>> import keras_t5gemma
+        >>> loss = keras_t5gemma.TokenCrossEntropy()
+        >>> round(float(loss(np.array([[1]]), np.zeros((1, 1, 2), "float32"))), 4)
+        0.6931
     """
 
     def __init__(
