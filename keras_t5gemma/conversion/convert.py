@@ -38,6 +38,12 @@ def convert(
     Raises:
         ValueError: naming the argument, or the file and the tensors that do not fit.
         OSError: when there is not enough space on the disk.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> keras_t5gemma.convert("t5gemma_mini", "converted", dtype="float32")
+        >>> keras_t5gemma.Backbone.from_preset("converted").count_params() > 1e6
+        True
     """
     folder = path(folder, "folder")
     one_of(to, "to", (presets.KERAS, presets.HUGGING_FACE))
