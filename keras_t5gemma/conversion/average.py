@@ -43,6 +43,11 @@ def average_presets(
         ValueError: without presets, for weights that do not fit, a folder that exists,
             or configurations that differ, naming the fields.
         OSError: when there is not enough space on the disk.
+
+    Examples:
+        >>> import keras_t5gemma
+        >>> names = ["t5gemma_mini", "t5gemma_mini_synopsis"]
+        >>> keras_t5gemma.average_presets(names, "mean", weights=[3, 1])
     """
     if not isinstance(presets, list | tuple) or not presets:
         raise ValueError(
