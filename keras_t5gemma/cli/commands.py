@@ -26,6 +26,8 @@ def load_package() -> Any:
 
     Keras then finds every serializable class, as in a library user's process.
     """
+    import keras  # noqa: F401
+
     import keras_t5gemma
 
     if not hasattr(keras_t5gemma, "Seq2SeqLM"):
