@@ -18,7 +18,8 @@ from keras_t5gemma.modeling.encoder_states import (
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.encoder_task import load_encoder
 from keras_t5gemma.tasks.hidden_states import padding_mask, token_rows
-from keras_t5gemma.tokenization.token_ids import check_vocabulary, pad
+from keras_t5gemma.tokenization.compatibility import check_preprocessor
+from keras_t5gemma.tokenization.token_ids import pad
 from keras_t5gemma.utils.checks import flag
 from keras_t5gemma.utils.types import Tensor
 
@@ -62,7 +63,8 @@ class TextTower(keras.layers.Layer):
             )
         numbers = layer_numbers(layers, len(backbone.encoder.blocks))
         if preprocessor is not None:
-            check_vocabulary(preprocessor.tokenizer, backbone.config.vocabulary_size)
+            size = backbone.config.vocabulary_size
+            check_preprocessor(preprocessor, "TextTower", size)
         if kwargs.get("dtype") is None:
             kwargs["dtype"] = backbone.encoder.compute_dtype
         super().__init__(autocast=False, **kwargs)
