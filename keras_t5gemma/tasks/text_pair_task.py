@@ -71,8 +71,9 @@ class TextPairTask(FitMixin, ChunkedLossTask):
                 taken from the end before shuffling.
             shuffle: a new order in every epoch, for in-memory data.
             sample_weight: one weight per pair, or per target token with arrays.
-            steps_per_epoch: batches per epoch, for endless data, or for a part of the
-                pairs; the next epoch continues where this one ends.
+            steps_per_epoch: batches per epoch, required for an iterator, which may be
+                endless; or for a part of the pairs. The next epoch continues where
+                this one ends.
             validation_steps: batches of a validation, always the first ones.
             validation_batch_size: `batch_size` when `None`.
             batching: how in-memory text fills batches. `"bucketed"`: pairs of
