@@ -11,10 +11,34 @@ import os
 import subprocess
 import sys
 import time
+import types
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def import_attention():
+    """The function to check and its description of a mask.
+
+    Needs Keras alone: where other dependencies of the package are missing, it is
+    imported without its `__init__`.
+    """
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root))
+    try:
+        import keras_t5gemma  # noqa: F401
+    except ImportError:
+        for name in [n for n in sys.modules if n.startswith("keras_t5gemma")]:
+            del sys.modules[name]
+        bare = types.ModuleType("keras_t5gemma")
+        bare.__path__ = [str(root / "keras_t5gemma")]
+        sys.modules["keras_t5gemma"] = bare
+    from keras_t5gemma.modeling.blockwise_attention import attend
+    from keras_t5gemma.modeling.masks import Visibility
+
+    return attend, Visibility
 
 
 def cases():
@@ -171,9 +195,7 @@ def in_jax():
     import jax.numpy as jnp
     import numpy as np
 
-    from keras_t5gemma.modeling.blockwise_attention import attend
-    from keras_t5gemma.modeling.masks import Visibility
-
+    attend, Visibility = import_attention()
     jax.config.update("jax_default_matmul_precision", "highest")
     print("JAX", jax.__version__, jax.devices())
 
@@ -243,9 +265,7 @@ def main():
     jax_run = None
     import torch
 
-    from keras_t5gemma.modeling.blockwise_attention import attend
-    from keras_t5gemma.modeling.masks import Visibility
-
+    attend, Visibility = import_attention()
     torch.backends.cuda.matmul.allow_tf32 = False
     print("PyTorch", torch.__version__, torch.cuda.get_device_name())
     torch_values(attend, Visibility)
