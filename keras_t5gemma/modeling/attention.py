@@ -6,12 +6,14 @@ G = N / K queries a key/value head, H head size, D width, F feed-forward width,
 V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_t5gemma.modeling import kv_cache
+from keras_t5gemma.modeling.blockwise_attention import BlockwiseMask, attend
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
 from keras_t5gemma.modeling.layers import dense, soft_cap
 from keras_t5gemma.modeling.rotary import apply_rotary
@@ -98,7 +100,8 @@ class Attention(keras.layers.Layer):
             key_value_states: states of the keys and values `(B, S, D)`; `None` when
                 `cache` already holds all keys and values.
             attention_mask: boolean, broadcastable to `(B, T, S)`; True may be
-                seen. A row that is False everywhere gets attention output 0.
+                seen. A row that is False everywhere gets attention output 0. Or a
+                `BlockwiseMask`, for long sequences.
             angles: rotary angles of the new positions, or `None`.
             cache: `(key, value)`, each `(B, K, S, H)`, or `None`.
             index: position of the first of `key_value_states`, with a cache.
@@ -127,6 +130,22 @@ class Attention(keras.layers.Layer):
         return self.output_projection(output), cache
 
     def _attend(self, query, key, value, mask, seeds):
+        if not isinstance(mask, BlockwiseMask):
+            return self._attend_at_once(query, key, value, mask, seeds)
+
+        def in_blocks():
+            arguments = mask.visibility, self.soft_cap, self.dropout, seeds, mask.kernel
+            output = attend(query, key, value, *arguments)
+            return ops.reshape(output, (*ops.shape(output)[:2], -1))
+
+        if mask.is_long is None:
+            return in_blocks()
+        at_once = functools.partial(
+            self._attend_at_once, query, key, value, mask.mask, seeds
+        )
+        return ops.cond(mask.is_long, in_blocks, at_once)
+
+    def _attend_at_once(self, query, key, value, mask, seeds):
         batch, length = ops.shape(query)[0], ops.shape(query)[1]
         kv_heads = self.num_key_value_heads
         groups = self.num_query_heads // kv_heads

@@ -88,7 +88,7 @@ class EncoderBlock(_Block):
         angles: tuple[Tensor, Tensor] | None = None,
         seeds: ReplayableSeedGenerator | None = None,
     ) -> Tensor:
-        """`x` `(B, T, D)`, boolean `attention_mask` `(B, T, T)` -> `(B, T, D)`."""
+        """`x` `(B, T, D)`, mask as in `Attention.call` -> `(B, T, D)`."""
         y = self.pre_self_norm(x)
         y, _ = self.self_attention(
             y,
@@ -147,8 +147,8 @@ class DecoderBlock(_Block):
             x: `(B, T, D)`.
             encoder_output: `(B, S, D of the encoder)`, or `None` when `cross_cache`
                 holds its keys and values.
-            attention_mask: boolean self-attention mask, `(B, T, S)`.
-            cross_mask: boolean, broadcastable to `(B, T, S)`.
+            attention_mask: self-attention mask; see `Attention.call`.
+            cross_mask: cross-attention mask, likewise.
             angles: rotary angles of the T new positions.
             cache: this layer's self-attention `(key, value)`, or `None`.
             cross_cache: this layer's cross-attention `(key, value)`, or `None`; B

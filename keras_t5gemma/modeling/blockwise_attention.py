@@ -14,7 +14,11 @@ Implementations of `attend`, each in a module:
     splash_attention   JAX on TPUs: fused kernels
 """
 
+import dataclasses
+from typing import Any
+
 import keras
+from keras import ops
 
 from keras_t5gemma.modeling import flex_attention
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator
@@ -37,6 +41,46 @@ def uses_blocks(queries: int, keys: int) -> bool:
     Below, one product of all queries and keys is faster, and its logits are small.
     """
     return queries * keys >= _LONG
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockwiseMask:
+    """A `Visibility` in the place of a boolean mask: attention in blocks.
+
+    Args:
+        visibility: which keys a query attends to.
+        kernel: see `attend`.
+        is_long: boolean scalar tensor, whether to use blocks, where TensorFlow traces
+            a function of unknown lengths; else `None`.
+        mask: boolean mask for the other case.
+    """
+
+    visibility: Visibility
+    kernel: str = "auto"
+    is_long: Tensor = None
+    mask: Tensor = None
+
+
+def attention_mask(visibility: Visibility, kernel: str = "auto") -> Any:
+    """A boolean mask `(B, T, S)` for short sequences, else a `BlockwiseMask`.
+
+    Args:
+        visibility: which keys a query attends to.
+        kernel: see `attend`; `"plain"` always makes the mask.
+    """
+    lengths = [x.shape[1] for x in (visibility.queries, visibility.keys)]
+    if kernel == "plain":
+        return visibility.mask()
+    if None in lengths:  # TensorFlow only.
+        queries, keys = (ops.shape(x)[1] for x in (visibility.queries, visibility.keys))
+        is_long = uses_blocks(queries, keys)
+        nothing = ops.cast(visibility.queries[:, :1, None], "bool")
+        mask = ops.cond(is_long, lambda: nothing, visibility.mask)
+        return BlockwiseMask(visibility, kernel, is_long, mask)
+    # Exporters of PyTorch have symbols for lengths, and write plain operations.
+    if all(isinstance(x, int) for x in lengths) and uses_blocks(*lengths):
+        return BlockwiseMask(visibility, kernel)
+    return visibility.mask()
 
 
 def block_sizes(heads: int, cpu: bool) -> tuple[int, int]:
@@ -108,3 +152,27 @@ def attend(
     check_blocks(blocks)
     arguments = visibility, soft_cap, dropout, seed, blocks
     return portable.attend(query, key, value, *arguments)
+
+
+class WithAttentionKernel:
+    """The property `attention_kernel` of a model with an encoder and a decoder."""
+
+    @property
+    def attention_kernel(self) -> str:
+        """How attention of long sequences is computed; not saved with the model.
+
+        `"auto"`, the default, uses the fused kernels of an accelerator where they
+        compute the same function, else the portable blockwise version; `"portable"`
+        always uses the latter; `"flex"` (PyTorch on CUDA) and `"splash"` (JAX on TPUs)
+        raise an error where they cannot be used; `"plain"` is one array of all queries
+        x keys. A function that JAX or TensorFlow has compiled keeps what it had.
+        """
+        return self.encoder.attention_kernel  # type: ignore[attr-defined]
+
+    @attention_kernel.setter
+    def attention_kernel(self, kernel: str) -> None:
+        one_of(kernel, "attention_kernel", KERNELS)
+        for name in ("encoder", "decoder"):
+            tower = getattr(self, name)
+            if tower is not None:
+                tower.attention_kernel = kernel

@@ -6,10 +6,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.config import FULL, SLIDING, StackConfig, T5GemmaConfig
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock, _Block
+from keras_t5gemma.modeling.blockwise_attention import attention_mask
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
 from keras_t5gemma.modeling.layers import (
     RMSNorm,
@@ -17,12 +18,7 @@ from keras_t5gemma.modeling.layers import (
     soft_cap,
     stored_weight,
 )
-from keras_t5gemma.modeling.masks import (
-    causal_mask,
-    padding_mask,
-    segment_mask,
-    two_sided_mask,
-)
+from keras_t5gemma.modeling.masks import Visibility, causal_mask, padding_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
 from keras_t5gemma.utils.types import Tensor
 
@@ -45,6 +41,8 @@ class _Tower(keras.layers.Layer):
         )
         # Whether blocks keep only their input for the backward pass.
         self.rematerialize = False
+        # See `WithAttentionKernel`.
+        self.attention_kernel = "auto"
         if config.dropout:
             self.seed_generator = keras.random.SeedGenerator(name="dropout_seed")
         self.final_norm = RMSNorm(
@@ -86,6 +84,17 @@ class _Tower(keras.layers.Layer):
         # Gemma rounds the factor to the compute dtype before it multiplies.
         x = x * ops.cast(self.stack.hidden_dim**0.5, x.dtype)
         return dropout(x, self.config.dropout, self._seeds(training))
+
+    def _mask(self, queries, keys, causal, window=None):
+        """See `attention_mask`."""
+        visibility = Visibility(queries, keys, causal, window)
+        return attention_mask(visibility, self.attention_kernel)
+
+    def _self_masks(self, padding, causal):
+        """The mask of each kind of layer."""
+        windows = {FULL: None, SLIDING: self.stack.sliding_window}
+        kinds = sorted(set(self.stack.layer_types))
+        return {k: self._mask(padding, padding, causal, windows[k]) for k in kinds}
 
     def _angles(self, positions):
         return rotary_angles(positions, self.stack.head_dim, self.stack.rope_base)
@@ -140,14 +149,7 @@ class Encoder(_Tower):
         """
         positions = ops.arange(ops.shape(token_ids)[1])
         angles = self._angles(positions)
-        visible = segment_mask(padding, padding)  # B T T
-        if causal:
-            visible = ops.logical_and(visible, causal_mask(positions, positions))
-        near = two_sided_mask(positions, self.stack.sliding_window)
-        masks = {
-            "full_attention": visible,
-            "sliding_attention": ops.logical_and(visible, near),
-        }
+        masks = self._self_masks(padding, causal)
         x = self._embed(token_ids, training)
         blocks = zip(self.blocks, self.stack.layer_types, strict=True)
         wanted = {} if layers is None else dict.fromkeys(layers, x)
@@ -189,17 +191,6 @@ class Decoder(_Tower):
             dtype=self.dtype_policy,
         )
 
-    def _masks(self, query_positions, key_positions, keep=None):
-        masks = {
-            "full_attention": causal_mask(query_positions, key_positions),
-            "sliding_attention": causal_mask(
-                query_positions, key_positions, self.stack.sliding_window
-            ),
-        }  # T S
-        if keep is None:
-            return {kind: mask[None] for kind, mask in masks.items()}
-        return {kind: ops.logical_and(keep, mask) for kind, mask in masks.items()}
-
     def call(
         self,
         token_ids: Tensor,
@@ -227,13 +218,13 @@ class Decoder(_Tower):
             `(B, T, D)`, after the final norm.
         """
         positions = ops.arange(ops.shape(token_ids)[1])
-        masks = self._masks(positions, positions, segment_mask(padding, padding))
+        masks = self._self_masks(padding, causal=True)
         angles = self._angles(positions)
         cross_inputs: tuple[Tensor, ...] = ()
         cross_mask = None
         if cross_attention:
             cross_inputs = (encoder_output,)
-            cross_mask = segment_mask(padding, encoder_padding)  # B T S
+            cross_mask = self._mask(padding, encoder_padding, causal=False)
         x = self._embed(token_ids, training)
         for block, kind in zip(self.blocks, self.stack.layer_types, strict=True):
             x = self._run(
@@ -302,7 +293,8 @@ class Decoder(_Tower):
         for (key, _), kind in zip(cache["self"], self.stack.layer_types, strict=True):
             if kind not in masks:
                 keys = kv_cache.key_positions(index, length, key.shape[2])
-                masks[kind] = self._masks(positions, keys)[kind]
+                window = self.stack.sliding_window if kind == SLIDING else None
+                masks[kind] = causal_mask(positions, keys, window)[None]  # 1 T S
         x = self._embed(token_ids, False)
         updated = []
         for i, kind in enumerate(self.stack.layer_types):
