@@ -153,7 +153,7 @@ def test_options_of_generate_fail_before_training(model):
         ({"x": []}, "at least one; got 0 sources"),
         ({"x": {"encoder_text": [], "decoder_text": []}}, "got 0 sources"),
         ({"x": ["a", "b"], "y": ["c"]}, "got 2 sources and 1 targets"),
-        ({"x": iter([("a", "b")])}, "in memory.*got `x` of type"),
+        ({"x": iter([("a", "b")])}, "in memory.*got <list_iterator"),
         ({"x": [("a", "b")], "every": 0}, "`every`.*from 1; got 0"),
         ({"x": [("a", "b")], "max_rows": 1.5}, "`max_rows`.*got 1.5"),
         ({"x": [("a", "b")], "metrics": "rogue"}, "among rouge.*got 'rogue'"),
@@ -255,7 +255,7 @@ def test_nan_stops_with_its_rows(steps_per_execution, message):
 
 def test_nan_of_the_token_loss(model):
     weights = np.ones(len(SOURCES))
-    weights[6] = np.nan
+    weights[6] = 3e38  # Overflows; NaN would be refused.
     with pytest.raises(
         FloatingPointError, match=r"batch 2 of epoch 1 \(rows 4, 5, 6, 7 of"
     ):
