@@ -92,6 +92,7 @@ def make_page(summarize: Summarizer, search: Search) -> Any:
                 headers=["similarity", "name", "section", "description"],
                 label=f"{len(search.rows)} packages",
                 wrap=True,
+                column_widths=["15%", "15%", "15%", "55%"],
             )
             gradio.on([find.click, query.submit], search, [query, count], table)
     return page

@@ -1,9 +1,14 @@
 """The applications in `examples/` run, the page in a real browser too."""
 
+import contextlib
 import csv
+import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,7 +63,7 @@ def test_classifier_is_trained_saved_and_used(tmp_path, capsys):
         3,
     ]
     columns = ["--text", "description", "--label", "section"]
-    train_classifier.main([str(file), *columns, "--output", str(folder)])
+    train_classifier.main([str(file), *columns, "--epochs=5", f"--output={folder}"])
     output = capsys.readouterr().out
     accuracy = re.search(r"accuracy on 12 rows .*: (\d+)%", output)
     assert int(accuracy[1]) > 35  # Guessing gives 25.
@@ -94,25 +99,42 @@ def find_browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def test_page_in_a_browser(functions, tmp_path):
+@pytest.fixture
+def address():
+    """The page, served by a process as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(EXAMPLES / "search_page.py"), "--port", str(port)]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with subprocess.Popen(command, env=environment) as server:
+        try:
+            for _ in range(600):
+                assert server.poll() is None
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def test_page_in_a_browser(request, tmp_path):
     """Both tabs by mouse and keyboard, at the widths of a desk and of a phone."""
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     if find_browser() is None:
         pytest.skip("No chromium or chrome on the PATH.")
-    search_page, summarize, search = functions
-    page = search_page.make_page(summarize, search)
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_port=None)
-    try:
-        with playwright.sync_playwright() as p:
-            browser = p.chromium.launch(
-                executable_path=find_browser(), args=["--no-sandbox"]
-            )
-            for width, height in ((1000, 640), (390, 840)):
-                drive(browser, address, width, height, tmp_path, playwright.expect)
-            browser.close()
-    finally:
-        page.close()
+    address = request.getfixturevalue("address")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(
+            executable_path=find_browser(), args=["--no-sandbox"]
+        )
+        for width, height in ((1000, 640), (390, 840)):
+            drive(browser, address, width, height, tmp_path, playwright.expect)
+        browser.close()
 
 
 def drive(browser, address, width, height, folder, expect):
