@@ -46,7 +46,6 @@ class StackConfig:
         ValueError: naming the field, its value, and what is accepted.
 
     Examples:
-        >>> import keras_t5gemma
         >>> stack = keras_t5gemma.StackConfig(
         ...     num_layers=2, hidden_dim=64, intermediate_dim=128,
         ...     num_query_heads=4, num_key_value_heads=2, head_dim=16,
@@ -152,7 +151,6 @@ class T5GemmaConfig:
         ValueError: naming the field, its value, and what is accepted.
 
     Examples:
-        >>> import keras_t5gemma
         >>> config = keras_t5gemma.T5GemmaConfig.pair("9b", "2b")
         >>> f"{config.count_params():,}"
         '12,292,375,296'

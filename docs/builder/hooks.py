@@ -13,52 +13,21 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import notebooks  # noqa: E402
+import places  # noqa: E402
 import plots  # noqa: E402
 import reference  # noqa: E402
 import tables  # noqa: E402
-
-ROOT = HERE.parent.parent
-# Files outside `docs/` that are pages or pictures of the site.
-COPIED = {
-    "guides/README.md": "guides/index.md",
-    "benchmarks/RESULTS.md": "benchmarks.md",
-    "experiments/README.md": "experiments.md",
-    "CHANGELOG.md": "changelog.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "benchmarks/generate.png": "generate.png",
-    "benchmarks/train.png": "train.png",
-    "experiments/losses.png": "losses.png",
-    "experiments/frontier.png": "frontier.png",
-}
-LINK = re.compile(r"(?<!`)\]\((?!\w+:|#)([^)#\s]*)(#[^)\s]*)?\)")
-
-
-def guides():
-    """Names of the guides that have a notebook, as guides/README.md lists them."""
-    text = (ROOT / "guides/README.md").read_text("utf-8")
-    return re.findall(r"\]\((\w+)\.ipynb\)", text)
-
-
-def site_path(path):
-    """Page of the site for a file of the repository, or `None`."""
-    if path in COPIED:
-        return COPIED[path]
-    if path.startswith("guides/") and path.endswith(".ipynb"):
-        return path.removesuffix(".ipynb") + ".md"
-    if path.startswith("docs/"):
-        return path.removeprefix("docs/")
-    return None
 
 
 def on_config(config):
     """Put all generated pages of a folder into the navigation."""
     pages = {
-        "guides/": ["guides/index.md", *(f"guides/{name}.md" for name in guides())],
+        "guides/": places.guide_pages(),
         "api/": list(reference.api_pages()),
     }
 
     def expand(items):
-        for item in items:
+        for item in filter(lambda item: isinstance(item, dict), items):
             for title, value in item.items():
                 if isinstance(value, list):
                     expand(value)
@@ -73,10 +42,10 @@ def on_config(config):
 def on_files(files, config):
     """Add the generated pages."""
     made = {**reference.api_pages(), "cli.md": reference.cli_page()}
-    for path, target in COPIED.items():
-        made[target] = (ROOT / path).read_bytes()
-    for name in guides():
-        made |= notebooks.page(ROOT / f"guides/{name}.ipynb")
+    for path, target in places.COPIED.items():
+        made[target] = (places.ROOT / path).read_bytes()
+    for name in places.guides():
+        made |= notebooks.page(places.ROOT / f"guides/{name}.ipynb")
     results, pictures = plots.with_plots(made["benchmarks.md"].decode())
     made |= {"benchmarks.md": results, **pictures}
     for path, content in made.items():
@@ -88,7 +57,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Fill in tables, and point links to files of the repository elsewhere."""
     path = page.file.src_uri
-    source = {target: origin for origin, target in COPIED.items()}
+    source = {target: origin for origin, target in places.COPIED.items()}
     origin = source.get(path, f"docs/{path}")
 
     def replace(match):
@@ -97,17 +66,17 @@ def on_page_markdown(markdown, page, config, files):
         if files.get_file_from_path(here) is not None:
             return match.group()
         found = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
-        inside = site_path(found)
+        inside = places.site_path(found)
         if inside is not None:
             relative = posixpath.relpath(inside, posixpath.dirname(path) or ".")
             return f"]({relative}{anchor})"
-        if not (ROOT / found).exists():
+        if not (places.ROOT / found).exists():
             raise ValueError(f"{origin}: {target} does not exist")
         return f"](repository:{found}{anchor})"
 
     markdown = tables.fill(markdown)
     if not path.startswith(("api/", "guides/")) or path == "guides/index.md":
-        markdown = LINK.sub(replace, markdown)
+        markdown = places.LINK.sub(replace, markdown)
     return to_repository(markdown)
 
 

@@ -14,7 +14,8 @@ PAGES = {
         "Models",
         "Load, generate, classify, embed.",
         ["Seq2SeqLM", "GenerationOptions", "TextEmbedder", "TextClassifier"]
-        + ["nearest", "cosine_similarity", "presets", "cache_compiled_programs"],
+        + ["TextTower", "nearest", "cosine_similarity", "presets"]
+        + ["cache_compiled_programs"],
     ),
     "networks": (
         "Backbone and configuration",

@@ -185,6 +185,7 @@ def readme(title):
     text = (ROOT / "README.md").read_text("utf-8")
     titles = re.findall(r"^## (.*)$", text, re.M)
     body = re.split(r"^## .*\n", text, flags=re.M)[1 + titles.index(title)]
+    body = re.sub(r"\]\((?!\w+:|#)", "](../", body)  # Seen from `docs/`.
     before, code, after = re.split(
         r"^(```.*?^```\n)", body, maxsplit=1, flags=re.M | re.S
     )

@@ -75,13 +75,8 @@ def presets() -> list[Preset]:
     objectives, pretrained or instruction-tuned (`_it`). Each is on Hugging Face and,
     in KerasHub's format, on Kaggle.
 
-    Examples:
-        >>> import keras_t5gemma
-        >>> [row.name for row in keras_t5gemma.presets()][:2]
-        ['t5gemma_mini', 't5gemma_mini_synopsis']
-
-    Returns:
-        A list of `Preset`: name, description, objective, number of parameters, sources.
+    >>> [row.name for row in keras_t5gemma.presets()][:2]
+    ['t5gemma_mini', 't5gemma_mini_synopsis']
     """
     rows, sources = [], _sources()
     for name, (objective, tuned) in _EMBEDDED.items():

@@ -45,7 +45,6 @@ def average_presets(
         OSError: when there is not enough space on the disk.
 
     Examples:
-        >>> import keras_t5gemma
         >>> names = ["t5gemma_mini", "t5gemma_mini_synopsis"]
         >>> keras_t5gemma.average_presets(names, "mean", weights=[3, 1])
     """

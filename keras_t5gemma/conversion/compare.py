@@ -57,18 +57,17 @@ def verify(a: str | Path, b: str | Path, seed: int = 0) -> Comparison:
         seed: of the random inputs of the logits, which are computed in float32 where
             memory allows it.
 
+    Returns:
+        A `Comparison`; its `within(tolerance)` is the verdict.
+
     Raises:
         ValueError: if one of them is not a T5Gemma checkpoint.
         OSError: when a download fails, with instructions.
 
     Examples:
-        >>> import keras_t5gemma
         >>> keras_t5gemma.convert("t5gemma_mini", "folder", to="transformers")
         >>> keras_t5gemma.verify("t5gemma_mini", "folder").within(1e-5)
         True
-
-    Returns:
-        A `Comparison`; its `within(tolerance)` is the verdict.
     """
     whole_number(seed, "seed", 0)
     opened = [checkpoint.open_checkpoint(x) for x in (a, b)]

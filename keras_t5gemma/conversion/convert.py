@@ -40,7 +40,6 @@ def convert(
         OSError: when there is not enough space on the disk.
 
     Examples:
-        >>> import keras_t5gemma
         >>> keras_t5gemma.convert("t5gemma_mini", "converted", dtype="float32")
         >>> keras_t5gemma.Backbone.from_preset("converted").count_params() > 1e6
         True

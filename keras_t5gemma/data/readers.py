@@ -46,7 +46,6 @@ def read_pairs(
 
     Examples:
         >>> from pathlib import Path
-        >>> import keras_t5gemma
         >>> row = '{"source": "A game of chess.", "target": "chess game"}'
         >>> _ = Path("pairs.jsonl").write_text(row)
         >>> keras_t5gemma.read_pairs("pairs.jsonl")
@@ -74,10 +73,9 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
 
     Examples:
         >>> from pathlib import Path
-        >>> import keras_t5gemma
-        >>> _ = Path("texts.txt").write_text("one document\\n\\nanother one\\n")
+        >>> _ = Path("texts.txt").write_text("one document")
         >>> keras_t5gemma.read_texts("texts.txt")
-        ['one document', 'another one']
+        ['one document']
     """
     checks.string(field, "field")
     readers = {**_READERS, ".txt": functools.partial(_lines, field=field)}

@@ -51,7 +51,6 @@ class GenerationOptions:
         ValueError: for a value out of range, or options that exclude each other.
 
     Examples:
-        >>> import keras_t5gemma
         >>> keras_t5gemma.GenerationOptions(temperature=0.7, top_p=0.9).is_sampling
         True
         >>> keras_t5gemma.GenerationOptions(num_beams=0)
@@ -200,7 +199,7 @@ def id_tuple(ids: Any, name: str) -> tuple[int, ...]:
     if isinstance(ids, np.ndarray) and ids.ndim == 1:
         found = list(ids)
     if found is None or not all(
-        isinstance(i, numbers.Integral) and 0 <= i <= MAX_COUNT for i in found
+        isinstance(i, numbers.Integral) and 0 <= int(i) <= MAX_COUNT for i in found
     ):
         raise ValueError(f"`{name}` must be a list of token ids; got {shown(ids)}.")
     return tuple(int(i) for i in found)

@@ -47,7 +47,6 @@ def plan(o: PlanOptions) -> Plan:
         ValueError: for an option that is not accepted, or when no layout divides.
 
     Examples:
-        >>> import keras_t5gemma
         >>> found = keras_t5gemma.plan(
         ...     "t5gemma_2b_2b", devices=1, memory="16GB", batch=8, length=(512, 128),
         ...     dtype="bfloat16", lora_rank=16,

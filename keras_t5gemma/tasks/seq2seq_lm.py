@@ -41,14 +41,9 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             vocabulary is larger than the model's.
 
     Examples:
-        >>> import keras_t5gemma
         >>> model = keras_t5gemma.Seq2SeqLM.from_preset("t5gemma_mini_synopsis")
-        >>> text = "This library reads and writes JSON files."
-        >>> len(model.generate(text, num_beams=4, num_return_sequences=2))
+        >>> len(model.generate("A chess game.", num_beams=4, num_return_sequences=2))
         2
-        >>> history = model.fit([text], ["JSON library"], verbose=0)
-        >>> sorted(history.history)
-        ['accuracy', 'loss', 'padding', 'perplexity', 'tokens_per_second']
     """
 
     backbone_cls = Backbone

@@ -60,8 +60,6 @@ class TextClassifier(EncoderTask):
             range.
 
     Examples:
-        >>> import keras
-        >>> import keras_t5gemma
         >>> classifier = keras_t5gemma.TextClassifier.from_preset(
         ...     "t5gemma_mini", class_names=["game", "library"]
         ... )
@@ -95,7 +93,7 @@ class TextClassifier(EncoderTask):
             class_names = _names(class_names)
         outputs = 1
         if kind != "regression":
-            outputs = len(class_names or ())
+            outputs = 0 if class_names is None else len(list(class_names))
             if class_names is None:
                 outputs = whole_number(
                     num_classes,

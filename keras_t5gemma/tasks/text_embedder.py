@@ -63,7 +63,6 @@ class TextEmbedder(EncoderTask):
             `lexical_dim` without `normalize`.
 
     Examples:
-        >>> import keras_t5gemma
         >>> embedder = keras_t5gemma.TextEmbedder.from_preset("t5gemma_mini")
         >>> vectors = embedder.embed(["a game of chess", "a mail server", "chess"])
         >>> numbers, cosines = keras_t5gemma.nearest(vectors[:1], vectors[1:], k=1)
@@ -350,11 +349,8 @@ class TextEmbedder(EncoderTask):
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines `(n, m)` of vectors `(n, d)` and `(m, d)`, float32.
 
-    Examples:
-        >>> import numpy as np
-        >>> import keras_t5gemma
-        >>> keras_t5gemma.cosine_similarity(np.eye(2), np.array([[2.0, 0.0]])).tolist()
-        [[1.0], [0.0]]
+    >>> keras_t5gemma.cosine_similarity(np.eye(2), np.array([[2.0, 0.0]])).tolist()
+    [[1.0], [0.0]]
     """
     a, b = _vectors(a=a, b=b)
     lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
@@ -393,8 +389,6 @@ def nearest(
         ValueError: for a `k` that is not in 1..m.
 
     Examples:
-        >>> import numpy as np
-        >>> import keras_t5gemma
         >>> numbers, _ = keras_t5gemma.nearest(np.array([[1.0, 0.1]]), np.eye(2), k=2)
         >>> numbers.tolist()
         [[0, 1]]

@@ -70,7 +70,6 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             are too short for the objective.
 
     Examples:
-        >>> import keras_t5gemma
         >>> preprocessor = keras_t5gemma.Seq2SeqLMPreprocessor.from_preset(
         ...     "t5gemma_mini", encoder_sequence_length=16, decoder_sequence_length=8
         ... )

@@ -44,7 +44,6 @@ class Tokenizer(bases.Tokenizer):
             two turn tokens).
 
     Examples:
-        >>> import keras_t5gemma
         >>> tokenizer = keras_t5gemma.Tokenizer.from_preset("t5gemma_mini")
         >>> ids = tokenizer.tokenize("a game of chess")
         >>> tokenizer.detokenize(ids)

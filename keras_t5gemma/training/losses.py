@@ -27,8 +27,6 @@ class TokenCrossEntropy(keras.losses.Loss):
         ValueError: for a number out of its range.
 
     Examples:
-        >>> import numpy as np
-        >>> import keras_t5gemma
         >>> loss = keras_t5gemma.TokenCrossEntropy()
         >>> round(float(loss(np.array([[1]]), np.zeros((1, 1, 2), "float32"))), 4)
         0.6931

@@ -41,7 +41,6 @@ def plot_history(history: Any, path: str | os.PathLike | None = None) -> "Figure
         ImportError: without matplotlib.
 
     Examples:
-        >>> import keras_t5gemma
         >>> figure = keras_t5gemma.plot_history(
         ...     {"loss": [2.0, 1.0], "val_loss": [2.1, 1.5]}, "curves.png"
         ... )

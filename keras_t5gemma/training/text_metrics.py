@@ -35,7 +35,6 @@ def score_texts(
         ImportError: for a metric whose library is not installed, with its name.
 
     Examples:
-        >>> import keras_t5gemma
         >>> scores = keras_t5gemma.score_texts(
         ...     ["chess", "go"], ["chess", "checkers"], "exact_match"
         ... )
@@ -65,9 +64,9 @@ def text_metrics(
         ImportError: see `text_metric`.
     """
     is_one = isinstance(metrics, str) or callable(metrics)
-    metrics = [metrics] if is_one else to_list(metrics, "metrics")
-    functions = [text_metric(metric) for metric in metrics]
-    names = [_name(metric) for metric in metrics]
+    given: list = [metrics] if is_one else to_list(metrics, "metrics")
+    functions = [text_metric(metric) for metric in given]
+    names = [_name(metric) for metric in given]
     if not names or len(set(names)) < len(names):
         raise ValueError(
             f"`metrics` must be one or more with different names; got {shown(names)}."
