@@ -23,7 +23,6 @@ from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.utils.checks import number, one_of, whole_number
-from keras_t5gemma.utils.files import read_bytes
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.sizes import parse_shard_size
 
@@ -184,11 +183,18 @@ def _check_vocabularies(encoder, decoder):
             "`encoder` and `decoder` must share one vocabulary; got "
             f"{sizes[0]} tokens ({encoder.name}) and {sizes[1]} ({decoder.name})."
         )
-    files = encoder.tokenizer_file, decoder.tokenizer_file
-    if all(files) and read_bytes(files[0]) != read_bytes(files[1]):
+    found = {source.name: source.vocabulary for source in (encoder, decoder)}
+    if None in found.values() or len(set(found.values())) == 1:
+        return
+    a, b = ((name, Tokenizer(data).get_vocabulary()) for name, data in found.items())
+    differing = [
+        i for i, pair in enumerate(zip(a[1], b[1], strict=False)) if len(set(pair)) > 1
+    ]
+    if differing or len(a[1]) != len(b[1]):
+        first = differing[0] if differing else min(len(a[1]), len(b[1]))
         raise ValueError(
-            "`encoder` and `decoder` must share one vocabulary; their tokenizer "
-            f"files differ: {files[0]} and {files[1]}."
+            "`encoder` and `decoder` must share one vocabulary; their tokenizers "
+            f"differ from id {first} on: {a[0]} and {b[0]}."
         )
 
 
@@ -261,8 +267,8 @@ def adapt_to_folder(
 
 
 def _preprocessor(sources):
-    file = sources["decoder"].tokenizer_file or sources["encoder"].tokenizer_file
-    if file is None:
+    vocabulary = sources["decoder"].vocabulary or sources["encoder"].vocabulary
+    if vocabulary is None:
         return None
     template = "instruction" if sources["decoder"].instruction_tuned else None
-    return Seq2SeqLMPreprocessor(Tokenizer(file), template=template)
+    return Seq2SeqLMPreprocessor(Tokenizer(vocabulary), template=template)

@@ -22,6 +22,7 @@ from keras_t5gemma.checkpoints import (
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import StackConfig
 from keras_t5gemma.environment import require_keras_hub
+from keras_t5gemma.tokenization import tokenizer_files
 from keras_t5gemma.utils.checks import json_object
 from keras_t5gemma.utils.files import named_values
 
@@ -40,7 +41,7 @@ class Gemma2:
         final_soft_cap: of the vocabulary logits.
         max_positions: longest sequence in tokens.
         tensors: `{path in a tower of a Backbone: tensor}`.
-        tokenizer_file: path of the SentencePiece model, or `None`.
+        vocabulary: serialized SentencePiece model, or `None`.
         instruction_tuned: whether it is a published instruction-tuned model.
     """
 
@@ -50,7 +51,7 @@ class Gemma2:
     final_soft_cap: float | None
     max_positions: int
     tensors: dict[str, LazyTensor]
-    tokenizer_file: str | None
+    vocabulary: bytes | None
     instruction_tuned: bool
 
 
@@ -119,9 +120,10 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         str(location),
         copies,
     )
-    tokenizer_file = None
+    vocabulary = None
     if presets.has_tokenizer(folder, kind):
-        tokenizer_file = presets.tokenizer_file(str(folder), kind)
+        named = presets.Source(os.fspath(source), str(folder), kind, config)
+        vocabulary = tokenizer_files.read(named)
     if not (is_tuned := published_names.is_published(source, _tuned_names(names))):
         presets.warn_about_chat_template(location, source)
     return Gemma2(
@@ -131,7 +133,7 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         cap,
         positions,
         integrity.checked(tensors, advise=False),
-        tokenizer_file,
+        vocabulary,
         is_tuned,
     )
 

@@ -14,7 +14,7 @@ def read(source: presets.Source) -> bytes:
     """The serialized SentencePiece model of a preset, with the tokens added to it.
 
     transformers 4 keeps added tokens outside of the SentencePiece model, in
-    tokenizer_config.json or added_tokens.json.
+    tokenizer_config.json.
 
     Raises:
         ValueError: for a missing or wrong file, added tokens that do not continue the
@@ -34,10 +34,8 @@ def read(source: presets.Source) -> bytes:
 
 
 def _added_tokens(source):
-    """`{id: (token, whether it is a control token)}` of files beside the model."""
+    """`{id: (token, whether it is a control token)}` of tokenizer_config.json."""
     added: dict[int, tuple[str, bool]] = {}
-    for text, i in source.read_json("added_tokens.json", default={}).items():
-        added[i] = text, True
     fields = source.read_json("tokenizer_config.json", default={})
     for i, token in (fields.get("added_tokens_decoder") or {}).items():
         added[int(i)] = token["content"], bool(token.get("special"))
