@@ -295,7 +295,7 @@ class UL2(Objective):
         sentinels: Sequence[int] = (),
         mode_tokens: dict[str, int] | None = None,
     ) -> None:
-        super().__init__(mixture, sentinels, mode_tokens)
+        super().__init__(mixture_rows(mixture), sentinels, mode_tokens)
 
     @classmethod
     def from_tokenizer(

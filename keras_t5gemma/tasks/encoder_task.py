@@ -272,7 +272,9 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             return super().predict_on_batch(x)
         (ids,) = encoder_ids(self.preprocessor, columns, "x", self._token_rows)
         limit = self.preprocessor.encoder_sequence_length
-        return super().predict_on_batch(arrays(list(ids), (len(ids), limit)))
+        return super().predict_on_batch(
+            arrays([ids[i] for i in range(len(ids))], (len(ids), limit))
+        )
 
     def _unlabeled(self, x):
         """Columns of the texts of `predict_on_batch`; `None` for arrays and pairs."""

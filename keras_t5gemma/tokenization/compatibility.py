@@ -23,7 +23,8 @@ def check_preprocessor(
             f"{shown(preprocessor)}."
         )
     if vocabulary_size is not None:
-        check_vocabulary(preprocessor.tokenizer, vocabulary_size)
+        tokenizer: Any = preprocessor.tokenizer  # type: ignore[attr-defined]
+        check_vocabulary(tokenizer, vocabulary_size)
 
 
 def check_objective(preprocessor: Any) -> None:

@@ -55,7 +55,7 @@ def check_ids(x: Mapping[str, Any], y: Any, vocabulary_size: int) -> None:
         raise ValueError(
             f"Arrays must be a dict `x` with keys {INPUTS}; got {shown(list(x))}."
         )
-    shapes = {}
+    shapes: dict[str, tuple] = {}
     for side in ("encoder", "decoder"):
         names = f"{side}_token_ids", f"{side}_padding_mask"
         check_range(x[names[0]], names[0], vocabulary_size)
