@@ -141,6 +141,15 @@ def package(session, kind, backend):
             run(python, "-c", IMPORT_TIME.format(module=module))
 
 
+@nox.session
+def examples(session):
+    """The applications in `examples/`, the page in an installed chromium or chrome."""
+    session.install(PINNED["torch"])
+    session.install("-e", ".[examples]", "keras==3.15.1", "pytest>=8")
+    env = {"KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"}
+    session.run("pytest", "-rs", "tests/test_examples.py", *session.posargs, env=env)
+
+
 @nox.session(default=False, venv_backend="none")
 def dev(session):
     """The environment of contributors, in `.venv`: all backends, tests and lint."""
