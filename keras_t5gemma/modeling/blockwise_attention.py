@@ -20,7 +20,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_t5gemma.modeling import flex_attention
+from keras_t5gemma.modeling import flex_attention, splash_attention
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator
 from keras_t5gemma.modeling.masks import Visibility
 from keras_t5gemma.utils.backends import on_cpu
@@ -28,6 +28,7 @@ from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR, LOGITS_ON_CPU
 from keras_t5gemma.utils.checks import one_of
 from keras_t5gemma.utils.types import Tensor
 
+_ACCELERATORS = {"flex": flex_attention, "splash": splash_attention}
 KERNELS = ("auto", "portable", "flex", "splash", "plain")
 # Queries x keys from which on blocks are used.
 _LONG = 2**20
@@ -139,12 +140,14 @@ def attend(
     """
     one_of(kernel, "kernel", [name for name in KERNELS if name != "plain"])
     seed = seeds.next() if seeds is not None and dropout else None
+    for name, module in _ACCELERATORS.items():
+        if kernel in ("auto", name):
+            reason = module.unavailable(query, key, seed is not None)
+            if not reason:
+                return module.attend(query, key, value, visibility, soft_cap)
+            if kernel == name:
+                raise ValueError(f"`kernel` {name!r} cannot be used: {reason}.")
     if keras.config.backend() == "torch":
-        reason = flex_attention.unavailable(query, key, seed is not None)
-        if kernel == "flex" and reason:
-            raise ValueError(f"`kernel` 'flex' cannot be used: {reason}.")
-        if kernel in ("auto", "flex") and not reason:
-            return flex_attention.attend(query, key, value, visibility, soft_cap)
         from keras_t5gemma.modeling import blockwise_torch as portable
     else:
         from keras_t5gemma.modeling import blockwise_xla as portable  # type: ignore
