@@ -74,6 +74,9 @@ def adapt_gemma2(
         **options: see `plan_adaptation`: `cross_attention`, `cross_norms`,
             `initializer_std`, `seed`, `dropout`.
 
+    Returns:
+        A `Backbone`, with the sources in its `lineage`.
+
     Raises:
         ValueError: if a source is not a Gemma 2, the vocabularies differ, or tensors
             do not fit, naming them.
