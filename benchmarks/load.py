@@ -1,16 +1,22 @@
 """Time and peak memory of loading an S-S checkpoint, against peers.
 
     python benchmarks/load.py [--folder F] [--repeats 3]
+    python benchmarks/load.py --encoder torch [--folder F]
 
 Makes a transformers folder of 312,517,632 random float32 weights (1.25 GB) on first
 use, loads it in a fresh process per run, peers interleaved, and prints medians. Peak
 memory is the highest resident size of the process, imports included; `base` is that
 before loading. The file is in the page cache. `keras_t5gemma encoder` loads the encoder
 only, with `encoder_only=True`: 46 % of the weights.
+
+`--encoder BACKEND` loads the encoder only from each format (next to the folder) in
+float32, bfloat16 and int8, and compares the memory above `base` with the weights kept.
 """
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import resource
 import statistics
@@ -57,7 +63,33 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def load(peer, folder):
+def make_formats(folder):
+    """The checkpoint in the three formats, `{name: folder}`."""
+    folders = {"transformers": folder}
+    for name in ("keras_t5gemma", "keras_hub"):
+        folders[name] = folder.with_name(f"{folder.name}_{name}")
+        if not (folders[name] / "config.json").exists():
+            code = (
+                f"keras_t5gemma.convert({str(folder)!r}, {str(folders[name])!r})"
+                if name == "keras_t5gemma"
+                else f"keras_hub.models.T5GemmaBackbone.from_preset({str(folder)!r})"
+                f".save_to_preset({str(folders[name])!r})"
+            )
+            command = [sys.executable, "-c", f"import {name}; {code}"]
+            environment = {**os.environ, "KERAS_BACKEND": "torch"}
+            subprocess.run(command, check=True, env=environment)
+    return folders
+
+
+def kept_bytes(model):
+    """Bytes of the weights of a Keras model."""
+    import ml_dtypes  # noqa: F401  NumPy knows bfloat16 then.
+    import numpy as np
+
+    return sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.weights)
+
+
+def load(peer, folder, dtype):
     """Load in this process; print seconds and peaks as JSON."""
     library, *part, backend = peer.split()
     os.environ["KERAS_BACKEND"] = backend
@@ -76,19 +108,24 @@ def load(peer, folder):
 
         def run():
             only = bool(part)
-            return keras_t5gemma.Backbone.from_preset(folder, encoder_only=only)
+            return keras_t5gemma.Backbone.from_preset(
+                folder, encoder_only=only, dtype=dtype
+            )
 
     base = peak()
     start = time.perf_counter()
     model = run()
     seconds = time.perf_counter() - start
-    assert model is not None
-    print(json.dumps({"seconds": seconds, "base": base, "peak": peak()}))
+    result = {"seconds": seconds, "base": base, "peak": peak()}
+    if library == "keras_t5gemma":
+        result["kept"] = kept_bytes(model)
+    print(json.dumps(result))
 
 
-def measure(peer, folder):
+def measure(peer, folder, dtype="float32"):
     """Load once in a fresh process; `None` if the peer fails, e.g. is not installed."""
     command = [sys.executable, __file__, "--peer", peer, "--folder", str(folder)]
+    command += ["--dtype", dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         print(f"{peer}: {result.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -96,20 +133,46 @@ def measure(peer, folder):
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def encoder_alone(backend, folder):
+    """Print time and memory of loading the encoder from each format, one run each."""
+    print("| format | dtype | seconds | kept, GB | peak - base, GB | / kept |")
+    print("|---|---|---|---|---|---|")
+    for name, path in make_formats(folder).items():
+        for dtype in ("float32", "bfloat16", "int8"):
+            result = measure(f"keras_t5gemma encoder {backend}", path, dtype)
+            if result is None:
+                continue
+            kept, above = result["kept"], result["peak"] - result["base"]
+            print(
+                f"| {name} | {dtype} | {result['seconds']:.2f} | {kept / 1e9:.2f} | "
+                f"{above / 1e9:.2f} | {above / kept:.2f} |"
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="part of the peers' names")
+    parser.add_argument("--encoder", metavar="BACKEND", help="the encoder alone")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        load(args.peer, str(args.folder))
+        load(args.peer, str(args.folder), args.dtype)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch)
+        folder = args.folder or Path(scratch) / "checkpoint"
         if not (folder / "config.json").exists():
-            make_folder(folder)
+            # Elsewhere: Linux counts the memory of this process as the children's.
+            process = multiprocessing.get_context("spawn").Process(
+                target=make_folder, args=(folder,)
+            )
+            process.start()
+            process.join()
+        if args.encoder:
+            encoder_alone(args.encoder, folder)
+            return
         weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         runs = {peer: [] for peer in PEERS if args.only in peer}
         for _ in range(args.repeats):

@@ -25,6 +25,7 @@
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:
 # %pip install -q "keras-t5gemma[jax]" matplotlib
+# %env KERAS_BACKEND=jax
 
 # %%
 import inspect
@@ -90,9 +91,9 @@ print(held_out[0])
 # `TextEmbedder` gives each text a vector: the mean of the states of its tokens and,
 # with `lexical_dim`, so many numbers more that say which tokens the text has, each
 # weighed by what it says about the text. A mean of 192 numbers knows what a text is
-# about and forgets its names; here the second part finds 68 of 100 in place of 55.
-# `embed` puts texts of similar length together and returns NumPy arrays in order; a
-# text's vector does not depend on the others. `nearest` finds what is close.
+# about and forgets its names, which the second part brings back. `embed` puts texts of
+# similar length together and returns NumPy arrays in order; a text's vector does not
+# depend on the others. `nearest` finds what is close.
 #
 # A pretrained encoder was never told what shall be close to what. How often is the text
 # of a held-out first line among the ten nearest of all held-out texts?
@@ -213,7 +214,7 @@ for i in np.argsort(-shares):
 
 # %%
 states, padding_mask = embedder.hidden_states(
-    ["a red boat on a lake", "snow"], layer=-2, sequence_length=16
+    ["a red boat on a lake", "snow"], layers=-2, pad_to=16, as_numpy=True
 )
 print("states", states.shape, "tokens", padding_mask.sum(axis=1))
 

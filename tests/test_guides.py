@@ -66,7 +66,8 @@ def test_generate(tmp_path):
     for prompt in ("library to", "tool that", "C code for"):
         assert re.search(rf"^{prompt} \w+", printed, re.M)
     before, after = numbers(r"([\d.]+) MB in float32, ([\d.]+) MB in int8", printed)
-    assert before == pytest.approx(4 * 6.25, abs=0.1)  # 6.25 million parameters.
+    (preset,) = [row for row in kt.presets() if row.name == "t5gemma_mini_synopsis"]
+    assert before == pytest.approx(4 * preset.parameters / 1e6, abs=0.1)
     assert after < 0.3 * before
     assert (tmp_path / "runs/lengths.png").exists()
 
@@ -154,6 +155,19 @@ def test_classify_and_search(tmp_path):
     assert right > most + 15
     assert "states (2, 16, 192)" in printed
     assert (tmp_path / "runs/encoder/map.png").exists()
+
+
+@runs_here
+def test_encoder_as_text_tower(tmp_path):
+    printed = run("encoder_as_text_tower", tmp_path)
+    first, last = numbers(r"loss: ([\d.]+) first, ([\d.]+) last", printed)
+    assert last < 0.2 * first
+    known, held_out = numbers(r"right: (\d+) % of known, (\d+) % of held-out", printed)
+    assert known >= 70 and held_out >= 40  # By chance 1.
+    assert "states (2, 24, 192) tokens [7 0]" in printed
+    assert "loaded model agrees: True" in printed
+    assert "only the generator is trained: True" in printed
+    assert (tmp_path / "runs/tower/painted.png").exists()
 
 
 @runs_here
