@@ -242,7 +242,6 @@ def notebooks(session):
 def docs(session):
     """The documentation site, in `site/`: warnings are errors, links are checked."""
     session.install(PINNED["torch"])
-    session.install(*KERAS_HUB)
     session.install("-e", ".[docs]", "keras==3.15.1")
     env = {"KERAS_BACKEND": "torch", "NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", env=env)

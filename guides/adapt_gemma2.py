@@ -28,6 +28,7 @@
 # On a hosted notebook service such as Colab or Kaggle:
 # %pip install -q "keras-t5gemma[jax]"
 # %pip install -q --no-deps "keras-hub>=0.32" regex tokenizers
+# %env KERAS_BACKEND=jax
 
 # %%
 import inspect

@@ -28,6 +28,7 @@
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:
 # %pip install -q "keras-t5gemma[jax,finetune]"
+# %env KERAS_BACKEND=jax
 
 # %%
 import math

@@ -17,7 +17,7 @@
 # sampling, streaming, the score of a given answer, several prompts for one source, and
 # int8 weights.
 #
-# It uses the preset inside the package: 6.2 million parameters, trained to shorten the
+# It uses the preset inside the package: 6 million parameters, trained to shorten the
 # description of a Debian package to one line. No network is needed. The last section
 # says what changes for the published models.
 #
@@ -29,6 +29,7 @@
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:
 # %pip install -q "keras-t5gemma[jax]" matplotlib
+# %env KERAS_BACKEND=jax
 
 # %%
 from pathlib import Path
