@@ -157,9 +157,10 @@ def write_card(folder, scores, logs, shown=()):
             for measure, score in measured.items()
             if "%" not in measure
         ]
-        steps = logs["synopsis"][-1]["steps"]
+        steps = " and of ".join(f"{part[-1]['steps']:,}" for part in logs["synopsis"])
         tuning = (
-            f"\nFine-tuning: {steps:,} steps of {logs['rows']} of the 38,471 synopses."
+            f"\nFine-tuning: the mean of two, of {steps} steps of {logs['rows']} of "
+            "the 38,471\nsynopses."
         )
         answers = "\n".join(f"- `{package}`: {answer}" for package, answer in shown)
         text = (
@@ -208,7 +209,9 @@ def read_logs(folder, rows):
     return {
         "source": rounds(folder / "source-6/log.json"),
         "pretrained": [rounds(path) for path in parts],
-        "synopsis": rounds(folder / "synopsis/log.json"),
+        "synopsis": [
+            rounds(path) for path in sorted(folder.glob("synopsis-*/log.json"))
+        ],
         "losses": (ends[0]["before"], ends[-1]["held_out_loss"]),
         "rows": rows,
     }

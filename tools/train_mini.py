@@ -4,9 +4,9 @@
 
 Decoder-only Gemma 2 models, a deep and a shallow one, are trained on plain text with
 KerasHub's layers. They are adapted to a pair with a deep encoder and a shallow decoder,
-which is pretrained with UL2 and PrefixLM and fine-tuned on package synopses. Copying
-from the encoder is what a small model learns last, so some of the pretraining rows
-repeat a paragraph.
+which is pretrained with UL2 and PrefixLM and fine-tuned twice on package synopses; the
+result is the mean of both. Copying from the encoder is what a small model learns last,
+so some of the pretraining rows repeat a paragraph.
 
 Made for one GPU, where it takes minutes (`--seconds` bounds the stages); on two CPU
 cores it takes hours. A stage that is done is not repeated. At the end `RUNS` holds
@@ -279,6 +279,7 @@ def pretrain(runs, source, stage, start=None):
     history = train(model, stage, lambda rng: rows(stage.rows, rng), valid, log)
     history.append({"before": before})
     log.write_text(json.dumps(history, indent=1) + "\n")
+    model.backbone.lineage["needs_warm_up"] = False
     model.save_to_preset(folder / "preset")
     convert(str(folder / "preset"), runs / "t5gemma_mini", dtype="bfloat16")
 
@@ -309,7 +310,6 @@ def finetune(runs, stage, dropout, smoothing, name):
     tuned.preprocessor.encoder_sequence_length = SYNOPSIS_LENGTHS[0]
     tuned.preprocessor.decoder_sequence_length = SYNOPSIS_LENGTHS[1]
     tuned.save_to_preset(folder / "preset")
-    convert(str(folder / "preset"), runs / f"t5gemma_mini_{name}", dtype="bfloat16")
 
 
 def with_dropout(preset, rate):
@@ -328,11 +328,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, nargs=3, default=(20, 140, 50))
+    parser.add_argument("--rounds", type=int, nargs=2, default=(6, 170))
     parser.add_argument("--rows", type=int, nargs=3, default=(256, 256, 128))
     parser.add_argument("--seconds", type=float, nargs=3, default=(None,) * 3)
-    parser.add_argument("--rates", type=float, nargs=3, default=(3e-3, 3e-3, 1e-3))
-    parser.add_argument("--name", default="synopsis", help="of the fine-tuned preset")
+    parser.add_argument("--rates", type=float, nargs=3, default=(3e-3, 3e-3, 1.5e-3))
+    parser.add_argument("--tunings", type=int, nargs="*", default=(50, 75))
     parser.add_argument("--start", help="pretrained pair to continue from")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
@@ -341,12 +341,19 @@ def main():
     source, pretraining, tuning = (
         Stage(*options)
         for options in zip(
-            args.rounds, args.rows, args.rates, args.seconds, strict=True
+            (*args.rounds, None), args.rows, args.rates, args.seconds, strict=True
         )
     )
     pretrain(args.runs, source, pretraining, args.start)
-    if tuning.rounds:
-        finetune(args.runs, tuning, args.dropout, args.label_smoothing, args.name)
+    folders = []
+    for i, rounds in enumerate(args.tunings):
+        stage = dataclasses.replace(tuning, rounds=rounds)
+        name = f"synopsis-{i + 1}"
+        finetune(args.runs, stage, args.dropout, args.label_smoothing, name)
+        folders.append(args.runs / name / "preset")
+    kt.average_presets(folders, args.runs / "synopsis")
+    output = args.runs / "t5gemma_mini_synopsis"
+    convert(str(args.runs / "synopsis"), output, dtype="bfloat16")
 
 
 if __name__ == "__main__":

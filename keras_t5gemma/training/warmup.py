@@ -44,6 +44,8 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         self._optimizer = optimizer
         if self._done < self._end_at:
             self._begin()
+        else:
+            self._note()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._batch = -1
@@ -52,6 +54,7 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         self._done += batch - self._batch
         self._batch = batch
         if self.is_on and self._done >= self._end_at:
+            self._note()
             self._end()
 
     def on_train_end(self, logs=None):
@@ -73,6 +76,11 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         _compat.replace_apply(self._optimizer, apply)
         self._frozen = [v for v in every if id(v) not in ids]
         self._switch(True)
+
+    def _note(self):
+        """Note in the model that its next training needs no warm-up."""
+        if getattr(self.model.backbone, "lineage", None):
+            self.model.backbone.lineage["needs_warm_up"] = False
 
     def _end(self):
         _compat.replace_apply(self._optimizer, None)

@@ -33,7 +33,9 @@ class Look(keras.callbacks.Callback):
 
 def train(callbacks, dtype="float32", steps=None, **fit_arguments):
     keras.utils.set_random_seed(0)
-    model = kt.Seq2SeqLM(enlarge(kt.Backbone(one_block_config(), dtype=dtype)))
+    lineage = {"needs_warm_up": True}
+    backbone = kt.Backbone(one_block_config(), dtype=dtype, lineage=lineage)
+    model = kt.Seq2SeqLM(enlarge(backbone))
     settings = {"weight_decay": 0.1, "gradient_accumulation_steps": steps}
     model.compile(optimizer=keras.optimizers.AdamW(1e-3, **settings))
     before = {v.path: numpy(v) for v in model.trainable_variables}
@@ -81,6 +83,7 @@ def test_cross_attention_first_then_everything(norms, plain):
         assert np.abs(new).max() < 10 * np.abs(plain.momentums[0][path]).max()
     assert len(look.programs) == 2
     assert "apply" not in vars(model.optimizer)
+    assert not model.backbone.lineage["needs_warm_up"]  # In the next training.
 
 
 def test_without_steps_nothing_changes(plain):
