@@ -5,9 +5,10 @@ import numbers
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
+if TYPE_CHECKING:  # The command line shows its help without NumPy.
+    import numpy as np
 
 T = TypeVar("T")
 _SHOWN = 200  # Characters of a value in a message.
@@ -96,7 +97,7 @@ def number(
     return float(value)
 
 
-def row_weights(value: Any, name: str, rows: int) -> np.ndarray:
+def row_weights(value: Any, name: str, rows: int) -> "np.ndarray":
     """Check one finite weight for each row and return them as float32 `(rows,)`.
 
     Args:
@@ -116,7 +117,7 @@ def row_weights(value: Any, name: str, rows: int) -> np.ndarray:
     return weights.reshape(rows)
 
 
-def number_array(value: Any, name: str, dtype: str = "float32") -> np.ndarray:
+def number_array(value: Any, name: str, dtype: str = "float32") -> "np.ndarray":
     """Check an array of finite numbers and return it in a dtype.
 
     Args:
@@ -127,6 +128,8 @@ def number_array(value: Any, name: str, dtype: str = "float32") -> np.ndarray:
     Raises:
         ValueError: for anything else.
     """
+    import numpy as np
+
     array = None
     try:
         array = np.asarray(value)
@@ -194,6 +197,8 @@ def flag(value: Any, name: str) -> bool:
     Raises:
         ValueError: for anything else.
     """
+    import numpy as np
+
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"`{name}` must be True or False; got {shown(value)}.")
     return bool(value)

@@ -297,6 +297,7 @@ def test_info_of_a_published_name_needs_no_network(capsys):
 
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory):
+    pytest.importorskip("keras_hub")
     from helpers.gemma2 import SMALL, make_gemma2
 
     path = tmp_path_factory.mktemp("gemma2")
