@@ -31,11 +31,6 @@ def read_config(config: dict[str, Any], source: str = "config.json") -> T5GemmaC
         raise ValueError(
             f"{source} has model_type {config.get('model_type')!r}; needed: 't5gemma'."
         )
-    if not config.get("tie_word_embeddings", True):
-        raise ValueError(
-            f"{source} has a separate logit table (tie_word_embeddings is false); "
-            "T5Gemma's is the decoder's embedding table."
-        )
     if config.get("quantization_config"):
         raise ValueError(
             f"{source} has a quantization_config; only float weights are implemented."

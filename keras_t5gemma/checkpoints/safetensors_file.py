@@ -237,14 +237,15 @@ def write_folder(
         (Path(folder) / INDEX_FILE).write_text(text, encoding="utf-8")
     for file, names in zip(files, shards, strict=True):
         part = {name: tensors[name] for name in names}
-        _write_file(Path(folder) / file, part, written)
+        write_file(Path(folder) / file, part, written)
 
 
-def _write_file(
+def write_file(
     path: Path,
     tensors: Mapping[str, LazyTensor],
     written: Callable[[list[str], np.ndarray], None],
 ) -> None:
+    """Write one file; see `write_folder`."""
     codes = {dtype: code for code, dtype in _CODES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

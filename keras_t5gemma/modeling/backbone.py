@@ -16,6 +16,7 @@ from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import layouts, mesh, process_group
 from keras_t5gemma.distribution.prediction import SafeInference
 from keras_t5gemma.modeling import bases, lora, weight_loading
+from keras_t5gemma.modeling.blockwise_attention import WithAttentionKernel
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 from keras_t5gemma.utils.checks import flag, instance, one_of, path
@@ -27,7 +28,7 @@ _MODES = (*QUANTIZED, "float8", "gptq", "awq")  # Keras's.
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
+class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Backbone):
     """T5Gemma encoder-decoder (arXiv 2504.06225), without a task.
 
     Call it on a dict of int32 arrays `encoder_token_ids`, `encoder_padding_mask`
@@ -231,7 +232,7 @@ class Backbone(SafeInference, AtomicSaveToPreset, bases.Backbone):
         lora.enable(self, rank, target_layer_names, parts)
 
     def save_lora_weights(self, filepath: str | os.PathLike[str]) -> None:
-        """Save the adapters alone, to a path that ends in `.lora.h5`."""
+        """Save the adapters alone, to `NAME.lora.h5` or a folder for PEFT."""
         lora.save(self, filepath)
 
     def load_lora_weights(self, filepath: str | os.PathLike[str]) -> None:

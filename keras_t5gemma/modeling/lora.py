@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import h5py
 
-from keras_t5gemma.checkpoints import h5_file
+from keras_t5gemma.checkpoints import h5_file, weight_maps
 from keras_t5gemma.checkpoints.atomic import atomic_file
 from keras_t5gemma.distribution import mesh, process_group
+from keras_t5gemma.modeling import peft_adapters
 from keras_t5gemma.modeling.layer_iteration import iter_layers
-from keras_t5gemma.modeling.layers import Projection, TokenEmbedding
+from keras_t5gemma.modeling.layers import Projection, TokenEmbedding, stored_weight
 from keras_t5gemma.utils.checks import MAX_ROWS, one_of, whole_number
 from keras_t5gemma.utils.texts import to_list
 
@@ -72,23 +74,44 @@ def enable(
 
 
 def save(backbone: Any, path: str | os.PathLike[str]) -> None:
-    """Save rank and adapters of every adapted layer into an HDF5 file.
+    """Save rank and adapters of every adapted layer, to an HDF5 file or a PEFT folder.
 
     With several processes all of them call it; the first one writes.
 
+    Args:
+        backbone: a `Backbone`.
+        path: ending in `.lora.h5`; or of a folder for the `peft` library, which
+            applies it to transformers' T5Gemma.
+
     Raises:
-        ValueError: without adapters, or for another suffix than `.lora.h5`.
+        ValueError: without adapters, for another suffix, or adapters that PEFT does
+            not have.
     """
     adapted = [layer for layer in _candidates(backbone) if layer.lora_enabled]
     if not adapted:
         raise ValueError("The model has no adapters: call `enable_lora(rank)` first.")
-    if not str(path).endswith(".lora.h5"):
-        raise ValueError(f"`filepath` must end in '.lora.h5'; got {str(path)!r}.")
+    is_folder = os.path.isdir(path) or not Path(path).suffix
+    if not is_folder and not str(path).endswith(".lora.h5"):
+        raise ValueError(
+            "`filepath` must end in '.lora.h5', or be a folder for the files of PEFT; "
+            f"got {str(path)!r}."
+        )
     arrays = {
         (_key(layer), variable.name): mesh.to_numpy(variable.value)
         for layer in adapted
         for variable in _adapters(layer)
     }
+    if is_folder:
+        factors = {
+            _key(layer): peft_adapters.Adapter(
+                layer.lora_rank,
+                float(layer.lora_alpha),
+                *(arrays[_key(layer), v.name].astype("float32") for v in _ab(layer)),
+            )
+            for layer in adapted
+        }
+        peft_adapters.write(path, factors, weight_maps.model_shapes(backbone.config))
+        return
     with process_group.all_or_none(f"{path} was saved"):
         if process_group.process_index() == 0:
             _write(path, adapted, arrays)
@@ -105,7 +128,7 @@ def _write(path, adapted, arrays):
 
 
 def load(backbone: Any, path: str | os.PathLike[str]) -> None:
-    """Load adapters that `save` wrote, into the same layers.
+    """Load adapters of `save`, or of a folder of PEFT, into the same layers.
 
     Layers without adapters get them first.
 
@@ -114,7 +137,7 @@ def load(backbone: Any, path: str | os.PathLike[str]) -> None:
             model.
     """
     layers = {_key(layer): layer for layer in _candidates(backbone)}
-    saved = _read(path)
+    saved = _read_peft(backbone, path) if os.path.isdir(path) else _read(path)
     unknown = sorted(set(saved) - set(layers))
     if unknown or not saved:
         raise ValueError(
@@ -152,6 +175,30 @@ def _read(path):
     with h5_file.open_file(path) as file:
         file.visititems(note)
     return saved
+
+
+def _read_peft(backbone, folder):
+    shapes = weight_maps.model_shapes(backbone.config)
+    found = peft_adapters.read(folder, shapes)
+    layers = {_key(layer): layer for layer in _candidates(backbone)}
+    return {
+        key: (
+            adapter.rank,
+            adapter.alpha,
+            dict(zip(_ab_names(layers[key]), adapter[2:], strict=True)),
+        )
+        for key, adapter in found.items()
+    }
+
+
+def _ab_names(layer):
+    """Names of the two factors, the one next to the input first."""
+    kind = "embeddings" if isinstance(layer, TokenEmbedding) else "kernel"
+    return f"lora_{kind}_a", f"lora_{kind}_b"
+
+
+def _ab(layer):
+    return [stored_weight(layer, name) for name in _ab_names(layer)]
 
 
 def _candidates(backbone):
