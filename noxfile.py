@@ -220,8 +220,8 @@ def oldest(session, backend):
 def newest(session, backend):
     """The newest releases that pip finds, a quick subset of the tests.
 
-    On Linux PyPI's torch brings gigabytes of GPU libraries: set
-    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+    On Linux PyTorch's default build brings gigabytes of GPU libraries; set
+    PIP_EXTRA_INDEX_URL to an index with CPU builds.
     """
     session.install("--upgrade", "--upgrade-strategy=eager", f".[{backend}]")
     session.install("--upgrade", "--no-deps", "keras-hub", "regex", "tokenizers")
