@@ -75,8 +75,9 @@ def presets() -> list[Preset]:
     objectives, pretrained or instruction-tuned (`_it`). Each is on Hugging Face and,
     in KerasHub's format, on Kaggle.
 
-    >>> [row.name for row in keras_t5gemma.presets()][:2]
-    ['t5gemma_mini', 't5gemma_mini_synopsis']
+    Examples:
+        >>> [row.name for row in keras_t5gemma.presets()][:2]
+        ['t5gemma_mini', 't5gemma_mini_synopsis']
     """
     rows, sources = [], _sources()
     for name, (objective, tuned) in _EMBEDDED.items():
@@ -165,12 +166,14 @@ class Source:
         location: folder or handle of the files.
         format: `KERAS`, `KERAS_HUB` or `HUGGING_FACE`.
         config: the parsed config.json.
+        takes_head: whether the caller loads a head for classification too.
     """
 
     preset: str
     location: str
     format: str
     config: dict[str, Any]
+    takes_head: bool = False
 
     def __str__(self) -> str:
         return self.preset
@@ -212,6 +215,8 @@ def resolve(preset: PresetLike) -> Source:
     """
     if isinstance(preset, Source):
         return preset
+    if is_single_file(preset):
+        return Source(os.fspath(preset), os.fspath(preset), HUGGING_FACE, {})
     names = {name: sources[0] for name, sources in _sources().items()}
     location = locate(preset, names, "one of `keras_t5gemma.presets()`")
     config = read_json(location)
@@ -222,7 +227,7 @@ def resolve(preset: PresetLike) -> Source:
         kind = KERAS
     elif registered == keras_hub_format.T5GEMMA:
         kind = KERAS_HUB
-    elif config.get("model_type") == "t5gemma":
+    elif config.get("model_type") in ("t5gemma", "t5_gemma_module"):
         kind = HUGGING_FACE
     else:
         found = registered or config.get("model_type") or "no model"
@@ -237,6 +242,59 @@ def resolve(preset: PresetLike) -> Source:
             f"T5Gemma, and transformers folders of model_type 't5gemma'.{adapt}"
         )
     return Source(os.fspath(preset), location, kind, config)
+
+
+def is_single_file(preset: Any) -> bool:
+    """Whether it is the path of one weight file, without a config.json."""
+    is_path = isinstance(preset, str | os.PathLike) and "://" not in str(preset)
+    return is_path and str(preset).endswith(".safetensors") and os.path.isfile(preset)
+
+
+LOCATION = ("subfolder", "revision", "config")  # Keywords of `from_preset`.
+
+
+def take_location(preset: PresetLike, kwargs: dict[str, Any]) -> PresetLike:
+    """A preset with the keywords `LOCATION` taken out of `kwargs` and applied.
+
+    Args:
+        preset: name, folder or handle.
+        kwargs: changed in place. `subfolder` is a relative path; `revision` a branch,
+            tag or commit of `hf://`; `config` a size of `config.STACKS`, or a
+            `T5GemmaConfig`, for one weight file without a config.json.
+
+    Raises:
+        ValueError: for a keyword that does not fit the preset.
+    """
+    given = {name: kwargs.pop(name, None) for name in LOCATION}
+    subfolder, revision, config = given.values()
+    if subfolder is None and revision is None and config is None:
+        return preset
+    if config is not None:
+        if not is_single_file(preset) or subfolder or revision:
+            raise ValueError(
+                "`config` is for one .safetensors file without a config.json; got "
+                f"{config!r} with {preset!r}."
+            )
+        location = os.fspath(preset)  # type: ignore[arg-type]
+        return Source(location, location, HUGGING_FACE, {"config": config})
+    location = os.fspath(preset) if isinstance(preset, str | os.PathLike) else ""
+    location = _sources().get(location, (location,))[0]
+    scheme, handle = hub.split(location)
+    if revision is not None:
+        repository, inner, known = ("", "", {})
+        if scheme == "hf":
+            repository, inner, known = hub.split_hugging_face(handle)
+        if scheme != "hf" or known or not isinstance(revision, str):
+            raise ValueError(
+                "`revision` must be a branch, tag or commit of an hf:// handle without "
+                f"one; got {revision!r} for {location!r}."
+            )
+        location = f"hf://{repository}@{revision}" + (f"/{inner}" if inner else "")
+    if subfolder is not None:
+        if scheme == "kaggle":
+            raise ValueError(f"`subfolder` is for folders and hf://; got {location!r}.")
+        location = f"{location.rstrip('/')}/{hub.check_subfolder(subfolder)}"
+    return location
 
 
 def locate(preset: Any, names: Mapping[str, str], accepted: str) -> str:

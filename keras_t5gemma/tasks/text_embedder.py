@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
+from keras_t5gemma.data.encoder_dataset import by_length
 from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
@@ -218,7 +218,8 @@ class TextEmbedder(EncoderTask):
 
         Args:
             texts: a list of strings, or any container of `to_list`; it may be empty.
-            batch_size: texts in a batch; texts of similar length share one.
+            batch_size: maximum number of texts in a batch, for texts above 512 tokens
+                also of `batch_size` x 512 tokens; texts of similar length share one.
             dimensions: cut vectors to this length, and normalize them again if they
                 were (for a model trained with `InfoNCE(dimensions=...)`).
 
@@ -283,7 +284,7 @@ class TextEmbedder(EncoderTask):
 
         Raises:
             ValueError: for a layer that does not exist, a `pad_to` below 1 or above
-                the `encoder_sequence_length` of the preprocessor, or an unknown dtype.
+                the limit of the texts, see `Seq2SeqLMPreprocessor`; an unknown dtype.
         """
         encoder = getattr(self.backbone, "encoder", None)
         if encoder is None:
@@ -294,7 +295,7 @@ class TextEmbedder(EncoderTask):
         dtype = encoder.compute_dtype if dtype is None else dtype
         states, mask = hidden_states(
             encoder,
-            self._need_preprocessor(),
+            self._reader(),
             texts,
             layers=layer_numbers(layers, len(encoder.blocks)),
             batch_size=rows_of_batch(batch_size),
@@ -306,13 +307,11 @@ class TextEmbedder(EncoderTask):
         return (states if isinstance(layers, Sequence) else states[0]), mask
 
     def _by_length(self, texts, batch_size):
-        preprocessor = self._need_preprocessor()
+        self._need_preprocessor()
         rows_of_batch(batch_size)
         if not texts:
             return
-        columns = {"texts": texts}
-        (ids,) = encoder_ids(preprocessor, columns, "texts", self._token_rows)
-        limit = preprocessor.encoder_sequence_length
+        ids, limit = self._read({"texts": texts}, "texts")
         show = len(texts) >= _MANY
         with progress_bar("Embedding", len(texts), verbose=show) as advance:
             for rows, batch in by_length(ids, batch_size, limit):
@@ -349,8 +348,9 @@ class TextEmbedder(EncoderTask):
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines `(n, m)` of vectors `(n, d)` and `(m, d)`, float32.
 
-    >>> keras_t5gemma.cosine_similarity(np.eye(2), np.array([[2.0, 0.0]])).tolist()
-    [[1.0], [0.0]]
+    Examples:
+        >>> keras_t5gemma.cosine_similarity(np.eye(2), np.array([[2.0, 0.0]])).tolist()
+        [[1.0], [0.0]]
     """
     a, b = _vectors(a=a, b=b)
     lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
