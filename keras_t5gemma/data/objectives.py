@@ -246,11 +246,7 @@ class PrefixLM(Objective):
     """Prefix language modeling: the encoder reads the start of a text.
 
     The decoder writes the rest. T5Gemma cuts texts into two equal halves
-    (arXiv 2504.06225, section 3.3):
-
-    >>> sources, targets = PrefixLM()([[5, 6, 7, 8]], seeds=[0])
-    >>> sources[0].tolist(), targets[0].tolist()
-    ([5, 6], [7, 8])
+    (arXiv 2504.06225, section 3.3).
 
     Args:
         split: `"half"`, where the seed decides the side of an odd token; or
@@ -258,6 +254,11 @@ class PrefixLM(Objective):
 
     Raises:
         ValueError: for another `split`.
+
+    Examples:
+        >>> sources, targets = PrefixLM()([[5, 6, 7, 8]], seeds=[0])
+        >>> sources[0].tolist(), targets[0].tolist()
+        ([5, 6], [7, 8])
     """
 
     def __init__(self, split: str = "half") -> None:
@@ -271,12 +272,7 @@ class UL2(Objective):
     """UL2, a mixture of denoisers (arXiv 2205.05131).
 
     Spans of the text are removed, a sentinel takes the place of each, and the decoder
-    writes sentinels and spans:
-
-    >>> ul2 = UL2([(1, Spans(2, 0.4))], sentinels=[99, 98, 97])
-    >>> sources, targets = ul2([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]], seeds=[0])
-    >>> sources[0].tolist(), targets[0].tolist()
-    ([5, 99, 8, 9, 10, 98, 13, 14], [99, 6, 7, 98, 11, 12])
+    writes sentinels and spans.
 
     Args:
         mixture: `"t5gemma2"`, `"ul2"`, or rows of `(weight, Spans or Suffix)`; see
@@ -287,6 +283,12 @@ class UL2(Objective):
 
     Raises:
         ValueError: as `Objective`, or for an unknown mixture.
+
+    Examples:
+        >>> ul2 = UL2([(1, Spans(2, 0.4))], sentinels=[99, 98, 97])
+        >>> sources, targets = ul2([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]], seeds=[0])
+        >>> sources[0].tolist(), targets[0].tolist()
+        ([5, 99, 8, 9, 10, 98, 13, 14], [99, 6, 7, 98, 11, 12])
     """
 
     def __init__(
