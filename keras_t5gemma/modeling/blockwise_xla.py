@@ -13,12 +13,14 @@ rows and heads. A sequence split over devices would need the keys of the others 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import keras
 from keras import ops
 from keras.backend import standardize_dtype
 
+from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator
 from keras_t5gemma.modeling.masks import Visibility
 from keras_t5gemma.utils.backends import compiled, on_cpu
 from keras_t5gemma.utils.types import Tensor
@@ -44,33 +46,65 @@ def attend(
     queries, keys = blocks
     query, segments = (_padded(x, 1, queries) for x in (query, visibility.queries))
     key, value = (_padded(x, 2, keys) for x in (key, value))
-    loops = _Loops(
-        segments=segments,
-        key_segments=_padded(visibility.keys, 1, keys),
+    make_loops = functools.partial(
+        _Loops,
         reach=visibility.reach,
         blocks=blocks,
         groups=heads // kv_heads,
         cap=soft_cap,
         rate=0.0 if seed is None else dropout,
-        seed=seed,
         dtype="float32" if on_cpu(query) else standardize_dtype(query.dtype),
     )
     shape = (batch, -1, kv_heads, heads // kv_heads, size)
     query = ops.transpose(ops.reshape(query, shape), (0, 2, 1, 3, 4))  # B K T G H
-    forward, backward = compiled(loops.forward), compiled(loops.backward)
-
-    def compute(query, key, value):
-        output, log_z = forward(query, key, value)
-
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
-            return backward(query, key, value, output, log_z, upstream)
-
-        return output, gradient
-
-    output = ops.custom_gradient(compute)(query, key, value)
+    constants = segments, _padded(visibility.keys, 1, keys), seed
+    output = _with_gradient(make_loops)(query, key, value, *constants)
     output = ops.transpose(output, (0, 2, 1, 3, 4))
     return ops.reshape(output, (batch, -1, heads, size))[:, :length]
+
+
+def _with_gradient(make_loops):
+    """The function of query, key, value, and the three tensors of `_Loops`."""
+    if keras.config.backend() == "jax":
+        return _with_jax_gradient(make_loops)
+
+    def attend(query, key, value, *constants):
+        loops = make_loops(*constants)
+        forward, backward = compiled(loops.forward), compiled(loops.backward)
+
+        def compute(query, key, value):
+            output, log_z = forward(query, key, value)
+
+            def gradient(*args, upstream=None):  # PyTorch passes it by name.
+                upstream = args[0] if upstream is None else upstream
+                return backward(query, key, value, output, log_z, upstream)
+
+            return output, gradient
+
+        return ops.custom_gradient(compute)(query, key, value)
+
+    return attend
+
+
+def _with_jax_gradient(make_loops):
+    """With the constants as arguments: rematerialization makes them, too, again."""
+    import jax
+
+    @jax.custom_vjp
+    def attend(*arguments):
+        return forward(*arguments)[0]
+
+    def forward(query, key, value, *constants):
+        output, log_z = make_loops(*constants).forward(query, key, value)
+        return output, ((query, key, value, output, log_z), constants)
+
+    def backward(kept, upstream):
+        arrays, constants = kept
+        found = make_loops(*constants).backward(*arrays, upstream)
+        return *found, *(None for _ in constants)
+
+    attend.defvjp(forward, backward)
+    return attend
 
 
 def _padded(x, axis, multiple):
@@ -91,23 +125,23 @@ class _Loops:
     Args:
         segments: segment ids of the queries, int32 `(B, T)`.
         key_segments: those of the keys, `(B, S)`.
+        seed: of dropout, `(2,)`, or `None`.
         reach: of a `Visibility`.
         blocks: numbers of queries and keys in a block, which divide T and S.
         groups: G.
         cap: soft cap, or `None`.
         rate: of dropout.
-        seed: of dropout, `(2,)`.
         dtype: of the products.
     """
 
     segments: Tensor
     key_segments: Tensor
+    seed: Tensor
     reach: tuple[int | None, int | None]
     blocks: tuple[int, int]
     groups: int
     cap: float | None
     rate: float
-    seed: Tensor
     dtype: str
 
     def __post_init__(self):
@@ -201,7 +235,8 @@ class _Loops:
         """The factors of dropout of a block."""
         step = ops.stack([i * 65_537 + j, i]) + 1
         seed = self.seed + ops.cast(step, self.seed.dtype)
-        return keras.random.dropout(ops.ones_like(x), self.rate, seed=seed)
+        seeds = ReplayableSeedGenerator(seed)
+        return keras.random.dropout(ops.ones_like(x), self.rate, seed=seeds)
 
     def forward(self, query, key, value):
         """Output `(B, K, T, G, H)`, and log-sum-exp `(B, K, T, G, 1)`."""

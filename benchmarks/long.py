@@ -1,0 +1,280 @@
+"""Time and peak memory of reading and of training on long sources.
+
+    python benchmarks/long.py [--lengths 1024 4096 8192] [--plot benchmarks/long.png]
+
+One row, a model of width 256: 4 encoder and 2 decoder layers, 8 query and 4 key/value
+heads of 64, window 4096, vocabulary 4,096. "read" encodes `length` tokens; "train" is a
+step of SGD on `length` -> 128 tokens. Each case is a process. "above start" is the peak
+of resident memory from when the model is built, programs compiled on the way; seconds
+are those of the fastest of `--calls` further calls. transformers and KerasHub build the
+same model; KerasHub's encoder has no window.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TARGET = 128
+SIZES = {"width": 256, "inner": 1024, "heads": 8, "kv_heads": 4, "head_dim": 64}
+VOCABULARY, WINDOW = 4096, 4096
+KINDS = (
+    "ours jax",
+    "ours torch",
+    "ours tensorflow",
+    "transformers eager",
+    "keras_hub jax",
+)
+
+
+def resident(field):
+    """VmRSS (current) or VmHWM (highest) of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(x.split()[1]) for x in lines if x.startswith(field))
+
+
+def ids(length):
+    import numpy as np
+
+    return np.random.default_rng(0).integers(4, VOCABULARY, (1, length), "int32")
+
+
+def make_ours(task, length, kernel):
+    import keras
+    import numpy as np
+
+    import keras_t5gemma as kt
+
+    encoder, decoder = (
+        kt.StackConfig(
+            layers, *list(SIZES.values())[:2], 8, 4, 64, sliding_window=WINDOW
+        )
+        for layers in (4, 2)
+    )
+    backbone = kt.Backbone(kt.T5GemmaConfig(encoder, decoder, VOCABULARY))
+    backbone.attention_kernel = kernel
+    source = ids(length)
+    if task == "read":
+        return reader(lambda i: backbone.encode(i, keras.ops.ones_like(i)), source)
+    model = kt.Seq2SeqLM(backbone)
+    model.compile(optimizer=keras.optimizers.SGD(1e-3))
+    target = ids(TARGET)
+    x = {
+        "encoder_token_ids": source,
+        "encoder_padding_mask": np.ones_like(source),
+        "decoder_token_ids": target,
+        "decoder_padding_mask": np.ones_like(target),
+    }
+    weights = np.ones(target.shape, "float32")
+    return lambda: model.train_on_batch(x, target, weights)
+
+
+def reader(encode, source):
+    import keras
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        encode = jax.jit(encode)
+        return lambda: encode(source).block_until_ready()
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        encode = tf.function(encode)
+        return lambda: encode(source).numpy()
+    import torch
+
+    def call():
+        with torch.inference_mode():
+            encode(torch.from_numpy(source))
+
+    return call
+
+
+def make_transformers(task, length, _):
+    import torch
+    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
+    from transformers.models.t5gemma import T5GemmaModuleConfig
+
+    def stack(layers):
+        return T5GemmaModuleConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=SIZES["width"],
+            intermediate_size=SIZES["inner"],
+            num_hidden_layers=layers,
+            num_attention_heads=SIZES["heads"],
+            num_key_value_heads=SIZES["kv_heads"],
+            head_dim=SIZES["head_dim"],
+            query_pre_attn_scalar=SIZES["head_dim"],
+            sliding_window=WINDOW,
+            max_position_embeddings=2**16,
+        )
+
+    config = T5GemmaConfig(encoder=stack(4), decoder=stack(2), vocab_size=VOCABULARY)
+    config._attn_implementation = "eager"
+    model = T5GemmaForConditionalGeneration(config)
+    source, target = (torch.from_numpy(ids(x)).long() for x in (length, TARGET))
+
+    def read():
+        with torch.inference_mode():
+            model.get_encoder()(source)
+
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def train():
+        optimizer.zero_grad()
+        model(input_ids=source, labels=target).loss.backward()
+        optimizer.step()
+
+    return read if task == "read" else train
+
+
+def make_keras_hub(task, length, _):
+    import keras
+    import keras_hub
+    import numpy as np
+
+    sizes = {
+        f"{side}_{name}": value
+        for side, layers in (("encoder", 4), ("decoder", 2))
+        for name, value in {
+            "hidden_dim": 256,
+            "intermediate_dim": 1024,
+            "num_layers": layers,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        }.items()
+    }
+    backbone = keras_hub.models.T5GemmaBackbone(
+        vocabulary_size=VOCABULARY,
+        dropout_rate=0.0,
+        rms_norm_eps=1e-6,
+        query_pre_attn_scalar=64,
+        attention_bias=False,
+        hidden_activation="gelu_approximate",
+        initializer_range=0.02,
+        attention_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        rope_max_wavelength=10000.0,
+        sliding_window=WINDOW,
+        **sizes,
+    )
+    source, target = ids(length), ids(TARGET)
+    x = {
+        "encoder_token_ids": source,
+        "encoder_padding_mask": np.ones_like(source),
+        "decoder_token_ids": target,
+        "decoder_padding_mask": np.ones_like(target),
+    }
+    if task == "read":
+        x["decoder_token_ids"], x["decoder_padding_mask"] = target[:, :1], target[:, :1]
+        return lambda: backbone.predict_on_batch(x)
+    model = keras_hub.models.T5GemmaSeq2SeqLM(backbone=backbone)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    keras.Model.compile(model, optimizer=keras.optimizers.SGD(1e-3), loss=loss)
+    return lambda: keras.Model.train_on_batch(model, x, target)
+
+
+def measure(kind, task, length, calls, kernel):
+    """Print seconds of a call and bytes above the start, as JSON."""
+    makers = {"ours": make_ours, "transformers": make_transformers}
+    run = makers.get(kind.split()[0], make_keras_hub)(task, length, kernel)
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak of the imports.
+    start = resident("VmRSS")
+    run()
+    found = []
+    for _ in range(calls):
+        before = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - before)
+    print(json.dumps({"seconds": min(found), "bytes": resident("VmHWM") - start}))
+
+
+def case(kind, task, length, args):
+    """The numbers of one process, or why there are none."""
+    package, detail = kind.split()
+    backend = detail if package != "transformers" else "torch"
+    threads = {"OMP_NUM_THREADS": str(args.threads), "KERAS_BACKEND": backend}
+    environment = {**os.environ, **threads, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    words = ["--worker", kind, task, str(length), "--calls", str(args.calls)]
+    command = [sys.executable, __file__, *words, "--kernel", args.kernel]
+    try:
+        done = subprocess.run(
+            command, env=environment, timeout=args.timeout, capture_output=True
+        )
+        return json.loads(done.stdout.decode().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return f"over {args.timeout:.0f} s"
+    except (IndexError, ValueError):
+        lines = done.stderr.decode().strip().splitlines() or [""]
+        return f"failed: {lines[-1][:80]}"
+
+
+def plot(rows, path):
+    """Seconds and memory against the length, logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 7), sharex=True)
+    for column, task in enumerate(("read", "train")):
+        for row, (key, scale, label) in enumerate(
+            (("seconds", 1, "seconds"), ("bytes", 1e9, "GB above start"))
+        ):
+            axis = axes[row, column]
+            for kind in KINDS:
+                points = [
+                    (length, found[key] / scale)
+                    for (k, t, length), found in rows.items()
+                    if k == kind and t == task and isinstance(found, dict)
+                ]
+                if points:
+                    axis.loglog(*zip(*points, strict=True), "o-", label=kind)
+            axis.set_ylabel(label)
+            axis.set_title(task)
+            axis.grid(True, alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("source tokens")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument("--tasks", nargs="+", default=["read", "train"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--calls", type=int, default=1)
+    parser.add_argument("--kernel", default="auto", help="`attention_kernel` of ours")
+    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if args.worker:
+        kind, task, length = args.worker
+        measure(kind, task, int(length), args.calls, args.kernel)
+        return
+    rows = {}
+    print("| case | task | tokens | seconds | GB above start |\n|---|---|---|---|---|")
+    for task in args.tasks:
+        for length in args.lengths:
+            for kind in args.kinds:
+                found = rows[kind, task, length] = case(kind, task, length, args)
+                words = f"{found} | "
+                if isinstance(found, dict):
+                    words = f"{found['seconds']:.2f} | {found['bytes'] / 1e9:.2f}"
+                print(f"| {kind} | {task} | {length} | {words} |", flush=True)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
