@@ -7,6 +7,8 @@ backward pass, c bytes each in the compute dtype:
     attention       2 B T N H + 2 B S K H queries, attended values; keys, values
                     B N T S               soft-capped logits and softmax, 4 bytes each,
                                           and the weights in a compute dtype below 4
+      in blocks     B T N H + B N T       instead of these, for long sequences: output
+                                          before it is transposed; log-sum-exp, 4 bytes
     feed-forward    5 B T F               gate, its tanh, gelu, up, and their product
     embedding       2 B T D               rows, and the rows scaled
     final norm      B T D
@@ -23,6 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from keras_t5gemma.config import SLIDING, StackConfig, T5GemmaConfig
+from keras_t5gemma.modeling.blockwise_attention import block_sizes, uses_blocks
 from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR, vocabulary_chunks
 
 
@@ -56,6 +59,9 @@ def _attention(stack: StackConfig, s: Shape, queries: int, keys: int) -> float:
     heads = stack.num_query_heads * stack.head_dim / s.split  # N H
     memory = stack.num_key_value_heads * stack.head_dim / _kv_split(stack, s.split)
     states = queries * heads * (2 if s.learns else 1) + 2 * keys * memory
+    if uses_blocks(queries, keys):
+        log_sum_exp = 4 * stack.num_query_heads / s.split * queries
+        return s.batch * (s.itemsize * (states + queries * heads) + log_sum_exp)
     weights = 8 + (s.itemsize if s.itemsize < 4 else 0)
     logits = stack.num_query_heads / s.split * queries * keys * weights
     return s.batch * (s.itemsize * states + logits)
@@ -88,10 +94,16 @@ def working_of_block(
 ) -> float:
     """Bytes of the gradients inside a block, in the backward pass of its attention.
 
-    Two float32 `B N T S`, of logits and softmax; `B T F` and 5 `B T D`.
+    Two float32 `B N T S`, of logits and softmax; `B T F` and 5 `B T D`. For long
+    sequences, three of the logits of a block, and two float32 `B S K H`.
     """
     keys = max(length, memory_length or 0)
-    logits = 8 * stack.num_query_heads / s.split * length * keys
+    heads = stack.num_query_heads / s.split
+    logits = 8 * heads * length * keys
+    if uses_blocks(length, keys):
+        block = math.prod(block_sizes(math.ceil(heads), False))
+        memory = stack.num_key_value_heads / _kv_split(stack, s.split)
+        logits = 12 * heads * block + 8 * keys * memory * stack.head_dim
     rows = stack.intermediate_dim / s.split + 5 * stack.hidden_dim
     return s.batch * (logits + length * rows * s.itemsize)
 
