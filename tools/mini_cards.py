@@ -43,8 +43,8 @@ Following the paper (arXiv 2504.06225): two decoder-only Gemma 2, of six and of 
 layers, were trained with KerasHub on {source_tokens:.0f} million tokens each and
 adapted to an unbalanced encoder-decoder; its cross-attention started at random.
 Pretraining: {steps:,} steps of 256 rows of 128 + 128 tokens, 45 % UL2 in T5Gemma 2's
-mixture, 40 % PrefixLM, 15 % paragraphs to copy. mixed_bfloat16 on JAX, {minutes:.0f}
-minutes of one H200.{tuning}
+mixture, 40 % PrefixLM, 15 % paragraphs to copy, in two runs of {minutes:.1f} minutes in
+all, on JAX in mixed_bfloat16 on one H200.{tuning}
 
 ## Data
 
