@@ -192,7 +192,14 @@ def measure(kind, task, length, calls, kernel):
         before = time.perf_counter()
         run()
         found.append(time.perf_counter() - before)
-    print(json.dumps({"seconds": min(found), "bytes": resident("VmHWM") - start}))
+    print(
+        json.dumps(
+            {
+                "seconds": min(found, default=float("nan")),
+                "bytes": resident("VmHWM") - start,
+            }
+        )
+    )
 
 
 def case(kind, task, length, args):

@@ -99,7 +99,7 @@ def _compiled() -> Callable:
             enable_gqa=True,
         )
 
-    # Static: a soft cap of its own symbol, as PyTorch makes of floats, is refused.
+    # Static: FlexAttention refuses the symbol that PyTorch makes of a second soft cap.
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 
@@ -120,9 +120,12 @@ def block_mask(visibility: Visibility) -> Any:
         return mask
 
     some, whole = (x[:, None] for x in block_tables(queries, keys, behind, ahead))
+    masked, unmasked = _listed(some & ~whole), _listed(whole)
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole),
-        *_listed(whole),
+        masked[0],
+        masked[1],
+        unmasked[0],
+        unmasked[1],
         BLOCK_SIZE=_BLOCK,
         mask_mod=seen,
         seq_lengths=(queries.shape[1], keys.shape[1]),
