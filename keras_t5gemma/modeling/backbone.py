@@ -293,7 +293,8 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
             allow_non_finite: warn about NaN and infinite weights instead of raising.
             **kwargs: `dtype` (a policy or its name; by default float checkpoints are
                 loaded in Keras's global policy; `"int8"` and `"int4"` also quantize),
-                `name`, `trainable`.
+                `name`, `trainable`; `subfolder`, `revision`, `config`, see
+                `presets.take_location`.
 
         Raises:
             ValueError: for an unknown preset or keyword, or naming the files that do
@@ -302,6 +303,7 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         """
         flag(load_weights, "load_weights")
         flag(encoder_only, "encoder_only")
+        preset = presets.take_location(preset, kwargs)
         checks = verify_checksums, allow_non_finite
         flag(verify_checksums, "verify_checksums")
         flag(allow_non_finite, "allow_non_finite")
