@@ -1,7 +1,12 @@
 """Attention in blocks against the plain one, and what it needs."""
 
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -302,3 +307,25 @@ def test_bad_input():
     backbone = kt.Backbone(one_block_config())
     with pytest.raises(ValueError, match="`attention_kernel` must be one of.*'fast'"):
         backbone.attention_kernel = "fast"
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Meshes are JAX's.")
+def test_rows_and_heads_on_a_mesh_are_never_gathered():
+    """Devices only tell each other which blocks some row sees, one bit each."""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, tests / "helpers/attention_on_a_mesh.py"],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+    )
+    report = json.loads(done.stdout.split("REPORT")[1])
+    assert report["difference"] < 1e-5
+    assert report["communication"]
+    for result, kind in report["communication"]:
+        assert kind == "all-reduce"
+        assert not re.search(r"f32\[\d", result), result
