@@ -8,10 +8,10 @@ import keras
 from keras_t5gemma.checkpoints import (
     h5_file,
     huggingface,
+    huggingface_names,
     integrity,
     keras_hub_format,
     presets,
-    safetensors_file,
     weight_maps,
 )
 from keras_t5gemma.checkpoints.lazy_tensors import (
@@ -67,11 +67,6 @@ class Checkpoint:
         """Dtype policy that a preset of keras_t5gemma was saved with."""
         return parse_policy(self.source.config["config"]["dtype"])
 
-    def _table(self):
-        if self.format == presets.HUGGING_FACE and self.config.decoder is None:
-            return weight_maps.HUGGING_FACE_ENCODER
-        return _TABLES[self.format]
-
     def tensors(self, encoder_only: bool = False) -> dict[str, LazyTensor]:
         """Lazily loaded tensors by our variable paths; downloads files if needed.
 
@@ -92,7 +87,7 @@ class Checkpoint:
         copies: dict[str, str] = {}
         rows: dict[str, Any] = {}
         stacks: dict[str, StackConfig] = {}
-        for side, templates in self._table().items():
+        for side, templates in _TABLES[self.format].items():
             stack = getattr(self.config, side)
             if stack is None:
                 continue
@@ -106,8 +101,10 @@ class Checkpoint:
         if self.format == presets.HUGGING_FACE:
             # Without the decoder's table the copy cannot be compared, and is dropped.
             copies = weight_maps.HUGGING_FACE_COPIES
-            dropped |= set(copies) if encoder_only else set()
-            entries = safetensors_file.read_folder(folder, wanted)
+            if "decoder/" not in stacks:
+                dropped |= set(copies)
+            names = huggingface_names.Names({n for n, _ in rows.values()} | dropped)
+            entries = names.read(folder, wanted, self.source)
         else:
             entries = h5_file.read_folder(folder, wanted)
         shapes = {
@@ -122,7 +119,7 @@ class Checkpoint:
             entries,
             dropped,
             self.location,
-            {} if encoder_only else copies,
+            copies if "decoder/" in stacks else {},
         )
 
     def checked_tensors(
@@ -179,6 +176,8 @@ def open_checkpoint(preset: presets.PresetLike) -> Checkpoint:
 def _open(source, file):
     if source.format == presets.HUGGING_FACE:
         fields = source.config
+        if presets.is_single_file(source.location):
+            return Checkpoint(source, *huggingface_names.read_size(source))
         stored = fields.get("dtype") or fields.get("torch_dtype") or "float32"
         stored = string(stored, "dtype")
         return Checkpoint(source, huggingface.read_config(fields, file), stored)

@@ -3,7 +3,7 @@
 import os
 import socket
 import urllib.request
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 _PATTERNS = ["*.json", "*.safetensors", "*.h5", "assets/*", "tokenizer.model"]
@@ -45,10 +45,15 @@ def get_folder(location: str) -> Path:
     if scheme == "hf":
         import huggingface_hub
 
+        repository, subfolder, revision = split_hugging_face(handle)
+        patterns = [f"{subfolder}/{kind}" if subfolder else kind for kind in _PATTERNS]
         folder = huggingface_hub.snapshot_download(
-            handle, allow_patterns=_PATTERNS, local_files_only=_is_offline()
+            repository,
+            allow_patterns=patterns,
+            local_files_only=_is_offline(),
+            **revision,
         )
-        return Path(folder)
+        return Path(folder) / subfolder
     if scheme == "kaggle":
         import kagglehub
 
@@ -67,21 +72,57 @@ def split(location: str) -> tuple[str | None, str]:
         return None, location
     if scheme not in ("hf", "kaggle"):
         raise ValueError(f"{location!r} must start with hf:// or kaggle://.")
+    if scheme == "hf":
+        split_hugging_face(handle)
     return scheme, handle
+
+
+def split_hugging_face(handle: str) -> tuple[str, str, dict[str, str]]:
+    """Repository, subfolder and revision of `owner/name@revision/sub/folder`.
+
+    Returns:
+        `("owner/name", "sub/folder", {"revision": "..."})`; `""` and `{}` where a
+        part is missing.
+
+    Raises:
+        ValueError: for a subfolder that leaves the repository.
+    """
+    owner, _, rest = handle.strip("/").partition("/")
+    name, _, subfolder = rest.partition("/")
+    name, _, revision = name.partition("@")
+    return (
+        f"{owner}/{name}" if name else owner,
+        check_subfolder(subfolder) if subfolder else "",
+        {"revision": revision} if revision else {},
+    )
+
+
+def check_subfolder(subfolder: str) -> str:
+    """A relative path that stays below its folder; else `ValueError`."""
+    if not isinstance(subfolder, str) or not subfolder:
+        raise ValueError(f"`subfolder` must be a relative path; got {subfolder!r}.")
+    path = PurePosixPath(subfolder)
+    if path.is_absolute() or ".." in path.parts or "\\" in subfolder:
+        raise ValueError(
+            f"`subfolder` must stay inside the folder or repository; got {subfolder!r}."
+        )
+    return path.as_posix()
 
 
 def _hugging_face_file(handle, name):
     import huggingface_hub
     from huggingface_hub import errors
 
+    repository, subfolder, revision = split_hugging_face(handle)
+    path = f"{subfolder}/{name}" if subfolder else name
     try:
         return huggingface_hub.hf_hub_download(
-            handle, name, local_files_only=_is_offline()
+            repository, path, local_files_only=_is_offline(), **revision
         )
     except errors.LocalEntryNotFoundError as error:
         # The hub was not reached. It is a FileNotFoundError too, which here would
         # say that the model has no such file: the cache knows that of some files.
-        if huggingface_hub.try_to_load_from_cache(handle, name) is not None:
+        if huggingface_hub.try_to_load_from_cache(repository, path, **revision):
             raise FileNotFoundError(_missing(f"hf://{handle}", name)) from error
         raise ConnectionError(
             f"{name} is not in the local cache and the hub was not reached: {error}"

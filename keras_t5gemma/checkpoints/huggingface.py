@@ -27,6 +27,12 @@ def read_config(config: dict[str, Any], source: str = "config.json") -> T5GemmaC
         ValueError: for another model type, a missing field, or a variant of the
             network that T5Gemma does not have.
     """
+    is_flat = config.get("model_type") == "t5_gemma_module"
+    if is_flat and not config.get("is_decoder"):
+        # One tower, whose config is not in a field; saved from `T5GemmaEncoder`.
+        config = {"model_type": "t5gemma", "is_encoder_decoder": False} | {
+            "encoder": config
+        }
     if config.get("model_type") != "t5gemma":
         raise ValueError(
             f"{source} has model_type {config.get('model_type')!r}; needed: 't5gemma'."

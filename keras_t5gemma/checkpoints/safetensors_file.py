@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def read_folder(
-    folder: str | Path, wanted: Collection[str] | None = None
+    folder: str | Path, wanted: Container[str] | None = None
 ) -> dict[str, FileTensor]:
     """Lazily loaded tensors of a checkpoint folder, in one file or in shards.
 
@@ -56,6 +56,13 @@ def read_folder(
     folder = Path(folder)
     index = folder / INDEX_FILE
     if index.exists():
+        listed = read_json_file(index).get("weight_map")
+        is_listed = isinstance(listed, dict) and SINGLE_FILE in listed.values()
+        if (folder / SINGLE_FILE).exists() and not is_listed:
+            raise ValueError(
+                f"{folder} has two sets of weights, {SINGLE_FILE} and the shards of "
+                f"{INDEX_FILE}: remove one."
+            )
         return _read_sharded(folder, index, wanted)
     if not (folder / SINGLE_FILE).exists():
         pickles = sorted(p.name for kind in _PICKLES for p in folder.glob(kind))

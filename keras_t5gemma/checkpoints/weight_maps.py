@@ -335,7 +335,7 @@ def import_tensors(
             )
         tensors[path] = ImportedTensor(entry, transform, shape)
     for copy, name in copies.items():
-        if {copy, name} <= set(entries) and not _are_equal(
+        if {copy, name} <= set(entries) and not are_equal(
             entries[copy], entries[name]
         ):
             problems.append(
@@ -347,7 +347,7 @@ def import_tensors(
     return tensors
 
 
-def _are_equal(a, b):
+def are_equal(a, b):
     """Whether two tensors have the same values; some rows are in memory at a time."""
     if tuple(a.shape) != tuple(b.shape):
         return False

@@ -1,6 +1,8 @@
 """Base class of tasks on an encoder alone: loading, saving, `compile`, data."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.weight_loading import normal_tensors
-from keras_t5gemma.tasks.fit import FitMixin
+from keras_t5gemma.tasks.fit import FitMixin, positions_of
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
+from keras_t5gemma.utils.buckets import SHORT, bucket
 from keras_t5gemma.utils.checks import (
     flag,
     json_object,
@@ -112,6 +115,11 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             ValueError: for an unknown preset, or files that do not fit, named.
             OSError: when a download fails, with what to do.
         """
+        preset = presets.take_location(preset, kwargs)
+        if load_weights and not set(cls.HEAD) & set(kwargs):
+            preset = presets.resolve(preset)
+            takes_head = cls._foreign_head(preset)
+            preset = dataclasses.replace(preset, takes_head=takes_head)
         source, backbone, options = load_encoder(preset, load_weights, kwargs)
         saved = {} if source is None else cls._saved_config(source)
         is_new = bool(set(cls.HEAD) & set(kwargs))
@@ -125,7 +133,9 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             else contextlib.nullcontext()
         ):
             task = cls(backbone, **{**own, **kwargs})
-        if saved and load_weights and not is_new and task.has_task_weights():
+        if source is not None and source.takes_head:
+            task._load_foreign_head(source)
+        elif saved and load_weights and not is_new and task.has_task_weights():
             path = source.download() / TASK_WEIGHTS_FILE
             keras_format.check_task(
                 path,
@@ -134,6 +144,11 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             )
             task.load_task_weights(str(path))
         return task
+
+    @classmethod
+    def _foreign_head(cls, source):
+        """Whether transformers' head in a checkpoint is one of this class."""
+        return False
 
     @classmethod
     def _saved_config(cls, source):
@@ -204,9 +219,22 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
         """`(columns, labels)` from a user's data, see `EncoderDataset`."""
         raise NotImplementedError
 
-    def _token_rows(self, columns):
+    def _token_rows(self, columns, preprocessor=None):
         """Token ids of columns of texts, a list of rows per column."""
-        return [self.preprocessor.encoder_rows(texts) for texts in columns.values()]
+        preprocessor = preprocessor or self.preprocessor
+        return [preprocessor.encoder_rows(texts) for texts in columns.values()]
+
+    def _reader(self):
+        """The preprocessor for texts that are not trained on."""
+        positions = positions_of(self.backbone)
+        return self._need_preprocessor().for_reading(positions)
+
+    def _read(self, columns, name):
+        """Token ids of texts that are not trained on, and the maximum width."""
+        reader = self._reader()
+        token_rows = functools.partial(self._token_rows, preprocessor=reader)
+        (ids,) = encoder_ids(reader, columns, name, token_rows)
+        return ids, reader.encoder_sequence_length
 
     def _data(
         self,
@@ -270,10 +298,11 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
         columns = self._unlabeled(x)
         if columns is None:
             return super().predict_on_batch(x)
-        (ids,) = encoder_ids(self.preprocessor, columns, "x", self._token_rows)
-        limit = self.preprocessor.encoder_sequence_length
+        ids, limit = self._read(columns, "x")
+        longest = int(ids.lengths.max())
+        width = min(limit, SHORT if longest <= SHORT else bucket(longest))
         return super().predict_on_batch(
-            arrays([ids[i] for i in range(len(ids))], (len(ids), limit))
+            arrays([ids[i] for i in range(len(ids))], (len(ids), width))
         )
 
     def _unlabeled(self, x):
@@ -309,6 +338,7 @@ def load_encoder(preset: Any, load_weights: bool, kwargs: dict) -> tuple:
         a `Backbone` without a decoder; and the arguments taken out of `kwargs`.
     """
     flag(load_weights, "load_weights")
+    preset = presets.take_location(preset, kwargs)
     is_offline = not load_weights and presets.published_config(preset) is not None
     source = None if is_offline else presets.resolve(preset)
     of_backbone = ("dtype", "verify_checksums", "allow_non_finite")

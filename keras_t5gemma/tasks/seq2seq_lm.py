@@ -94,6 +94,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 fit, named.
             OSError: when a download fails, with what to do.
         """
+        preset = presets.take_location(preset, kwargs)
         of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
         known = (*of_backbone, "preprocessor", "name", "compile")
         presets.check_keywords(kwargs, known, cls.__name__)
@@ -202,7 +203,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
             stop_token_ids: ids that end an answer; `"auto"` is eos and
                 `<end_of_turn>`, `None` generates until `max_length`.
             strip_prompt: return answers without `decoder_text`.
-            batch_size: maximum number of sources in a batch; sources of similar length
+            batch_size: maximum number of sources in a batch, for sources above 512
+                tokens also of `batch_size` x 512 tokens; sources of similar length
                 share a batch, and results keep the input order.
             **options: those of `GenerationOptions`, e.g. `temperature`, `top_p`,
                 `num_beams` and `seed`; they override the sampler of `compile`.
@@ -333,13 +335,13 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         Args:
             source: a string, or a list of them.
             target: a string, or a list of the same length.
-            batch_size: pairs in a batch.
+            batch_size: maximum number of pairs in a batch, as in `generate`.
 
         Returns:
             A dict of `"log_prob"` (natural log of the whole target and its end
             token), `"token_log_probs"` and `"token_ids"` (float32 and int32
-            `(tokens,)`, the end token last); lists of those for lists. Texts are
-            truncated to the preprocessor's lengths.
+            `(tokens,)`, the end token last); lists of those for lists. Longer texts
+            than the preprocessor's lengths are truncated.
 
         Raises:
             ValueError: without a preprocessor, or for values that are not strings.
@@ -352,8 +354,8 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         if self.__dict__.get("_scorer") is None:
             # Bypasses Keras's tracking: it owns no weights and is not saved.
             object.__setattr__(self, "_scorer", make_scorer(self))
-        x, labels, weights = self.preprocessor.call(pairs)
-        result = score(self._scorer, x, labels, weights, batch_size)
+        reader = self.preprocessor.for_reading(self.backbone.config.max_positions)
+        result = score(self._scorer, reader, pairs, batch_size)
         single = isinstance(source, str)
         return {k: v[0] for k, v in result.items()} if single else result
 

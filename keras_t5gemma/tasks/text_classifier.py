@@ -6,8 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_t5gemma.checkpoints import huggingface_names, presets
 from keras_t5gemma.data.class_labels import LabelReader
-from keras_t5gemma.data.encoder_dataset import by_length, encoder_ids
+from keras_t5gemma.data.encoder_dataset import by_length
 from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
@@ -220,19 +221,20 @@ class TextClassifier(EncoderTask):
 
         Args:
             x: texts, or pairs of texts, as in `fit`.
-            batch_size: texts in a batch; texts of similar length share one.
+            batch_size: maximum number of texts in a batch, for texts above 512 tokens
+                also of `batch_size` x 512 tokens; texts of similar length share one.
 
         Returns:
             float32 `(texts, classes)`, with sum 1 except for `"multi_label"`; with
             `"regression"` the numbers, `(texts,)`.
         """
         columns = texts_of(x, "x")
-        preprocessor, ids = self._need_preprocessor(), Ragged.from_rows([])
+        self._need_preprocessor()
+        ids, limit = Ragged.from_rows([]), 0
         rows_of_batch(batch_size)
         if any(columns.values()):
-            (ids,) = encoder_ids(preprocessor, columns, "x", self._token_rows)
+            ids, limit = self._read(columns, "x")
         logits = np.zeros((len(ids), self.output.shape[-1]), "float32")
-        limit = preprocessor.encoder_sequence_length
         with progress_bar(
             "Classifying", len(ids), verbose=len(ids) >= _MANY
         ) as advance:
@@ -271,6 +273,37 @@ class TextClassifier(EncoderTask):
             return [names[i] for i in shares.argmax(axis=1)]
         return [[names[i] for i in np.flatnonzero(row > threshold)] for row in shares]
 
+    @classmethod
+    def _foreign_head(cls, source):
+        config = source.config
+        return (
+            source.format == presets.HUGGING_FACE
+            and config.get("architectures") == ["T5GemmaForSequenceClassification"]
+            and config.get("is_encoder_decoder") is False
+        )
+
+    @classmethod
+    def _saved_config(cls, source):
+        """The saved arguments; those of transformers' config if its head is taken."""
+        if not source.takes_head:
+            return super()._saved_config(source)
+        labels = source.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        names = [name for _, name in sorted((int(i), n) for i, n in labels.items())]
+        found = source.config.get("problem_type")
+        if len(names) == 1 or found == "regression":
+            return {"kind": "regression"}
+        is_multi = found == "multi_label_classification"
+        kind = "multi_label" if is_multi else "single_label"
+        return {"class_names": names, "kind": kind}
+
+    def _load_foreign_head(self, source):
+        layer = self.get_layer("classes")
+        width, classes = layer.kernel.shape
+        kernel, bias = huggingface_names.read_head(source, width, classes)
+        layer.kernel.assign(kernel.T.astype("float32"))
+        if bias is not None:
+            layer.bias.assign(bias.astype("float32"))
+
     def _columns(self, x, y, name):
         if y is None:
             raise ValueError(f"`{name}` must come with labels, `y`; got None.")
@@ -287,11 +320,11 @@ class TextClassifier(EncoderTask):
     def _label_reader(self):
         return LabelReader(self.kind, self.class_names, self.num_classes)
 
-    def _token_rows(self, columns):
+    def _token_rows(self, columns, preprocessor=None):
         """Token ids of texts, or of pairs, truncating the longer text first."""
         if len(columns) == 1:
-            return super()._token_rows(columns)
-        preprocessor = self.preprocessor
+            return super()._token_rows(columns, preprocessor)
+        preprocessor = preprocessor or self.preprocessor
         if preprocessor.template is not None:
             joined = map(self.separator.join, zip(*columns.values(), strict=True))
             return [preprocessor.encoder_rows(list(joined))]

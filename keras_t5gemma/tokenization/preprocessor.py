@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints import preset_saving, presets
+from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.compatibility import check_objective
@@ -18,9 +19,11 @@ from keras_t5gemma.tokenization.token_ids import (
     named,
     pad,
     padded_width,
+    pair_arrays,
 )
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
 from keras_t5gemma.tokenization.truncation import CountsTruncation
+from keras_t5gemma.utils.buckets import SHORT
 from keras_t5gemma.utils.checks import (
     instance,
     json_object,
@@ -51,7 +54,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     Args:
         tokenizer: a `Tokenizer`.
         encoder_sequence_length: maximum length of the encoder input, in tokens; longer
-            texts are truncated.
+            texts are truncated. `None` is 512 in training, and the positions of the
+            model (`config.max_positions`) in `generate`, `score`, `embed`, `classify`.
         decoder_sequence_length: maximum length of the decoder input, in tokens, with
             bos; longer texts are truncated.
         template: `None` for plain text, `"instruction"` for the turns of the
@@ -86,7 +90,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        encoder_sequence_length: int = 512,
+        encoder_sequence_length: int | None = None,
         decoder_sequence_length: int = 512,
         template: str | None = None,
         pad_to_multiple_of: int | None = None,
@@ -95,7 +99,6 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     ):
         super().__init__(**kwargs)
         self.built = True
-        whole_number(encoder_sequence_length, "encoder_sequence_length", 1)
         whole_number(decoder_sequence_length, "decoder_sequence_length", 2)
         instance(tokenizer, "tokenizer", Tokenizer, "a keras_t5gemma.Tokenizer")
         if pad_to_multiple_of is not None:
@@ -165,16 +168,14 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             )
         sources, rows = self.token_rows(x)
         multiple = self.pad_to_multiple_of
-        width = padded_width(rows, self.decoder_sequence_length, multiple)
-        encoder = self._encoder_arrays(sources, multiple)
-        labels, mask = pad(rows, width)
-        inputs = [[self.tokenizer.start_token_id, *row[:-1]] for row in rows]
-        decoder_ids, _ = pad(inputs, width)
+        width = padded_width(sources, self.encoder_sequence_length, multiple)
+        target_width = padded_width(rows, self.decoder_sequence_length, multiple)
+        start_id = self.tokenizer.start_token_id
+        x, labels, mask = pair_arrays(sources, rows, start_id, width, target_width)
         weights = mask.astype("float32")
         if sample_weight is not None:
             by_row = row_weights(sample_weight, "sample_weight", len(rows))
             weights *= by_row[:, None]
-        x = {**encoder, **named("decoder", decoder_ids, mask)}
         return x, labels, weights
 
     def token_rows(self, x: Any) -> tuple[TokenRows, TokenRows]:
@@ -227,20 +228,22 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         if not isinstance(x, dict):
             x = {"encoder_text": x}
         sources, prompts = self._pair(x, decoder_optional=True)
-        with self.report_truncation():
-            encoder = self.encoder_rows(sources)
-        encoder = self._encoder_arrays(encoder, self.pad_to_multiple_of or 64)
-        rows = [
-            [self.tokenizer.start_token_id, *ids]
-            for ids in self.tokenizer.tokenize(prompts)
-        ]
+        # Alone it has no model: 8,192 positions, as in all published checkpoints.
+        reader = self.for_reading(T5GemmaConfig.max_positions)
+        with reader.report_truncation():
+            encoder = reader.encoder_rows(sources)
+        multiple = self.pad_to_multiple_of or 64
+        width = padded_width(encoder, reader.encoder_sequence_length, multiple)
+        start = self.tokenizer.start_token_id
+        rows = [[start, *ids] for ids in self.tokenizer.tokenize(prompts)]
         longest = max(map(len, rows), default=1)
         if longest > sequence_length:
             raise ValueError(
                 f"`decoder_text` is {longest} tokens with bos, more than the "
                 f"`max_length` of {sequence_length}."
             )
-        return {**encoder, **named("decoder", *pad(rows, sequence_length))}
+        decoder = named("decoder", *pad(rows, sequence_length))
+        return named("encoder", *pad(encoder, width)) | decoder
 
     def generate_postprocess(self, x: dict[str, Any]) -> list[str]:
         """Texts of generated `decoder_token_ids` and `decoder_padding_mask`."""
@@ -257,10 +260,10 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     ) -> "Seq2SeqLMPreprocessor":
         """Load the preprocessor of a preset.
 
-        KerasHub's presets hold the lengths, transformers folders do not: then the
-        defaults are used. Both get the instruction template only under the exact name
-        of a published instruction-tuned checkpoint; for another name a chat template
-        among the tokenizer's files is reported and not used.
+        KerasHub's presets hold the lengths, of which its default of 512 encoder tokens
+        is not taken for a choice; transformers folders do not. Both get the instruction
+        template only under the exact name of a published instruction-tuned checkpoint;
+        for another name a chat template among the tokenizer's files is reported.
 
         Args:
             preset: name, folder or handle; see `Backbone.from_preset`.
@@ -270,6 +273,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             ValueError: for an unknown preset or keyword, or a missing tokenizer.
             OSError: when a download fails, with instructions.
         """
+        preset = presets.take_location(preset, kwargs)
         known = inspect.signature(cls.__init__).parameters
         presets.check_keywords(kwargs, set(known) - {"self", "kwargs"}, cls.__name__)
         source = presets.resolve(preset)
@@ -293,7 +297,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
                 presets.warn_about_chat_template(source.location, source.preset)
             for side in ("encoder", "decoder"):
                 name = f"{side}_sequence_length"
-                if config.get(name):
+                is_default = side == "encoder" and config.get(name) == SHORT
+                if config.get(name) and not is_default:
                     kwargs.setdefault(name, config[name])
         if "tokenizer" not in kwargs:
             kwargs["tokenizer"] = Tokenizer.from_preset(source)
@@ -377,10 +382,6 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         rows = self._truncate(rows, room, "encoder")
         return [before + row + after for row in rows]
 
-    def _encoder_arrays(self, rows, multiple):
-        width = padded_width(rows, self.encoder_sequence_length, multiple)
-        return named("encoder", *pad(rows, width))
-
     def _truncate(self, rows, length, side):
         self.count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
@@ -392,7 +393,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     def get_config(self) -> dict:
         return {
             **super().get_config(),
-            "encoder_sequence_length": self.encoder_sequence_length,
+            "encoder_sequence_length": self._encoder_length,
             "decoder_sequence_length": self.decoder_sequence_length,
             "template": self.template,
             "pad_to_multiple_of": self.pad_to_multiple_of,

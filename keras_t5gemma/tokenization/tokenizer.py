@@ -231,6 +231,7 @@ class Tokenizer(bases.Tokenizer):
     @classmethod
     def from_preset(cls, preset: presets.PresetLike, **kwargs: Any) -> "Tokenizer":
         """Load the tokenizer of a preset; see `Backbone.from_preset`."""
+        preset = presets.take_location(preset, kwargs)
         presets.check_keywords(kwargs, ("name",), cls.__name__)
         return cls(tokenizer_files.read(presets.resolve(preset)), **kwargs)
 

@@ -299,7 +299,6 @@ def test_missing_shard_is_named(tmp_path):
         (lambda c: c["decoder"].update(attention_bias=True), "attention_bias True"),
         (lambda c: c["decoder"].update(query_pre_attn_scalar=None), "a wrong type"),
         (lambda c: c.update(encoder=[1]), "config.json has a field of a wrong type"),
-        (lambda c: c.update(tie_word_embeddings=False), "separate logit table"),
     ],
 )
 def test_other_models_are_refused(folder, tmp_path, edit, message):
