@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.token_ids import named, pad
-from keras_t5gemma.utils.buckets import bucket
+from keras_t5gemma.utils.buckets import SHORT, batch_bounds, bucket, power_of_two
 from keras_t5gemma.utils.checks import rows_of_batch
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts
@@ -91,7 +92,8 @@ def by_length(
 
     Args:
         rows: a `Ragged` of ids.
-        batch_size: rows per batch; the last batch is filled with empty rows.
+        batch_size: rows per batch, fewer of long rows, see `batch_bounds`; batches are
+            filled with empty rows.
         limit: maximum width in tokens.
 
     Yields:
@@ -100,10 +102,14 @@ def by_length(
     """
     rows_of_batch(batch_size)
     order = np.argsort(-rows.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    bounds = batch_bounds(rows.lengths[order], batch_size, mesh.size("data"))
+    for start, stop in bounds:
+        chosen = order[start:stop]
         longest = int(rows.lengths[chosen[0]])
-        shape = batch_size, min(limit, bucket(longest, halves_from=16))
+        count = batch_size
+        if longest > SHORT:  # Filling them up would cost much.
+            count = mesh.round_up(min(power_of_two(len(chosen)), batch_size))
+        shape = count, min(limit, bucket(longest, halves_from=16))
         yield chosen, arrays([rows[i] for i in chosen], shape)
 
 

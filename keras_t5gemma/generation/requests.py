@@ -10,7 +10,7 @@ from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation.options import GenerationOptions, id_tuple
 from keras_t5gemma.tokenization.token_ids import INPUTS, check_range, id_array, pad
-from keras_t5gemma.utils.buckets import bucket, power_of_two
+from keras_t5gemma.utils.buckets import batch_bounds, bucket, power_of_two
 from keras_t5gemma.utils.checks import rows_of_batch, shown, whole_number
 from keras_t5gemma.utils.texts import to_list
 
@@ -111,7 +111,8 @@ def read_request(
             "`encoder_token_ids`."
         )
     else:
-        arrays = _text_arrays(inputs, preprocessor, max_length)
+        reader = preprocessor.for_reading(config.max_positions)
+        arrays = _text_arrays(inputs, reader, max_length)
     return Request(arrays, stop_token_ids)
 
 
@@ -210,7 +211,7 @@ def batches(
         request: a `Request`.
         options: a `GenerationOptions`.
         batch_size: maximum number of decoder rows in a batch, not counting
-            `rows_per_source`.
+            `rows_per_source`; fewer of long sources, see `batch_bounds`.
         width: length of the decoder's arrays, at least the request's.
         rounded: whether to round sizes up, which without a compiler is only waste.
 
@@ -232,11 +233,15 @@ def batches(
     seeds = _row_seeds(options, len(lengths))
     # Longest first: a batch that does not fit into memory fails at once.
     groups = np.frexp(lengths - 1)[1]  # Prompts that differ by less than a factor 2.
-    order = np.lexsort((-np.broadcast_to(sources, len(lengths)), groups))
+    widths = np.broadcast_to(sources, len(lengths))
+    order = np.lexsort((-widths, groups))
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     for group in np.split(order, starts[1:]):
-        for start in range(0, len(group), batch_size):
-            rows = taken = group[start : start + batch_size]
+        # A shared source is read once: it does not bound the rows.
+        read_lengths = np.ones(len(group), int) if is_shared else widths[group]
+        bounds = batch_bounds(read_lengths, batch_size, mesh.size("data"))
+        for start, stop in bounds:
+            rows = taken = group[start:stop]
             read = np.zeros(1, int) if is_shared else rows
             length = max(2, sources[read].max())  # Keras warns of a softmax over one.
             count = prefix_length = lengths[rows].min() - 1

@@ -62,6 +62,8 @@ class FitMixin(SafeInference):
         )
         callbacks = _callbacks(callbacks)
         flag(shuffle, "shuffle")
+        if self.preprocessor is not None:
+            self.preprocessor.check_positions(positions_of(self.backbone))
         if kwargs.get("class_weight") is not None:
             raise ValueError(
                 "`class_weight` must be None: only a TextClassifier has classes. Pass "
@@ -218,6 +220,11 @@ class FitMixin(SafeInference):
 def is_arrays(x: Any) -> bool:
     """Whether a user's data is a dict of arrays of ids."""
     return isinstance(x, dict) and "encoder_token_ids" in x
+
+
+def positions_of(backbone: Any) -> int | None:
+    """The `max_positions` of a backbone; `None` for one of KerasHub."""
+    return getattr(getattr(backbone, "config", None), "max_positions", None)
 
 
 def check_sizes(epochs: Any = 1, **sizes: Any) -> None:

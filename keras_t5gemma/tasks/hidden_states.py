@@ -16,7 +16,13 @@ from keras_t5gemma.distribution import mesh
 from keras_t5gemma.distribution.prediction import compiled
 from keras_t5gemma.modeling.encoder_states import encoder_states
 from keras_t5gemma.tokenization.preprocessor import TokenRows
-from keras_t5gemma.utils.buckets import bucket, power_of_two
+from keras_t5gemma.utils.buckets import (
+    SHORT,
+    batch_bounds,
+    bucket,
+    power_of_two,
+    rows_of_length,
+)
 from keras_t5gemma.utils.checks import whole_number
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.texts import as_texts
@@ -42,7 +48,7 @@ def token_rows(preprocessor: Any, texts: Any, pad_to: int | None) -> TokenRows:
     if pad_to is not None and whole_number(pad_to, "pad_to", 1) > limit:
         raise ValueError(
             f"`pad_to` must be at most {limit}, the `encoder_sequence_length` of the "
-            f"preprocessor; got {pad_to}."
+            f"preprocessor or the positions of the model; got {pad_to}."
         )
     with preprocessor.report_truncation(pad_to=pad_to):
         return preprocessor.encoder_rows(texts, pad_to)
@@ -133,12 +139,15 @@ class StatesOfRows:
         """`(row numbers, states)` of batches."""
         lengths = np.array([len(row) for row in rows], "int64")
         order = np.arange(len(rows))
-        if self.pad_to is None and len(rows) > self.batch_size:
+        is_long = self.pad_to is None and lengths.max(initial=0) > SHORT
+        if is_long or (self.pad_to is None and len(rows) > self.batch_size):
             order = np.argsort(-lengths, kind="stable")
+        read = np.full(len(rows), self.pad_to) if self.pad_to else lengths[order]
+        bounds = batch_bounds(read, self.batch_size, mesh.size("data"))
         show = len(rows) >= _MANY
         with progress_bar("Encoding", len(rows), verbose=show) as advance:
-            for start in range(0, len(rows), self.batch_size):
-                chosen = order[start : start + self.batch_size]
+            for start, stop in bounds:
+                chosen = order[start:stop]
                 shape = self._shape(len(rows), len(chosen), int(lengths[chosen].max()))
                 batch = arrays([rows[i] for i in chosen], shape)
                 yield chosen, self._program(*mesh.split_rows(list(batch.values())))
@@ -149,11 +158,10 @@ class StatesOfRows:
         # From 2 on: Keras warns of a softmax over a single key.
         if keras.config.backend() == "torch":
             return rows, max(2, self.pad_to or longest)
-        if total <= self.batch_size:
-            rows = min(self.batch_size, power_of_two(rows))
-        else:
-            rows = self.batch_size
         width = self.pad_to or min(self.limit, bucket(longest, halves_from=16))
+        most = rows_of_length(width, self.batch_size, mesh.size("data"))
+        is_last = total <= self.batch_size or (width > SHORT and not self.pad_to)
+        rows = min(most, power_of_two(rows)) if is_last else most
         return mesh.round_up(rows), max(2, width)
 
 

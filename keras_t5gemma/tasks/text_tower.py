@@ -117,7 +117,8 @@ class TextTower(keras.layers.Layer):
         """
         if self.preprocessor is None:
             raise ValueError("TextTower needs a `preprocessor` for text.")
-        rows = token_rows(self.preprocessor, texts, pad_to)
+        reader = self.preprocessor.for_reading(self.backbone.config.max_positions)
+        rows = token_rows(reader, texts, pad_to)
         width = pad_to or max(map(len, rows), default=0)
         return pad(rows, width)[0], padding_mask(rows, width)
 

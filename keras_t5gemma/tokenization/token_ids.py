@@ -44,6 +44,28 @@ def padded_width(
     return min(limit, buckets.round_up(longest, multiple))
 
 
+def pair_arrays(
+    sources: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    start_id: int,
+    width: int,
+    target_width: int,
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Inputs of the backbone, labels and their mask, from the ids of pairs.
+
+    Args:
+        sources: ids of each source.
+        targets: ids of each target, with the end token.
+        start_id: first id of the decoder input.
+        width: of the encoder arrays.
+        target_width: of the decoder arrays.
+    """
+    labels, mask = pad(targets, target_width)
+    shifted, _ = pad([[start_id, *row[:-1]] for row in targets], target_width)
+    encoder = named("encoder", *pad(sources, width))
+    return {**encoder, **named("decoder", shifted, mask)}, labels, mask
+
+
 def named(side: str, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Ids and mask as inputs of the backbone's `side`: `"encoder"` or `"decoder"`."""
     return {f"{side}_token_ids": ids, f"{side}_padding_mask": mask}

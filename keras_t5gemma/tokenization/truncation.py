@@ -1,4 +1,4 @@
-"""Warnings about truncated texts and empty targets."""
+"""Length of encoder texts; warnings about truncated texts and empty targets."""
 
 import contextlib
 import contextvars
@@ -6,6 +6,9 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
+
+from keras_t5gemma.utils.buckets import SHORT
+from keras_t5gemma.utils.checks import whole_number
 
 Counts: TypeAlias = dict[str, tuple[int, int]]  # `(affected, total)` by kind.
 
@@ -25,9 +28,54 @@ class _Shared:
 class CountsTruncation:
     """Mixin of a preprocessor: counts truncated texts, and warns once for each call."""
 
-    encoder_sequence_length: int
     decoder_sequence_length: int
     _shared: _Shared | None = None
+    _encoder_length: int | None = None
+    _reported_length: int | None = None
+
+    @property
+    def encoder_sequence_length(self) -> int:
+        """Maximum number of encoder tokens in training; 512 unless set."""
+        return self._encoder_length or SHORT
+
+    @encoder_sequence_length.setter
+    def encoder_sequence_length(self, length: int | None) -> None:
+        if length is not None:
+            whole_number(length, "encoder_sequence_length", 1, other="None")
+        self._encoder_length = length
+
+    def for_reading(self, positions: int | None) -> Any:
+        """Preprocessor for texts that are read, not trained on.
+
+        Args:
+            positions: `max_positions` of the model: the maximum number of encoder
+                tokens unless `encoder_sequence_length` was set. With `None` it is the
+                same as in training.
+
+        Returns:
+            This preprocessor, or a shallow copy with another length.
+        """
+        self.check_positions(positions)
+        if positions is None or self._encoder_length is not None:
+            return self
+        copied = copy.copy(self)
+        copied._shared = None  # It has another length to report.
+        copied._encoder_length = positions
+        return copied
+
+    def check_positions(self, positions: int | None) -> None:
+        """Warn once when `encoder_sequence_length` is above a model's positions."""
+        length = self._encoder_length
+        if length is None or length == self._reported_length:
+            return
+        if positions is not None and length > positions:
+            self._reported_length = length
+            warnings.warn(
+                f"`preprocessor.encoder_sequence_length` is {length}, but training "
+                f"covered positions up to {positions} (`config.max_positions`). Longer "
+                "texts are read whole, with results that training did not cover.",
+                stacklevel=_STACKLEVEL,
+            )
 
     @contextlib.contextmanager
     def report_truncation(

@@ -5,6 +5,7 @@ and cutting the vocabulary into equal chunks, keeps the number of shapes small.
 """
 
 import math
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +15,10 @@ Lengths = TypeVar("Lengths", int, np.ndarray)
 # Logits that are computed at a time: those that a CPU's cache holds (4 MiB of float32),
 # or that keep an accelerator busy.
 LOGITS_ON_CPU, LOGITS_ON_ACCELERATOR = 2**20, 2**24
+
+# Tokens up to which `batch_size` alone bounds a batch. Longer texts have batches apart,
+# of as many tokens at most as `batch_size` texts of this length.
+SHORT = 512
 
 
 def ceil_div(length: Lengths, size: int) -> Lengths:
@@ -47,6 +52,53 @@ def bucket(length: int, halves_from: int = 64) -> int:
     step = max(16, power_of_two(length))
     half = step * 3 // 4
     return half if half >= length and step >= 2 * halves_from else step
+
+
+def rows_of_length(length: int, batch_size: int, multiple: int = 1) -> int:
+    """Maximum number of rows of a length in a batch that is bounded in tokens too.
+
+    >>> [rows_of_length(n, batch_size=32) for n in (512, 513, 2048, 8192)]
+    [32, 16, 8, 2]
+
+    Args:
+        length: tokens of the longest row.
+        batch_size: maximum number of rows, reached up to a length of `SHORT`.
+        multiple: round the rows of longer texts up to a multiple.
+    """
+    if length <= SHORT:
+        return batch_size
+    rows = max(1, batch_size * SHORT // bucket(length))
+    return min(batch_size, round_up(1 << (rows.bit_length() - 1), multiple))
+
+
+def batch_bounds(
+    lengths: np.ndarray, batch_size: int, multiple: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Cut rows into batches that are bounded in rows and in tokens.
+
+    Rows up to `SHORT` tokens never share a batch with longer ones, and of those only
+    rows above half of its width do.
+
+    >>> list(batch_bounds(np.array([5000, 4500, 700, 30, 20, 10]), batch_size=32))
+    [(0, 2), (2, 3), (3, 6)]
+
+    Args:
+        lengths: int `(rows,)`; those above `SHORT` come first, in descending order.
+        batch_size: maximum number of rows in a batch.
+        multiple: see `rows_of_length`.
+
+    Yields:
+        `(start, stop)`.
+    """
+    start = 0
+    while start < len(lengths):
+        longest = int(lengths[start])
+        stop = min(len(lengths), start + rows_of_length(longest, batch_size, multiple))
+        if longest > SHORT:
+            alike = lengths[start:stop] > max(SHORT, bucket(longest) // 2)
+            stop = start + int(np.count_nonzero(alike))
+        yield start, stop
+        start = stop
 
 
 def equal_chunks(size: int, wanted: int) -> int:
