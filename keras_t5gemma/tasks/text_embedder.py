@@ -266,7 +266,7 @@ class TextEmbedder(EncoderTask):
                 `hidden_states`: 0 are the embeddings, i the states after block i, -1
                 the last ones, -2 those before the last block. Blocks after the last
                 layer do not run.
-            batch_size: texts in a batch.
+            batch_size: maximum number of texts in a batch, as in `embed`.
             pad_to: number of tokens that every text is padded to on the right, or
                 truncated to; `None` is the length of the longest text.
             final_norm: `None` applies the encoder's final norm to the states after the
