@@ -274,7 +274,7 @@ print("only the generator is trained:", trained)
 #
 # `layers=[-2], final_norm=True` normalizes the states before the last block, and
 # `dtype="int8"` or `"int4"` in `from_preset` quantizes the tower. A text longer than
-# `pad_to` is cut, with a warning; `pad_to` may be up to the positions of the model, 8,192,
+# `pad_to` is cut, with a warning; `pad_to` may be up to the model's 8,192 positions,
 # unless the preprocessor has a smaller `encoder_sequence_length`.
 #
 # ## Larger models
