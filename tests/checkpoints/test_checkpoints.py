@@ -91,6 +91,12 @@ def test_kerashub_task_presets_bring_tokenizer_and_template(tmp_path, proto):
     assert model.preprocessor.encoder_sequence_length == 30
     assert model.preprocessor.decoder_sequence_length == 512
     assert isinstance(model.generate("A board", max_length=4), str)
+    # KerasHub's default is not taken for a choice.
+    (folder / "preprocessor.json").write_text(
+        json.dumps({"config": {"encoder_sequence_length": 512}})
+    )
+    reader = kt.Seq2SeqLMPreprocessor.from_preset(folder).for_reading(2000)
+    assert reader.encoder_sequence_length == 2000
 
 
 def test_kerashub_variants_that_are_no_t5gemma_are_refused(tmp_path):
