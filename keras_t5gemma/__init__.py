@@ -11,7 +11,7 @@ __version__ = _environment.VERSION
 if TYPE_CHECKING or not _environment.defers_imports():
     _environment.choose_backend()
 
-    from keras_t5gemma.checkpoints.presets import presets as presets
+    from keras_t5gemma.checkpoints.catalog import presets as presets
     from keras_t5gemma.config import StackConfig as StackConfig
     from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
     from keras_t5gemma.conversion.adapt import adapt_gemma2 as adapt_gemma2

@@ -10,149 +10,24 @@ from typing import Any, TypeAlias, Union
 
 from keras_t5gemma.checkpoints import (
     atomic,
+    catalog,
     hub,
     keras_hub_format,
     published_names,
 )
 from keras_t5gemma.checkpoints.hub import get_file
-from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.utils.checks import shown, string
 from keras_t5gemma.utils.files import (
     check_regular,
     named_values,
     read_json_file,
-    read_text,
 )
 
-EMBEDDED_FOLDER = Path(__file__).parent.parent / "_presets"
 KERAS, KERAS_HUB, HUGGING_FACE = "keras_t5gemma", "keras_hub", "transformers"
 VOCABULARY_FILE, HUGGING_FACE_TOKENIZER = "vocabulary.spm", "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
 PresetLike: TypeAlias = Union[str, "os.PathLike[str]", "Source"]
 _PACKAGE = "keras_t5gemma>"
-_EMBEDDED = {  # Objective, tuned.
-    "t5gemma_mini": ("PrefixLM", False),
-    "t5gemma_mini_synopsis": ("supervised", True),
-}
-_PAIRS = (
-    ("s", "s"),
-    ("b", "b"),
-    ("l", "l"),
-    ("ml", "ml"),
-    ("xl", "xl"),
-    ("2b", "2b"),
-    ("9b", "2b"),
-    ("9b", "9b"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """One row of `presets()`.
-
-    Args:
-        name: what `from_preset` takes.
-        description: one line.
-        objective: `"PrefixLM"` or `"UL2"` of the adaptation; `"supervised"` for a
-            preset that was fine-tuned here.
-        tuned: whether it was fine-tuned (instruction-tuned, the published ones).
-        parameters: exact count.
-        sources: folder or handles of the same weights, the default first.
-    """
-
-    name: str
-    description: str
-    objective: str
-    tuned: bool
-    parameters: int
-    sources: tuple
-
-
-def presets() -> list[Preset]:
-    """All named presets: the embedded ones first, then the published ones.
-
-    The 32 published names follow arXiv 2504.06225: eight pairs of sizes, two
-    objectives, pretrained or instruction-tuned (`_it`). Each is on Hugging Face and,
-    in KerasHub's format, on Kaggle.
-
-    Examples:
-        >>> [row.name for row in keras_t5gemma.presets()][:2]
-        ['t5gemma_mini', 't5gemma_mini_synopsis']
-    """
-    rows, sources = [], _sources()
-    for name, (objective, tuned) in _EMBEDDED.items():
-        folder = EMBEDDED_FOLDER / name
-        config = read_json_file(folder / "config.json")
-        card = read_text(folder / "README.md")
-        rows.append(
-            Preset(
-                name,
-                _first_paragraph(card),
-                objective,
-                tuned,
-                T5GemmaConfig.from_dict(config["config"]["config"]).count_params(),
-                sources[name],
-            )
-        )
-    for name, (encoder, decoder, objective, tuned) in _published().items():
-        kind = "instruction-tuned" if tuned else "pretrained"
-        rows.append(
-            Preset(
-                name,
-                f"{encoder.upper()} encoder, {decoder.upper()} decoder, {kind}, "
-                f"{objective}.",
-                objective,
-                tuned,
-                T5GemmaConfig.pair(encoder, decoder).count_params(),
-                sources[name],
-            )
-        )
-    return rows
-
-
-def _sources() -> dict[str, tuple[str, ...]]:
-    """Folder or handles of every named preset, the default first."""
-    sources: dict[str, tuple[str, ...]] = {
-        name: (str(EMBEDDED_FOLDER / name),) for name in _EMBEDDED
-    }
-    for name in _published():
-        hugging_face = "hf://google/" + name.replace("_", "-")
-        sources[name] = (hugging_face, f"kaggle://keras/t5-gemma/keras/{name}/1")
-    return sources
-
-
-def _first_paragraph(card):
-    """The first paragraph of a model card, after its metadata and its title."""
-    body = card.partition("\n---\n")[2] if card.startswith("---\n") else card
-    texts = (part.strip() for part in body.split("\n\n"))
-    return next(t for t in texts if t and not t.startswith("#")).replace("\n", " ")
-
-
-def _published() -> dict[str, tuple[str, str, str, bool]]:
-    """Encoder size, decoder size, objective and tuning of the published names."""
-    return {
-        f"t5gemma_{encoder}_{decoder}_{objective.lower()}{'_it' * tuned}": (
-            encoder,
-            decoder,
-            objective,
-            tuned,
-        )
-        for encoder, decoder in _PAIRS
-        for objective in ("PrefixLM", "UL2")
-        for tuned in (False, True)
-    }
-
-
-def published_config(preset: Any) -> T5GemmaConfig | None:
-    """The `T5GemmaConfig` of a published name, without network; else `None`."""
-    row = _published().get(preset) if isinstance(preset, str) else None
-    return T5GemmaConfig.pair(*row[:2]) if row else None
-
-
-def pair_config(name: str) -> T5GemmaConfig | None:
-    """The `T5GemmaConfig` of a pair of sizes, e.g. `"t5gemma_9b_2b"`, else `None`."""
-    pairs = {"_".join(("t5gemma", *pair)): pair for pair in _PAIRS}
-    return T5GemmaConfig.pair(*pairs[name]) if name in pairs else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +71,8 @@ class Source:
 
         Nothing is guessed from other names; see `published_names.is_published`.
         """
-        tuned = {name for name, row in _published().items() if row[-1]}
-        known = [s for name in tuned for s in (name, *_sources()[name])]
+        tuned = {name for name, row in catalog.published().items() if row[-1]}
+        known = [s for name in tuned for s in (name, *catalog.sources()[name])]
         return published_names.is_published(self.preset, known)
 
 
@@ -217,7 +92,7 @@ def resolve(preset: PresetLike) -> Source:
         return preset
     if is_single_file(preset):
         return Source(os.fspath(preset), os.fspath(preset), HUGGING_FACE, {})
-    names = {name: sources[0] for name, sources in _sources().items()}
+    names = {name: sources[0] for name, sources in catalog.sources().items()}
     location = locate(preset, names, "one of `keras_t5gemma.presets()`")
     config = read_json(location)
     registered = config.get("registered_name") or ""
@@ -278,7 +153,7 @@ def take_location(preset: PresetLike, kwargs: dict[str, Any]) -> PresetLike:
         location = os.fspath(preset)  # type: ignore[arg-type]
         return Source(location, location, HUGGING_FACE, {"config": config})
     location = os.fspath(preset) if isinstance(preset, str | os.PathLike) else ""
-    location = _sources().get(location, (location,))[0]
+    location = catalog.sources().get(location, (location,))[0]
     scheme, handle = hub.split(location)
     if revision is not None:
         repository, inner, known = ("", "", {})
@@ -418,7 +293,7 @@ def tokenizer_file(location: str, kind: str) -> str:
 def _download_error(location, error):
     others = [
         source
-        for sources in _sources().values()
+        for sources in catalog.sources().values()
         if location in sources
         for source in sources
         if source != location

@@ -122,7 +122,7 @@ def _run_resumable(function: Callable[..., Any], keywords: dict[str, Any]) -> No
 
 def run_presets(o: options.Presets) -> None:
     """Print a table on a terminal, tab-separated lines in a pipe."""
-    from keras_t5gemma.checkpoints.presets import presets
+    from keras_t5gemma.checkpoints.catalog import presets
 
     rows = [
         (
@@ -141,11 +141,11 @@ def run_presets(o: options.Presets) -> None:
 
 def run_info(o: options.Info) -> None:
     """Print what a preset's configuration and file headers say."""
-    from keras_t5gemma.checkpoints import presets
+    from keras_t5gemma.checkpoints import catalog
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 
     rows, lineage = [("preset", o.preset)], None
-    config = presets.published_config(o.preset)
+    config = catalog.published_config(o.preset)
     if config is None:
         opened = open_checkpoint(o.preset)
         config, lineage = opened.config, opened.lineage
@@ -156,7 +156,7 @@ def run_info(o: options.Info) -> None:
             rows += [("folder", opened.location)]
             rows += [("size on disk", f"{size / 1e6:,.1f} MB")]
     else:
-        row = next(r for r in presets.presets() if r.name == o.preset)
+        row = next(r for r in catalog.presets() if r.name == o.preset)
         rows += [("description", row.description), ("sources", " ".join(row.sources))]
     rows += [("parameters", f"{config.count_params():,}")]
     rows += [(f"  {k}", f"{v:,}") for k, v in config.count_params_by_part().items()]

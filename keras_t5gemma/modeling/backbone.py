@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from keras_t5gemma import _compat
-from keras_t5gemma.checkpoints import checkpoint, huggingface, presets
+from keras_t5gemma.checkpoints import catalog, checkpoint, huggingface, presets
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype, parse_policy
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.config import T5GemmaConfig
@@ -17,7 +17,10 @@ from keras_t5gemma.distribution import layouts, mesh, process_group
 from keras_t5gemma.distribution.prediction import SafeInference
 from keras_t5gemma.modeling import bases, lora, weight_loading
 from keras_t5gemma.modeling.blockwise_attention import WithAttentionKernel
-from keras_t5gemma.modeling.layer_iteration import iter_layers
+from keras_t5gemma.modeling.layer_iteration import (
+    is_projection_or_embedding,
+    iter_layers,
+)
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 from keras_t5gemma.utils.checks import flag, instance, one_of, path
 from keras_t5gemma.utils.sizes import parse_shard_size
@@ -322,7 +325,7 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
                 )
             return backbone
         presets.check_keywords(kwargs, ("dtype", "name", "trainable"), cls.__name__)
-        config = None if load_weights else presets.published_config(preset)
+        config = None if load_weights else catalog.published_config(preset)
         if config is None:
             opened = checkpoint.open_checkpoint(preset)
             if opened.is_quantized:
@@ -346,18 +349,9 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         overwrite: bool = True,
         max_shard_size: float | None = None,
     ) -> None:
-        """Like `keras.Model.save_weights`; sharded weights are gathered one by one.
-
-        Raises:
-            ValueError: for a quantized model with several processes.
-        """
+        """Like `keras.Model.save_weights`; see `weight_loading.gather_weights`."""
         if weight_loading.gather_weights(self, filepath, max_shard_size):
             return
-        if process_group.process_count() > 1 and weight_loading.is_quantized(self):
-            raise ValueError(
-                "Several processes cannot save a quantized model. Its weights are "
-                "those of the preset; `save_lora_weights` saves trained adapters."
-            )
         super().save_weights(filepath, overwrite, max_shard_size)
         weight_loading.record_checksums(self, filepath)
 
@@ -403,8 +397,3 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
             "config": self.config.to_dict(),
             "lineage": self.lineage,
         }
-
-
-def is_projection_or_embedding(layer: keras.layers.Layer) -> bool:
-    """Whether `quantize` quantizes a layer by default."""
-    return isinstance(layer, keras.layers.Dense | keras.layers.Embedding)

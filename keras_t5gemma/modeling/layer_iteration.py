@@ -33,3 +33,8 @@ def iter_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
             seen.add(id(found))
             yield found
             stack += reversed(sublayers(found))
+
+
+def is_projection_or_embedding(layer: keras.layers.Layer) -> bool:
+    """Whether `Backbone.quantize` quantizes a layer by default."""
+    return isinstance(layer, keras.layers.Dense | keras.layers.Embedding)

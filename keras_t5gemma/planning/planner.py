@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import catalog
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution.layouts import STRATEGIES, check_mesh
 from keras_t5gemma.planning.costs import Job, Plan, evaluate
@@ -172,7 +172,7 @@ def read_config(preset: str | os.PathLike[str] | T5GemmaConfig) -> T5GemmaConfig
     """
     if isinstance(preset, T5GemmaConfig):
         return preset
-    config = presets.published_config(preset) or presets.pair_config(str(preset))
+    config = catalog.published_config(preset) or catalog.pair_config(str(preset))
     if config is not None:
         return config
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint

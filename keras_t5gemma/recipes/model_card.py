@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_t5gemma.checkpoints.atomic import atomic_file
-from keras_t5gemma.checkpoints.presets import presets
+from keras_t5gemma.checkpoints.catalog import presets
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from keras_t5gemma._compat import track_parameters
-from keras_t5gemma.checkpoints import keras_format, presets
+from keras_t5gemma.checkpoints import catalog, keras_format, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.data.encoder_dataset import EncoderDataset, arrays, encoder_ids
 from keras_t5gemma.data.pair_dataset import BATCHINGS
@@ -339,7 +339,7 @@ def load_encoder(preset: Any, load_weights: bool, kwargs: dict) -> tuple:
     """
     flag(load_weights, "load_weights")
     preset = presets.take_location(preset, kwargs)
-    is_offline = not load_weights and presets.published_config(preset) is not None
+    is_offline = not load_weights and catalog.published_config(preset) is not None
     source = None if is_offline else presets.resolve(preset)
     of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
     options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}

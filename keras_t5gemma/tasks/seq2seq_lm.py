@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma._compat import track_parameters
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import catalog, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.generation import samplers
 from keras_t5gemma.generation.generator import Generator, known_tokens
@@ -99,7 +99,7 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         known = (*of_backbone, "preprocessor", "name", "compile")
         presets.check_keywords(kwargs, known, cls.__name__)
         flag(load_weights, "load_weights")
-        is_offline = not load_weights and presets.published_config(preset) is not None
+        is_offline = not load_weights and catalog.published_config(preset) is not None
         source = preset if is_offline else presets.resolve(preset)
         options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}
         backbone = Backbone.from_preset(source, load_weights, **options)

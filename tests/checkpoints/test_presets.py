@@ -11,7 +11,7 @@ import pytest
 from helpers.models import max_difference, numpy, tiny_model
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints import hub, presets
+from keras_t5gemma.checkpoints import catalog, hub, presets
 from keras_t5gemma.conversion.convert import convert
 
 
@@ -19,7 +19,7 @@ def test_the_32_published_names_and_their_counts():
     rows = {row.name: row for row in kt.presets()}
     published = [r for r in rows.values() if r.sources[0].startswith("hf://")]
     assert len(published) == 32
-    assert rows["t5gemma_9b_2b_ul2_it"] == presets.Preset(
+    assert rows["t5gemma_9b_2b_ul2_it"] == catalog.Preset(
         name="t5gemma_9b_2b_ul2_it",
         description="9B encoder, 2B decoder, instruction-tuned, UL2.",
         objective="UL2",
@@ -51,7 +51,7 @@ def test_a_published_name_without_weights_needs_no_network(monkeypatch):
     monkeypatch.setattr(presets, "get_file", refuse)
     small = kt.StackConfig(1, 8, 8, 2, 1, 4)
     config = kt.T5GemmaConfig.pair(small, small, vocabulary_size=32)
-    monkeypatch.setattr(presets, "published_config", lambda name: config)
+    monkeypatch.setattr(catalog, "published_config", lambda name: config)
     model = kt.Seq2SeqLM.from_preset("t5gemma_s_s_ul2", load_weights=False)
     assert model.preprocessor is None
     assert model.backbone.config == config
@@ -60,9 +60,9 @@ def test_a_published_name_without_weights_needs_no_network(monkeypatch):
 
 
 def test_published_configurations_are_in_the_package():
-    config = presets.published_config("t5gemma_xl_xl_ul2")
+    config = catalog.published_config("t5gemma_xl_xl_ul2")
     assert config == kt.T5GemmaConfig.pair("xl", "xl")
-    assert presets.published_config("t5gemma_mini_synopsis") is None
+    assert catalog.published_config("t5gemma_mini_synopsis") is None
 
 
 def test_unknown_names_suggest_the_nearest():
@@ -368,7 +368,7 @@ def test_embedded_preset_prefers_the_right_synopsis(embedded):
 def test_embedded_presets_are_small_and_documented():
     embedded = [p for p in kt.presets() if "://" not in p.sources[0]]
     assert [(p.name, p.objective, p.tuned) for p in embedded] == [
-        ("t5gemma_mini", "PrefixLM", False),
+        ("t5gemma_mini", "UL2 and PrefixLM", False),
         ("t5gemma_mini_synopsis", "supervised", True),
     ]
     assert sum(2 * p.parameters for p in embedded) < 25e6  # Bytes, in bfloat16.

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.presets import EMBEDDED_FOLDER
+from keras_t5gemma.checkpoints.catalog import EMBEDDED_FOLDER
 from keras_t5gemma.recipes import model_card
 from keras_t5gemma.recipes.model_card import write_model_card
 
