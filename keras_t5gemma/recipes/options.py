@@ -88,7 +88,7 @@ class TrainingOptions:
     dtype: str | None = None
     """Data type of the model, e.g. mixed_bfloat16; None is Keras's default."""
     encoder_sequence_length: int | None = None
-    """Maximum number of encoder tokens; None is the preset's."""
+    """Maximum number of encoder tokens; None is the preset's, or 512."""
     decoder_sequence_length: int | None = None
     """Maximum number of decoder tokens; None is the preset's."""
     batch_size: int = 32
