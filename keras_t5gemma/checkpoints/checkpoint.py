@@ -1,6 +1,7 @@
 """T5Gemma checkpoints of any supported format, with lazily loaded tensors."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -104,6 +105,7 @@ class Checkpoint:
             if "decoder/" not in stacks:
                 dropped |= set(copies)
             names = huggingface_names.Names({n for n, _ in rows.values()} | dropped)
+            entries: Mapping[str, LazyTensor]
             entries = names.read(folder, wanted, self.source)
         else:
             entries = h5_file.read_folder(folder, wanted)

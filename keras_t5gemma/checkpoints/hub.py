@@ -51,7 +51,7 @@ def get_folder(location: str) -> Path:
             repository,
             allow_patterns=patterns,
             local_files_only=_is_offline(),
-            **revision,
+            revision=revision.get("revision"),
         )
         return Path(folder) / subfolder
     if scheme == "kaggle":

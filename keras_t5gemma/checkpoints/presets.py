@@ -156,7 +156,8 @@ def take_location(preset: PresetLike, kwargs: dict[str, Any]) -> PresetLike:
     location = catalog.sources().get(location, (location,))[0]
     scheme, handle = hub.split(location)
     if revision is not None:
-        repository, inner, known = ("", "", {})
+        repository, inner = "", ""
+        known: dict[str, str] = {}
         if scheme == "hf":
             repository, inner, known = hub.split_hugging_face(handle)
         if scheme != "hf" or known or not isinstance(revision, str):

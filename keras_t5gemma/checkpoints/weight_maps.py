@@ -335,9 +335,7 @@ def import_tensors(
             )
         tensors[path] = ImportedTensor(entry, transform, shape)
     for copy, name in copies.items():
-        if {copy, name} <= set(entries) and not are_equal(
-            entries[copy], entries[name]
-        ):
+        if {copy, name} <= set(entries) and not are_equal(entries[copy], entries[name]):
             problems.append(
                 f"tensor {copy!r} differs from {name!r}: a separate logit table is "
                 "not implemented, T5Gemma's is the embedding table"

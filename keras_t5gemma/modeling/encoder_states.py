@@ -26,7 +26,8 @@ def layer_numbers(layers: Any, count: int) -> tuple[int, ...]:
     """
     bounds = -count - 1, count
     if not isinstance(layers, list | tuple | range):
-        found = (whole_number(layers, "layers", *bounds, other="a list of layers,"),)
+        number = whole_number(layers, "layers", *bounds, other="a list of layers,")
+        found: tuple[int, ...] = (number,)
     else:
         if not len(layers):
             raise ValueError(f"`layers` must name at least one layer; got {layers!r}.")

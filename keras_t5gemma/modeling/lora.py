@@ -110,7 +110,9 @@ def save(backbone: Any, path: str | os.PathLike[str]) -> None:
             )
             for layer in adapted
         }
-        peft_adapters.write(path, factors, weight_maps.model_shapes(backbone.config))
+        peft_adapters.write(
+            Path(path), factors, weight_maps.model_shapes(backbone.config)
+        )
         return
     with process_group.all_or_none(f"{path} was saved"):
         if process_group.process_index() == 0:

@@ -4,6 +4,7 @@ A LoRA of PEFT adds `lora_alpha / r * B @ A` to a weight `(out, in)`, or its tra
 to an embedding; ours adds `alpha / rank * A @ B` to a kernel `(in, out)`.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -188,7 +189,7 @@ def write(
         for suffix, array in zip(_FACTORS[kind], factors, strict=True):
             array = np.ascontiguousarray(array)
             entries[_PREFIX + name + suffix] = VariableTensor(
-                lambda array=array: array, array.shape, "float32"
+                functools.partial(np.asarray, array), array.shape, "float32"
             )
     config = {
         "peft_type": "LORA",

@@ -17,9 +17,11 @@ import numpy as np
 from keras_t5gemma import _compat
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 from keras_t5gemma.modeling.backbone import Backbone
-from keras_t5gemma.modeling.layer_iteration import is_projection_or_embedding
 from keras_t5gemma.modeling.deferred_init import build_abstract
-from keras_t5gemma.modeling.layer_iteration import iter_layers
+from keras_t5gemma.modeling.layer_iteration import (
+    is_projection_or_embedding,
+    iter_layers,
+)
 
 # Quantization modes of Keras for the default settings of `Backbone.quantize`.
 QUANTIZED = {"int8": "int8", "int4": "int4/128"}

@@ -70,8 +70,9 @@ class TextTower(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
-        is_list = isinstance(layers, Sequence)
-        self.selected_layers: Any = list(layers) if is_list else int(layers)
+        self.selected_layers = (
+            list(layers) if isinstance(layers, Sequence) else int(layers)
+        )
         self.final_norm = check_final_norm(final_norm)
         self._numbers = numbers
         if not flag(trainable, "trainable"):

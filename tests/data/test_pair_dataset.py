@@ -7,9 +7,9 @@ from helpers.models import SENTENCES, tiny_config
 
 import keras_t5gemma as kt
 from keras_t5gemma.data.fit_adapters import fit_arguments
-from keras_t5gemma.data.text_batches import MappedBatches, StreamBatches
 from keras_t5gemma.data.pair_dataset import BATCHINGS, PairDataset
 from keras_t5gemma.data.resumable import any_width, follow
+from keras_t5gemma.data.text_batches import MappedBatches, StreamBatches
 
 WORDS = " ".join(SENTENCES).split()
 SOURCES = [" ".join(WORDS[i : i + 1 + i % 9]) for i in range(35)]

@@ -76,7 +76,10 @@ def test_lora_goes_to_query_and_value_by_default(fresh):
     ("call", "message"),
     [
         (lambda m: m.enable_lora(0), "`rank`.*whole number from 1 to 1048576; got 0"),
-        (lambda m: m.enable_lora(4, ["querry"]), "`target_layer_names` must be.*query.*querry"),
+        (
+            lambda m: m.enable_lora(4, ["querry"]),
+            "`target_layer_names` must be.*query.*querry",
+        ),
     ],
 )
 def test_lora_refuses(fresh, call, message):

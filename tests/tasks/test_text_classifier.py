@@ -190,7 +190,8 @@ def test_refusals(tokenizer, model):
         kt.TextClassifier(*make_encoder(tokenizer))
     with pytest.raises(ValueError, match="a name twice"):
         make_classifier(tokenizer, class_names=["a", "a"])
-    with pytest.raises(ValueError, match="`num_classes` must be.*`class_names`, 3; got 2"):
+    message = "`num_classes` must be.*`class_names`, 3; got 2"
+    with pytest.raises(ValueError, match=message):
         make_classifier(tokenizer, class_names=NAMES, num_classes=2)
     with pytest.raises(ValueError, match="`kind` must be one of.*'ranking'"):
         make_classifier(tokenizer, kind="ranking")

@@ -60,7 +60,10 @@ def test_vocabulary(tokenizer):
     [
         (lambda t: t.tokenize(["a", 3]), r"`text\[1\]` must be a string; got int 3"),
         (lambda t: t.tokenize(None), "string or a list of strings; got NoneType"),
-        (lambda t: t.detokenize([480]), "`token_ids` must be a whole number from 0 to 479; got 480"),
+        (
+            lambda t: t.detokenize([480]),
+            "`token_ids` must be a whole number from 0 to 479; got 480",
+        ),
         (lambda t: t.token_to_id("nonsense piece"), "no piece 'nonsense piece'"),
         (lambda t: kt.Tokenizer(b"not a model"), "not a SentencePiece model"),
         (lambda t: kt.Tokenizer().tokenize("a"), "no vocabulary yet"),
