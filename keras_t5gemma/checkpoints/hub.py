@@ -51,7 +51,7 @@ def get_folder(location: str) -> Path:
             repository,
             allow_patterns=patterns,
             local_files_only=_is_offline(),
-            revision=revision.get("revision"),
+            **revision,
         )
         return Path(folder) / subfolder
     if scheme == "kaggle":
@@ -77,7 +77,7 @@ def split(location: str) -> tuple[str | None, str]:
     return scheme, handle
 
 
-def split_hugging_face(handle: str) -> tuple[str, str, dict[str, str]]:
+def split_hugging_face(handle: str) -> tuple[str, str, dict[str, Any]]:
     """Repository, subfolder and revision of `owner/name@revision/sub/folder`.
 
     Returns:
