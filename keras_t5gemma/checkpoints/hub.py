@@ -4,6 +4,7 @@ import os
 import socket
 import urllib.request
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 _PATTERNS = ["*.json", "*.safetensors", "*.h5", "assets/*", "tokenizer.model"]
