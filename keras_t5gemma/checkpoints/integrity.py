@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,34 @@ class Checksums:
 
 def digest(algorithm: str, data: np.ndarray) -> str:
     """Hex digest of flat bytes."""
-    if algorithm == "crc32":
-        return f"{zlib.crc32(data.data):08x}"
-    return hashlib.sha256(data.data).hexdigest()
+    found = Digest(algorithm)
+    found.update(data)
+    return found.hexdigest()
+
+
+class Digest:
+    """Hex digest of flat bytes that come in parts.
+
+    Args:
+        algorithm: `"sha256"` or `"crc32"`.
+    """
+
+    def __init__(self, algorithm: str):
+        self._crc32 = 0
+        self._sha256 = None if algorithm == "crc32" else hashlib.sha256()
+
+    def update(self, data: np.ndarray) -> None:
+        """Take the next bytes."""
+        if self._sha256 is None:
+            self._crc32 = zlib.crc32(data.data, self._crc32)
+        else:
+            self._sha256.update(data.data)
+
+    def hexdigest(self) -> str:
+        """Digest of what was taken."""
+        if self._sha256 is None:
+            return f"{self._crc32:08x}"
+        return self._sha256.hexdigest()
 
 
 def read_checksums(
@@ -97,8 +122,8 @@ def checked(
 
     Args:
         tensors: `{path: tensor}`.
-        checksums: by the same paths, compared with every tensor that is read whole;
-            parts are not.
+        checksums: by the same paths, compared with every tensor that is read whole,
+            at once or by its `blocks`; slices are not.
         allow_non_finite: warn about NaN and infinite values instead of raising.
         advise: whether messages name the arguments that allow such values.
 
@@ -129,22 +154,44 @@ class _Check:
     allow_non_finite: bool
     advise: bool
 
-    def __call__(self, array):
+    def __call__(self, array: np.ndarray) -> None:
+        """See `lazy_tensors.Check`."""
         whole = array.shape == tuple(self.tensor.shape)
         if whole and self.checksums and not self.checksums.match(self.path, array):
-            advice = "; `verify_checksums=False` loads it as it is" * self.advise
-            raise ValueError(
-                f"{self.tensor.file} is damaged: tensor {self.path!r} differs from "
-                f"its checksum in {CHECKSUM_FILE}. Download or save it again{advice}."
-            )
+            self._raise_damaged()
         if has_non_finite(array):
-            message = (
-                f"{self.tensor.file}: tensor {self.path!r} has NaN or infinite values"
-            )
-            if not self.allow_non_finite:
-                advice = "; `allow_non_finite=True` only warns" * self.advise
-                raise ValueError(f"{message}{advice}.")
-            warnings.warn(message + ".", stacklevel=2)
+            self._report_non_finite()
+
+    def blocks(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """See `lazy_tensors.Check`."""
+        recorded, found = None, None
+        if self.checksums:
+            recorded = self.checksums.tensors.get(self.path)
+            found = Digest(self.checksums.algorithm)
+        non_finite = False
+        for array in arrays:
+            if found and recorded is not None:
+                found.update(to_bytes(array))
+            non_finite = non_finite or has_non_finite(array)
+            yield array
+        if found and recorded not in (None, found.hexdigest()):
+            self._raise_damaged()
+        if non_finite:
+            self._report_non_finite()
+
+    def _raise_damaged(self):
+        advice = "; `verify_checksums=False` loads it as it is" * self.advise
+        raise ValueError(
+            f"{self.tensor.file} is damaged: tensor {self.path!r} differs from "
+            f"its checksum in {CHECKSUM_FILE}. Download or save it again{advice}."
+        )
+
+    def _report_non_finite(self):
+        message = f"{self.tensor.file}: tensor {self.path!r} has NaN or infinite values"
+        if not self.allow_non_finite:
+            advice = "; `allow_non_finite=True` only warns" * self.advise
+            raise ValueError(f"{message}{advice}.")
+        warnings.warn(message + ".", stacklevel=3)
 
 
 def has_non_finite(array: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""Lazily loaded tensors: a shape, a dtype, `read()` and `read_slice(index)`.
+"""Lazily loaded tensors: a shape, a dtype, `read()`, `read_slice(index)`, `blocks()`.
 
 Every reader returns a dict of our variable path to lazy tensor, every writer and
 loader takes such a dict. Conversion and adaptation therefore work on tables of names,
@@ -9,9 +9,9 @@ slices that it holds.
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import keras
 import ml_dtypes
@@ -28,6 +28,9 @@ DTYPES: dict[str, np.dtype] = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in ("float32", "bfloat16", "float16")
 }
+
+
+_BLOCK_BYTES = 2**23  # Of a file, read at a time.
 
 
 def parse_dtype(name: str, argument: str = "dtype") -> np.dtype:
@@ -82,6 +85,24 @@ class LazyTensor:
         """
         return self.read()[tuple(index)]
 
+    def blocks(self) -> Iterator[np.ndarray]:
+        """`read()` in consecutive parts along the first axis.
+
+        Each is small where the file has its rows one after another; otherwise there is
+        one, the whole. Take all of them: damage may be found after the last.
+        """
+        yield self.read()
+
+
+class Check(Protocol):
+    """Checks values of a tensor that were read; raises if they are damaged."""
+
+    def __call__(self, array: np.ndarray) -> None:
+        """Check the whole tensor, or a part."""
+
+    def blocks(self, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same arrays, which make up the whole tensor, checked together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor(LazyTensor):
@@ -93,8 +114,7 @@ class FileTensor(LazyTensor):
         dtype: NumPy dtype of the stored values.
         shape: tuple.
         offset: first byte.
-        check: called with the values of every part that is read; raises if they are
-            damaged.
+        check: `Check` of every part that is read.
     """
 
     file: Path
@@ -102,9 +122,7 @@ class FileTensor(LazyTensor):
     dtype: np.dtype
     shape: tuple
     offset: int
-    check: Callable[[np.ndarray], None] | None = dataclasses.field(
-        default=None, compare=False
-    )
+    check: Check | None = dataclasses.field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -117,13 +135,26 @@ class FileTensor(LazyTensor):
 
     def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
         """A slice, as a new array; no other byte is read."""
+        array = self._read(index)
+        if self.check is not None:
+            self.check(array)
+        return array
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """`read()` in parts of about 8 MiB."""
+        if not self.nbytes or self.nbytes <= _BLOCK_BYTES:
+            yield self.read()
+            return
+        rows = self.shape[0]
+        step = max(1, rows * _BLOCK_BYTES // self.nbytes)
+        arrays = (self._read((slice(i, i + step),)) for i in range(0, rows, step))
+        yield from arrays if self.check is None else self.check.blocks(arrays)
+
+    def _read(self, index):
         parts = bounds(index, self.shape)
         shape = tuple(high - low for low, high in parts)
         size = math.prod(shape) * self.dtype.itemsize
-        # JAX uses a buffer without a copy only if it is aligned to 64 bytes.
-        buffer = np.empty(size + 64, "uint8")
-        start = -buffer.ctypes.data % 64
-        buffer = buffer[start : start + size]
+        buffer = aligned_empty((size,), np.dtype("uint8"))
         starts, length = byte_runs(parts, self.shape, self.dtype.itemsize)
         with open_regular(self.file, buffering=0) as file:
             view = memoryview(buffer.data)
@@ -131,10 +162,7 @@ class FileTensor(LazyTensor):
                 run, view = view[:length], view[length:]
                 file.seek(self.offset + first)
                 read_into(file, run, self.name)
-        array = buffer.view(self.dtype).reshape(shape)
-        if self.check is not None:
-            self.check(array)
-        return array
+        return buffer.view(self.dtype).reshape(shape)
 
 
 def read_into(file: BinaryIO, view: memoryview, name: str) -> None:
@@ -173,6 +201,14 @@ class ImportedTensor(LazyTensor):
     def read(self) -> np.ndarray:
         """The values, in our layout."""
         return self.transform.from_file(self.source.read(), self.shape)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """`read()` in the parts of the file, or whole if its axes are permuted."""
+        if self.transform.permutation:
+            yield self.read()
+            return
+        for block in self.source.blocks():
+            yield block.reshape(-1, *self.shape[1:])
 
     def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
         """A slice; of the file the same slice is read, rounded out to whole heads."""
@@ -294,6 +330,11 @@ class CastTensor(LazyTensor):
         """A slice, rounded to the dtype."""
         return self.source.read_slice(index).astype(self.dtype, copy=False)
 
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The parts of the source tensor, rounded to the dtype."""
+        for block in self.source.blocks():
+            yield block.astype(self.dtype, copy=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class FirstRows(LazyTensor):
@@ -321,6 +362,30 @@ class FirstRows(LazyTensor):
         """A slice of the rows."""
         parts = bounds(index, self.shape)
         return self.source.read_slice(tuple(slice(*part) for part in parts))
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array without values, aligned to 64 bytes: JAX does not copy such ones."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, "uint8")
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def read_as(tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
+    """Values in another dtype; of the stored one only a block is in memory at a time.
+
+    A tensor whose axes are permuted in its file is one block.
+    """
+    if tensor.dtype == dtype or not tensor.shape:
+        return tensor.read().astype(dtype, copy=False)
+    result = aligned_empty(tuple(tensor.shape), dtype)
+    row = 0
+    with np.errstate(over="ignore"):  # Infinite in float16, as every backend rounds.
+        for block in tensor.blocks():
+            result[row : row + len(block)] = block
+            row += len(block)
+    return result
 
 
 def nbytes(tensor: LazyTensor) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints.byte_ranges import bounds
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor, read_as
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -40,18 +40,18 @@ def build_and_fill(
         with keras.StatelessScope(initialize_variables=False):
             model = build()
         tensors = read(model)
-        # The largest first: a tensor is in memory twice while it is converted, which
-        # costs least before the others are loaded.
+        # The largest first: a tensor that its file has in another layout is in memory
+        # twice while it is converted, which costs least before the others are loaded.
         for variable in sorted(pending, key=lambda v: -math.prod(v.shape)):
             tensor = tensors.get(variable.path)
             if tensor is None:
                 _compat.initialize_variable(variable)
                 continue
-            sharding = variable_sharding(variable)
+            sharding, dtype = variable_sharding(variable), DTYPES[variable.dtype]
             if sharding is None:
-                _compat.initialize_variable(variable, _Reader(tensor.read))
+                _compat.initialize_variable(variable, _Reader(tensor, dtype))
                 continue
-            value = read_onto_devices(tensor, sharding, DTYPES[variable.dtype])
+            value = read_onto_devices(tensor, sharding, dtype)
             _compat.set_variable_value(variable, value)
     return model
 
@@ -100,18 +100,21 @@ def build_abstract(build: Callable[[], Any]) -> Any:
 class _Reader:
     """An initializer that reads the values."""
 
-    def __init__(self, read):
-        self.read = read
+    def __init__(self, tensor, dtype):
+        self.tensor, self.dtype = tensor, dtype
 
     def __call__(self, shape, dtype=None):
-        return keras.ops.convert_to_tensor(without_copy(self.read()), dtype=dtype)
+        array = without_copy(read_as(self.tensor, self.dtype))
+        return keras.ops.convert_to_tensor(array, dtype=dtype)
 
 
 def without_copy(array: np.ndarray) -> Tensor:
     """A tensor that shares the array's memory, where Keras would copy it."""
     backend = keras.config.backend()
     if backend == "jax":
-        return array
+        import jax
+
+        return jax.numpy.asarray(array, array.dtype)  # Copies if no dtype is given.
     array = np.ascontiguousarray(array)
     if backend == "tensorflow" and (array.ctypes.data % 64 or not array.size):
         return array  # Its kernels crash on buffers that are not aligned to 64 bytes.
