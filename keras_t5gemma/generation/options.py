@@ -211,7 +211,7 @@ def _places_and_ids(forced):
     if isinstance(forced, tuple) and all(isinstance(item, tuple) for item in forced):
         return forced  # Pairs already, from `dataclasses.replace`.
     if isinstance(forced, dict):
-        places, ids = id_tuple(forced, name), id_tuple(forced.values(), name)
+        places, ids = id_tuple(forced.keys(), name), id_tuple(forced.values(), name)
     else:
         ids = id_tuple(forced, name)
         places = range(len(ids))

@@ -456,7 +456,7 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
     assert model.generate(pairs, LENGTH) == expected
     with pytest.raises(ValueError, match=r"sampler Own.*not support.*\['num_beams'\]"):
         model.generate(pairs, LENGTH, num_beams=2)
-    with pytest.raises(ValueError, match="`stream`.*got Own"):
+    with pytest.raises(ValueError, match="`stream`.*got .*Own"):
         model.stream("a", LENGTH)
 
 
@@ -482,7 +482,7 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
         ({"stop_token_ids": (500,)}, r"`stop_token_ids`.*\[0, 480\).*500"),
         ({"repetition_penalty": 0}, "`repetition_penalty` must be a number above 0"),
         ({"max_time": -1}, "`max_time` must be a number above 0; got -1"),
-        ({"seed": -1}, "`seed` must be a whole number from 0; got -1"),
+        ({"seed": -1}, "`seed` must be a whole number from 0 to .*; got -1"),
         ({"stop_token_ids": 1}, "`stop_token_ids` must be a list of token ids; got 1"),
         ({"banned_token_ids": "fox"}, "`banned_token_ids` must be a list.*got 'fox'"),
         ({"forced_token_ids": 5}, "`forced_token_ids` must be a list.*got 5"),

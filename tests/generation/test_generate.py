@@ -194,7 +194,7 @@ def test_without_preprocessor():
         ),
         ({"encoder_token_ids": np.full((1, 4), 480)}, {}, r"\[0, 480\).*480"),
         ({"encoder_token_ids": np.full((1, 4), -1)}, {}, r"\[0, 480\).*-1"),
-        ({"encoder_token_ids": np.zeros((1, 0), int)}, {}, "length >= 1"),
+        ({"encoder_token_ids": np.zeros((1, 0), int)}, {}, "a row and a token"),
         ({"encoder_token_ids": np.full((1, 4), 4), "ids": 3}, {}, "unknown keys"),
     ],
 )
