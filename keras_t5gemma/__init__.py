@@ -38,9 +38,9 @@ if TYPE_CHECKING or not _environment.defers_imports():
     from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
     from keras_t5gemma.tasks.text_classifier import TextClassifier as TextClassifier
     from keras_t5gemma.tasks.text_embedder import TextEmbedder as TextEmbedder
-    from keras_t5gemma.tasks.text_embedder import cosine_similarity as cosine_similarity
-    from keras_t5gemma.tasks.text_embedder import nearest as nearest
     from keras_t5gemma.tasks.text_tower import TextTower as TextTower
+    from keras_t5gemma.tasks.vector_search import cosine_similarity as cosine_similarity
+    from keras_t5gemma.tasks.vector_search import nearest as nearest
     from keras_t5gemma.tokenization.preprocessor import (
         Seq2SeqLMPreprocessor as Seq2SeqLMPreprocessor,
     )
