@@ -21,12 +21,12 @@ from keras_t5gemma.modeling.layer_iteration import (
     is_projection_or_embedding,
     iter_layers,
 )
+from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 from keras_t5gemma.utils.checks import flag, instance, one_of, path
 from keras_t5gemma.utils.sizes import parse_shard_size
 from keras_t5gemma.utils.types import Tensor
 
-QUANTIZED = ("int8", "int4")
 _MODES = (*QUANTIZED, "float8", "gptq", "awq")  # Keras's.
 
 
@@ -310,21 +310,10 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         checks = verify_checksums, allow_non_finite
         flag(verify_checksums, "verify_checksums")
         flag(allow_non_finite, "allow_non_finite")
-        mode = kwargs.get("dtype")
-        if isinstance(mode, str) and mode in QUANTIZED:
-            del kwargs["dtype"]
-            backbone = cls.from_preset(
-                preset, load_weights, encoder_only, *checks, **kwargs
-            )
-            stored = backbone.encoder.token_embedding.quantization_mode
-            if stored is None:
-                backbone.quantize(mode)
-            elif stored != mode:
-                raise ValueError(
-                    f"`dtype` is {mode!r}, but the weights of {preset} are {stored}."
-                )
-            return backbone
         presets.check_keywords(kwargs, ("dtype", "name", "trainable"), cls.__name__)
+        mode = None
+        if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] in QUANTIZED:
+            mode = kwargs.pop("dtype")
         config = None if load_weights else catalog.published_config(preset)
         if config is None:
             opened = checkpoint.open_checkpoint(preset)
@@ -332,16 +321,19 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
                 if kwargs.get("dtype") is None:
                     kwargs["dtype"] = opened.saved_policy()
                 return weight_loading.load_quantized(
-                    cls, opened, load_weights, encoder_only, *checks, **kwargs
+                    cls, opened, load_weights, encoder_only, *checks, mode, **kwargs
                 )
             if load_weights:
                 return weight_loading.load_backbone(
-                    cls, opened, encoder_only, *checks, **kwargs
+                    cls, opened, encoder_only, *checks, mode, **kwargs
                 )
             config, kwargs["lineage"] = opened.config, opened.lineage
         if encoder_only:
             config = dataclasses.replace(config, decoder=None)
-        return cls(config, **kwargs)
+        backbone = cls(config, **kwargs)
+        if mode is not None:
+            backbone.quantize(mode)
+        return backbone
 
     def save_weights(
         self,

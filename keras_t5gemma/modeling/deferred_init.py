@@ -19,7 +19,7 @@ import numpy as np
 
 from keras_t5gemma import _compat
 from keras_t5gemma.checkpoints.byte_ranges import bounds
-from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, LazyTensor, read_as
+from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, read_as
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -47,7 +47,8 @@ def build_and_fill(
             if tensor is None:
                 _compat.initialize_variable(variable)
                 continue
-            sharding, dtype = variable_sharding(variable), DTYPES[variable.dtype]
+            sharding = variable_sharding(variable)
+            dtype = np.dtype(variable.dtype)  # ml_dtypes has named bfloat16.
             if sharding is None:
                 _compat.initialize_variable(variable, _Reader(tensor, dtype))
                 continue

@@ -27,6 +27,11 @@ from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.shared_arrays import is_shared
 from keras_t5gemma.modeling.deferred_init import build_and_fill
 from keras_t5gemma.modeling.layer_iteration import iter_layers
+from keras_t5gemma.modeling.quantized_loading import (
+    policies,
+    quantized_tensors,
+    without_garbage_collection,
+)
 from keras_t5gemma.utils.sizes import UNITS
 
 Model: TypeAlias = Any  # A `Backbone`, which is defined above this module.
@@ -53,6 +58,7 @@ def load_backbone(
     encoder_only: bool = False,
     verify_checksums: bool = True,
     allow_non_finite: bool = False,
+    mode: str | None = None,
     **kwargs: Any,
 ) -> Model:
     """A `Backbone` of a float checkpoint, each tensor read once into its variable.
@@ -63,6 +69,7 @@ def load_backbone(
         encoder_only: build and read the encoder alone.
         verify_checksums: compare what is read with the preset's checksums.
         allow_non_finite: warn about NaN and infinite weights instead of raising.
+        mode: `"int8"` or `"int4"` to quantize; then without `dtype`.
         **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
 
     Raises:
@@ -74,7 +81,16 @@ def load_backbone(
     tensors = checkpoint.checked_tensors(
         encoder_only, verify_checksums, allow_non_finite, advise=True
     )
-    return fill(build, config, tensors, lineage=checkpoint.lineage, **kwargs)
+    kwargs["lineage"] = checkpoint.lineage
+    if mode is None or keras.distribution.distribution() is not None:
+        backbone = fill(build, config, tensors, **kwargs)
+        if mode is not None:  # Where devices share weights, of the shared ones.
+            backbone.quantize(mode)
+        return backbone
+    policy = keras.config.dtype_policy()
+    kwargs["dtype"] = policies(tensors, policy, mode)
+    with without_garbage_collection():
+        return fill(build, config, tensors, policy, **kwargs)
 
 
 def load_quantized(
@@ -84,6 +100,7 @@ def load_quantized(
     encoder_only: bool = False,
     verify_checksums: bool = True,
     allow_non_finite: bool = False,
+    mode: str | None = None,
     **kwargs: Any,
 ) -> Model:
     """A `Backbone` of a preset that was saved quantized, as it was saved.
@@ -97,15 +114,23 @@ def load_quantized(
         encoder_only: build and read the encoder alone.
         verify_checksums: compare the files with the preset's checksums first.
         allow_non_finite: warn about NaN and infinite weights instead of raising.
+        mode: `"int8"` or `"int4"` that the weights must have.
         **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
 
     Raises:
-        ValueError: if a weight file is missing or damaged.
+        ValueError: if a weight file is missing or damaged, or of another mode.
     """
     config = checkpoint.config
     if encoder_only:
         config = dataclasses.replace(config, decoder=None)
     backbone = build(config, lineage=checkpoint.lineage, **kwargs)
+    modes = {getattr(part, "quantization_mode", None) for part in iter_layers(backbone)}
+    stored = ", ".join(sorted(filter(None, modes)))
+    if mode not in (None, stored):
+        location = checkpoint.location
+        raise ValueError(
+            f"`dtype` is {mode!r}, but the weights of {location} are {stored}."
+        )
     if load_weights:
         keras_format.check_tensors(
             checkpoint.quantized_tensors(encoder_only),
@@ -120,6 +145,7 @@ def fill(
     build: Callable[..., Model],
     config: T5GemmaConfig,
     tensors: Mapping[str, LazyTensor],
+    policy: keras.DTypePolicy | None = None,
     **kwargs: Any,
 ) -> Model:
     """A `Backbone` whose variables are read from lazily loaded tensors.
@@ -127,7 +153,9 @@ def fill(
     Args:
         build: `(config, **kwargs) -> Backbone`.
         config: `T5GemmaConfig`.
-        tensors: `{variable path: tensor}`, one for each variable.
+        tensors: `{variable path: tensor}`, one for each variable of the float model.
+        policy: of the float model, to quantize it while it is read; `dtype` then has
+            the `policies` of its layers.
         **kwargs: further arguments of `Backbone`.
 
     Raises:
@@ -135,10 +163,13 @@ def fill(
     """
 
     def read(backbone):
-        unmapped = sorted({v.path for v in backbone.weights} ^ set(tensors))
+        found = tensors
+        if policy is not None:
+            found = quantized_tensors(backbone, tensors, policy)
+        unmapped = sorted({v.path for v in backbone.weights} ^ set(found))
         if unmapped:
             raise ValueError(f"The weight map does not fit the model: {unmapped}.")
-        return tensors
+        return found
 
     backbone = build_and_fill(lambda: build(config, **kwargs), read)
     track_parameters(backbone)
@@ -196,7 +227,15 @@ def gather_weights(
     Returns:
         Whether the files were written: not for one device, other files, or quantized
         weights, which are left to Keras.
+
+    Raises:
+        ValueError: for a quantized model with several processes.
     """
+    if process_group.process_count() > 1 and is_quantized(backbone):
+        raise ValueError(
+            "Several processes cannot save a quantized model. Its weights are those of "
+            "the preset; `save_lora_weights` saves trained adapters."
+        )
     folder, name = os.path.split(filepath)
     if (
         not is_shared(backbone.weights[0])

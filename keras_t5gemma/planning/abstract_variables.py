@@ -18,13 +18,7 @@ from keras_t5gemma import _compat
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.deferred_init import build_abstract
-from keras_t5gemma.modeling.layer_iteration import (
-    is_projection_or_embedding,
-    iter_layers,
-)
-
-# Quantization modes of Keras for the default settings of `Backbone.quantize`.
-QUANTIZED = {"int8": "int8", "int4": "int4/128"}
+from keras_t5gemma.modeling.quantized_loading import policies
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +77,9 @@ def model_variables(
     def build() -> Backbone:
         backbone = Backbone(small, dtype=dtype)
         if quantize:
-            backbone = Backbone(small, dtype=_quantized(backbone, dtype, quantize))
+            paths = [variable.path for variable in backbone.weights]
+            policy = keras.dtype_policies.get(dtype)
+            backbone = Backbone(small, dtype=policies(paths, policy, quantize))
         if lora_rank:
             backbone.enable_lora(lora_rank)
         elif quantize:
@@ -104,20 +100,6 @@ def model_variables(
 def _one_block(stack: StackConfig) -> StackConfig:
     kinds = stack.layer_types and stack.layer_types[:1]
     return dataclasses.replace(stack, num_layers=1, layer_types=kinds)
-
-
-def _quantized(
-    backbone: Backbone, dtype: str, mode: str
-) -> keras.dtype_policies.DTypePolicyMap:
-    """Policies that `backbone.quantize(mode)` gives to its layers."""
-    policies = keras.dtype_policies.DTypePolicyMap(
-        default_policy=keras.dtype_policies.get(dtype)
-    )
-    for layer in iter_layers(backbone):
-        if is_projection_or_embedding(layer):
-            name = f"{QUANTIZED[mode]}_from_{dtype}"
-            policies[layer.path] = keras.dtype_policies.get(name)
-    return policies
 
 
 def optimizer_variables(

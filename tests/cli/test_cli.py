@@ -14,7 +14,7 @@ from keras_t5gemma.data import pair_dataset
 from keras_t5gemma.distribution import layouts
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.modeling import heads
-from keras_t5gemma.planning.abstract_variables import QUANTIZED
+from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.planning.costs import COMPUTE_BYTES
 from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
 from keras_t5gemma.training.optimizers import OPTIMIZERS

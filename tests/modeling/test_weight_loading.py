@@ -9,6 +9,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.checkpoints import integrity, lazy_tensors
 from keras_t5gemma.checkpoints.layout_transforms import TRANSFORMS
 from keras_t5gemma.checkpoints.lazy_tensors import DTYPES, FileTensor, ImportedTensor
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 
 BLOCK = 2**12
 FORMATS = ["keras", "huggingface"]
@@ -95,3 +96,26 @@ def test_a_preset_is_cast_in_blocks(format, dtype, folders, small_blocks):
     for a, b in zip(exact.weights, found.weights, strict=True):
         assert b.dtype == dtype
         assert (numpy(a.value).astype(DTYPES[dtype]) == numpy(b.value)).all(), a.path
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_preset_is_quantized_in_blocks(mode, format, folders, small_blocks):
+    """Codes, scales and policies are those of `quantize`, with less in memory."""
+    expected = kt.Backbone.from_preset(folders[format])
+    largest = max(small_blocks)
+    expected.quantize(mode)
+    small_blocks.clear()
+    found = kt.Backbone.from_preset(folders[format], dtype=mode)
+    assert max(small_blocks) < largest / 4
+    for layer, other in zip(iter_layers(expected), iter_layers(found), strict=True):
+        assert layer.quantization_mode == other.quantization_mode
+        if layer is not expected:
+            assert layer.dtype_policy == other.dtype_policy
+    weights = {variable.path: variable for variable in expected.weights}
+    assert set(weights) == {variable.path for variable in found.weights}
+    for variable in found.weights:
+        exact = weights[variable.path]
+        assert variable.dtype == exact.dtype
+        assert (numpy(variable.value) == numpy(exact.value)).all(), variable.path
+        assert variable.trainable == exact.trainable
