@@ -45,13 +45,13 @@ def enable(
     """
     rank = whole_number(rank, "rank", 1, MAX_ROWS)
     if parts is not None:
-        parts = [one_of(part, "parts", PARTS) for part in to_list(parts, "parts")]
+        parts = [one_of(part, "parts", PARTS) for part in _names(parts, "parts")]
     if parts is None and names is None:
         names = backbone.default_lora_layer_names()
     candidates = _candidates(backbone)
     known = {layer.name for layer in candidates}
     if names is not None:
-        names = to_list(names, "target_layer_names")
+        names = _names(names, "target_layer_names")
         for name in names:
             one_of(name, "target_layer_names", sorted(known))
 
@@ -71,6 +71,13 @@ def enable(
             f"No layer is in `parts` {parts!r} and in `target_layer_names` {names!r}."
         )
     _enable(backbone, rank, chosen)
+
+
+def _names(values, name):
+    """A list of names; one string would be a list of letters."""
+    if isinstance(values, str):
+        raise ValueError(f"`{name}` must be a list of strings; got {values!r}.")
+    return to_list(values, name)
 
 
 def save(backbone: Any, path: str | os.PathLike[str]) -> None:

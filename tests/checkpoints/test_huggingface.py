@@ -297,8 +297,11 @@ def test_missing_shard_is_named(tmp_path):
         (lambda c: c.update(model_type="t5"), "not a checkpoint of T5Gemma.*'t5'"),
         (lambda c: c["encoder"].pop("hidden_size"), "lacks the field 'hidden_size'"),
         (lambda c: c["decoder"].update(attention_bias=True), "attention_bias True"),
-        (lambda c: c["decoder"].update(query_pre_attn_scalar=None), "a wrong type"),
-        (lambda c: c.update(encoder=[1]), "config.json has a field of a wrong type"),
+        (
+            lambda c: c["decoder"].update(query_pre_attn_scalar=None),
+            "`query_pre_attn_scalar` must be a number above 0",
+        ),
+        (lambda c: c.update(encoder=[1]), "`encoder` must be a JSON object"),
     ],
 )
 def test_other_models_are_refused(folder, tmp_path, edit, message):

@@ -197,8 +197,8 @@ def test_refusals(tmp_path):
     for options, message in (
         ({"tfidf": False}, "nothing to measure"),
         ({"seeds": 0}, "`seeds` must be a whole number from 1; got 0"),
-        ({"learning_rates": ["fast"]}, "`learning_rates` must be numbers.*'fast'"),
-        ({"learning_rates": [0]}, "`learning_rates` must be above 0"),
+        ({"learning_rates": ["fast"]}, "`learning_rates` must be one or more .*'fast'"),
+        ({"learning_rates": [0]}, "`learning_rates` must be .* above 0"),
         ({"train_rows": 1}, "`train_rows` must be 2 or more.*got 1"),
         ({"train_rows": 0}, "`train_rows` must be a whole number from 1; got 0"),
         ({"lexical_dim": 0}, "`lexical_dim` must be a whole number from 1; got 0"),
