@@ -110,7 +110,9 @@ def read_json_file(path: str | os.PathLike[str]) -> Any:
 
 def _read_bounded(path):
     with open_regular(path) as file:
-        content = file.read(MAX_JSON_BYTES + 1)
+        # `read` allocates what it is asked for, so not the bound.
+        size = min(os.fstat(file.fileno()).st_size, MAX_JSON_BYTES)
+        content = file.read(size + 1)
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(
             f"{os.fspath(path)} has {os.path.getsize(path)} bytes; JSON and text files "
