@@ -6,7 +6,6 @@ G = N / K queries a key/value head, H head size, D width, F feed-forward width,
 V vocabulary.
 """
 
-import functools
 from typing import Any
 
 import keras
@@ -133,17 +132,9 @@ class Attention(keras.layers.Layer):
         if not isinstance(mask, BlockwiseMask):
             return self._attend_at_once(query, key, value, mask, seeds)
 
-        def in_blocks():
-            arguments = mask.visibility, self.soft_cap, self.dropout, seeds, mask.kernel
-            output = attend(query, key, value, *arguments)
-            return ops.reshape(output, (*ops.shape(output)[:2], -1))
-
-        if mask.is_long is None:
-            return in_blocks()
-        at_once = functools.partial(
-            self._attend_at_once, query, key, value, mask.mask, seeds
-        )
-        return ops.cond(mask.is_long, in_blocks, at_once)
+        arguments = mask.visibility, self.soft_cap, self.dropout, seeds, mask.kernel
+        output = attend(query, key, value, *arguments)
+        return ops.reshape(output, (*ops.shape(output)[:2], -1))
 
     def _attend_at_once(self, query, key, value, mask, seeds):
         batch, length = ops.shape(query)[0], ops.shape(query)[1]

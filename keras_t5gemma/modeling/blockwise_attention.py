@@ -18,7 +18,6 @@ import dataclasses
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_t5gemma.modeling import flex_attention, splash_attention
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator
@@ -51,15 +50,10 @@ class BlockwiseMask:
     Args:
         visibility: which keys a query attends to.
         kernel: see `attend`.
-        is_long: boolean scalar tensor, whether to use blocks, where TensorFlow traces
-            a function of unknown lengths; else `None`.
-        mask: boolean mask for the other case.
     """
 
     visibility: Visibility
     kernel: str = "auto"
-    is_long: Tensor = None
-    mask: Tensor = None
 
 
 def attention_mask(visibility: Visibility, kernel: str = "auto") -> Any:
@@ -72,13 +66,9 @@ def attention_mask(visibility: Visibility, kernel: str = "auto") -> Any:
     lengths = [x.shape[1] for x in (visibility.queries, visibility.keys)]
     if kernel == "plain":
         return visibility.mask()
-    if None in lengths:  # TensorFlow only.
-        queries, keys = (ops.shape(x)[1] for x in (visibility.queries, visibility.keys))
-        is_long = uses_blocks(queries, keys)
-        nothing = ops.cast(visibility.queries[:, :1, None], "bool")
-        mask = ops.cond(is_long, lambda: nothing, visibility.mask)
-        return BlockwiseMask(visibility, kernel, is_long, mask)
     # Exporters of PyTorch have symbols for lengths, and write plain operations.
+    # TensorFlow traces `fit` with unknown lengths, and has no gradient of a choice
+    # between the two in a program: there the mask is made.
     if all(isinstance(x, int) for x in lengths) and uses_blocks(*lengths):
         return BlockwiseMask(visibility, kernel)
     return visibility.mask()
