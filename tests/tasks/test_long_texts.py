@@ -63,9 +63,10 @@ def shapes(monkeypatch):
 def test_embed_keeps_a_long_text_apart_from_short_ones(embedder, long, shapes):
     texts = [*SHORT[:3], long, *SHORT[3:]]
     vectors = embedder.embed(texts, batch_size=4)
-    short_width = {width for _, width in shapes if width <= 512}
-    assert (1, 768) in shapes
-    assert len(shapes) == (3 if IS_TORCH else 2)
+    if keras.config.backend() != "tensorflow":  # It traces unknown lengths.
+        short_width = {width for _, width in shapes if width <= 512}
+        assert (1, 768) in shapes
+        assert len(shapes) == (3 if IS_TORCH else 2)
     alone = embedder.embed([long])[0]
     np.testing.assert_allclose(vectors[3], alone, atol=1e-5)
     del shapes[:]
