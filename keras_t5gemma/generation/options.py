@@ -2,7 +2,6 @@
 
 import dataclasses
 import numbers
-from collections.abc import KeysView, ValuesView
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from keras_t5gemma.tokenization.token_ids import check_range
 from keras_t5gemma.utils.checks import MAX_COUNT, flag, number, shown, whole_number
 
 # Not generators, which may be endless.
-_LISTS = (list, tuple, set, frozenset, range, KeysView, ValuesView)
+_LISTS = (list, tuple, set, frozenset, range)
 
 _MAX_SEED = 2**128 - 1
 _MAX_ANSWERS = 4096  # Of a source; arrays of all of them are allocated at once.
@@ -211,7 +210,7 @@ def _places_and_ids(forced):
     if isinstance(forced, tuple) and all(isinstance(item, tuple) for item in forced):
         return forced  # Pairs already, from `dataclasses.replace`.
     if isinstance(forced, dict):
-        places, ids = id_tuple(forced.keys(), name), id_tuple(forced.values(), name)
+        places, ids = (id_tuple([*part], name) for part in (forced, forced.values()))
     else:
         ids = id_tuple(forced, name)
         places = range(len(ids))

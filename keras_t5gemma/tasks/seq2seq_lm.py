@@ -386,11 +386,11 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         self._forget_compiled()
 
     def save_lora_weights(self, filepath: Any) -> None:
-        """Save only the adapters, to a path that ends in `.lora.h5`."""
+        """Save only the adapters, to a path in `.lora.h5` or a folder for PEFT."""
         self.backbone.save_lora_weights(path(filepath, "filepath"))
 
     def load_lora_weights(self, filepath: Any) -> None:
-        """Load adapters of `save_lora_weights` into the same layers."""
+        """Load adapters of `save_lora_weights`, or a PEFT folder, into their layers."""
         self.backbone.load_lora_weights(path(filepath, "filepath"))
         self._forget_compiled()
 

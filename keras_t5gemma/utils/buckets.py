@@ -16,8 +16,8 @@ Lengths = TypeVar("Lengths", int, np.ndarray)
 # or that keep an accelerator busy.
 LOGITS_ON_CPU, LOGITS_ON_ACCELERATOR = 2**20, 2**24
 
-# Tokens up to which `batch_size` alone bounds a batch. Longer texts have batches apart,
-# of as many tokens at most as `batch_size` texts of this length.
+# Tokens up to which `batch_size` alone bounds a batch. Longer texts have separate
+# batches, of at most `batch_size` times this number of tokens.
 SHORT = 512
 
 
