@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import KeysView, ValuesView
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from keras_t5gemma.tokenization.token_ids import check_range
 from keras_t5gemma.utils.checks import MAX_COUNT, flag, number, shown, whole_number
 
 # Not generators, which may be endless.
-_LISTS = (list, tuple, set, frozenset, range)
+_LISTS = (list, tuple, set, frozenset, range, KeysView, ValuesView)
 
 _MAX_SEED = 2**128 - 1
 _MAX_ANSWERS = 4096  # Of a source; arrays of all of them are allocated at once.
