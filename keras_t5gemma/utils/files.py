@@ -109,16 +109,20 @@ def read_json_file(path: str | os.PathLike[str]) -> Any:
 
 
 def _read_bounded(path):
+    content = bytearray()
     with open_regular(path) as file:
-        # `read` allocates what it is asked for, so not the bound.
-        size = min(os.fstat(file.fileno()).st_size, MAX_JSON_BYTES)
-        content = file.read(size + 1)
+        # In pieces: `read` allocates what it is asked for, and the size that the file
+        # system reports is 0 for files of `/proc`.
+        while piece := file.read(2**20):
+            content += piece
+            if len(content) > MAX_JSON_BYTES:
+                break
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(
             f"{os.fspath(path)} has {os.path.getsize(path)} bytes; JSON and text files "
             f"may have at most {MAX_JSON_BYTES}."
         )
-    return content
+    return bytes(content)
 
 
 def parse_json(text: str | bytes, name: str) -> Any:

@@ -134,3 +134,8 @@ def test_text_files_have_a_bound_and_an_encoding(tmp_path, monkeypatch):
     path.write_bytes(b"x" * 11)
     with pytest.raises(ValueError, match="a.txt has 11 bytes; .* at most 10"):
         files.read_text(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux only")
+def test_files_whose_size_is_not_known_are_read_whole():
+    assert files.read_text("/proc/self/stat").split()[0] == str(os.getpid())
