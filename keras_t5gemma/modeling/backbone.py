@@ -1,9 +1,7 @@
 """The T5Gemma backbone: token ids to hidden states of encoder and decoder."""
 
 import dataclasses
-import gc
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -13,25 +11,27 @@ from keras_t5gemma.checkpoints import catalog, checkpoint, huggingface, presets
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype, parse_policy
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.distribution import layouts, mesh, process_group
+from keras_t5gemma.distribution import layouts, mesh
 from keras_t5gemma.distribution.prediction import SafeInference
-from keras_t5gemma.modeling import bases, lora, weight_loading
+from keras_t5gemma.modeling import bases, weight_loading
 from keras_t5gemma.modeling.blockwise_attention import WithAttentionKernel
-from keras_t5gemma.modeling.layer_iteration import (
-    is_projection_or_embedding,
-    iter_layers,
-)
+from keras_t5gemma.modeling.in_place import ChangesInPlace
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.modeling.towers import Decoder, Encoder
-from keras_t5gemma.utils.checks import flag, instance, one_of, path
+from keras_t5gemma.utils.checks import flag, instance, path
 from keras_t5gemma.utils.sizes import parse_shard_size
 from keras_t5gemma.utils.types import Tensor
 
-_MODES = (*QUANTIZED, "float8", "gptq", "awq")  # Keras's.
-
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Backbone):
+class Backbone(
+    ChangesInPlace,
+    WithAttentionKernel,
+    SafeInference,
+    AtomicSaveToPreset,
+    bases.Backbone,
+):
     """T5Gemma encoder-decoder (arXiv 2504.06225), without a task.
 
     Call it on a dict of int32 arrays `encoder_token_ids`, `encoder_padding_mask`
@@ -117,13 +117,16 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         training: bool = False,
         causal: bool = False,
     ) -> Tensor:
-        """Encoder output `(batch, length, width)`.
+        """Encode token ids to the states of the last layer.
 
         Args:
             token_ids: int `(batch, length)`.
             padding_mask: `(batch, length)`, 0 for padding.
             training: turns dropout on.
             causal: attend to earlier tokens only; see `Encoder.call`.
+
+        Returns:
+            Encoder output `(batch, length, width)`, in the compute dtype.
         """
         return self.encoder(token_ids, padding_mask, training=training, causal=causal)
 
@@ -157,6 +160,9 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         Returns:
             States `(batch, length, width)` without a cache; `(states, cache)`
             with one.
+
+        Raises:
+            ValueError: for an encoder alone.
         """
         if self.decoder is None:
             raise ValueError(
@@ -181,67 +187,49 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         length: int,
         rows: int | None = None,
     ) -> dict[str, Any]:
-        """A decoding cache for up to `length` tokens; see `Decoder.make_cache`."""
+        """A decoding cache: keys and values of the encoder output, and room for more.
+
+        Args:
+            encoder_output: from `encode`, `(batch, encoder length, encoder width)`.
+            encoder_padding_mask: `(batch, encoder length)`, 0 for padding.
+            length: longest sequence to decode, in tokens.
+            rows: a multiple of the batch, for several answers a source; `None` is the
+                batch.
+
+        Returns:
+            A dict of arrays, the `cache` of `decode`.
+        """
         return self.decoder.make_cache(
             encoder_output, encoder_padding_mask, length, rows
         )
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Soft-capped logits `(batch, length, vocabulary)` of what `decode` returns."""
+        """Logits of the vocabulary, soft-capped.
+
+        Args:
+            hidden_states: what `decode` returns, `(batch, length, width)`.
+
+        Returns:
+            `(batch, length, vocabulary)`, in the compute dtype.
+        """
         return self.decoder.logits(hidden_states)
 
     def next_logits(self, hidden_states: Tensor, capped: bool = True) -> Tensor:
-        """Logits `(batch, vocabulary)` of one position, `(batch, 1, width)` states."""
+        """Logits of one position, as a step of generation computes them.
+
+        Args:
+            hidden_states: states of the position, `(batch, width)`.
+            capped: apply the soft cap, which does not change the order.
+
+        Returns:
+            `(batch, vocabulary)`.
+        """
         return self.decoder.next_logits(hidden_states, capped)
 
     @property
     def token_embedding(self) -> keras.layers.Layer:
         """The encoder's embedding layer."""
         return self.encoder.token_embedding
-
-    def quantize(
-        self, mode: str | None = None, filters: Any = None, **kwargs: Any
-    ) -> None:
-        """Quantize projections and embeddings in place; see `keras.Model.quantize`.
-
-        Raises:
-            ValueError: with several processes, none of which has a whole weight.
-        """
-        if process_group.process_count() > 1:
-            raise ValueError(
-                "`quantize` needs whole weights, but each process has a part of them: "
-                "quantize and `save_to_preset` in one process, and load that preset in "
-                "all processes."
-            )
-        if mode is not None:
-            one_of(mode, "mode", _MODES)
-        mesh.prepare(self.config)
-        if filters is None:
-            filters = is_projection_or_embedding
-        gc.freeze()  # Keras collects garbage after every layer, 0.4 s each time.
-        try:
-            super().quantize(mode, filters=filters, **kwargs)
-        finally:
-            gc.unfreeze()
-
-    def enable_lora(
-        self,
-        rank: int,
-        target_layer_names: Sequence[str] | None = None,
-        parts: Sequence[str] | None = None,
-    ) -> None:
-        """Freeze the model and add adapters to it; see `Seq2SeqLM.enable_lora`."""
-        mesh.prepare(self.config)
-        lora.enable(self, rank, target_layer_names, parts)
-
-    def save_lora_weights(self, filepath: str | os.PathLike[str]) -> None:
-        """Save the adapters alone, to `NAME.lora.h5` or a folder for PEFT."""
-        lora.save(self, filepath)
-
-    def load_lora_weights(self, filepath: str | os.PathLike[str]) -> None:
-        """Load adapters that `save_lora_weights` wrote, into the same layers."""
-        mesh.prepare(self.config)
-        lora.load(self, filepath)
 
     def get_layout_map(
         self, device_mesh: keras.distribution.DeviceMesh, strategy: str = "fsdp"
@@ -266,10 +254,6 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         if is_split:
             layouts.check_layouts(self, layout_map)
         return layout_map
-
-    def default_lora_layer_names(self) -> list[str]:
-        """Query and value projections, of self- and cross-attention."""
-        return ["query", "value"]
 
     @classmethod
     @weight_loading.normal_tensors()
@@ -298,6 +282,9 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
                 loaded in Keras's global policy; `"int8"` and `"int4"` also quantize),
                 `name`, `trainable`; `subfolder`, `revision`, `config`, see
                 `presets.take_location`.
+
+        Returns:
+            A `Backbone`.
 
         Raises:
             ValueError: for an unknown preset or keyword, or naming the files that do
@@ -341,7 +328,18 @@ class Backbone(WithAttentionKernel, SafeInference, AtomicSaveToPreset, bases.Bac
         overwrite: bool = True,
         max_shard_size: float | None = None,
     ) -> None:
-        """Like `keras.Model.save_weights`; see `weight_loading.gather_weights`."""
+        """Save the weights, as `keras.Model.save_weights`.
+
+        On several devices, one weight at a time is gathered from all of them.
+
+        Args:
+            filepath: ending in `.weights.h5`, or in `.weights.json` for several files.
+            overwrite: replace an existing file without asking.
+            max_shard_size: of the largest of several files, in GiB.
+
+        Raises:
+            ValueError: for a quantized model with several processes.
+        """
         if weight_loading.gather_weights(self, filepath, max_shard_size):
             return
         super().save_weights(filepath, overwrite, max_shard_size)

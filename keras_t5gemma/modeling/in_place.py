@@ -1,0 +1,103 @@
+"""Changes of a backbone in place: quantization, and adapters (LoRA)."""
+
+import gc
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from keras_t5gemma.distribution import mesh, process_group
+from keras_t5gemma.modeling import lora
+from keras_t5gemma.modeling.layer_iteration import is_projection_or_embedding
+from keras_t5gemma.modeling.quantized_loading import QUANTIZED
+from keras_t5gemma.utils.checks import one_of
+
+_MODES = (*QUANTIZED, "float8", "gptq", "awq")  # Keras's.
+
+
+class ChangesInPlace:
+    """Mixin of a `Backbone`: quantization and adapters."""
+
+    config: Any
+
+    def quantize(
+        self, mode: str | None = None, filters: Any = None, **kwargs: Any
+    ) -> None:
+        """Quantize projections and embeddings in place; see `keras.Model.quantize`.
+
+        Args:
+            mode: `"int8"`, `"int4"`, or another mode of Keras; `None` with a `config`.
+            filters: which layers, as in Keras: a regular expression, a list of them, or
+                a function of a layer; `None` is all projections and embeddings.
+            **kwargs: those of `keras.Model.quantize`, e.g. `config`.
+
+        Raises:
+            ValueError: for an unknown mode; or with several processes, none of which
+                has a whole weight.
+        """
+        if process_group.process_count() > 1:
+            raise ValueError(
+                "`quantize` needs whole weights, but each process has a part of them: "
+                "quantize and `save_to_preset` in one process, and load that preset in "
+                "all processes."
+            )
+        if mode is not None:
+            one_of(mode, "mode", _MODES)
+        mesh.prepare(self.config)
+        if filters is None:
+            filters = is_projection_or_embedding
+        gc.freeze()  # Keras collects garbage after every layer, 0.4 s each time.
+        try:
+            super().quantize(mode, filters=filters, **kwargs)  # type: ignore[misc]
+        finally:
+            gc.unfreeze()
+
+    def enable_lora(
+        self,
+        rank: int,
+        target_layer_names: Sequence[str] | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> None:
+        """Freeze the model and add low-rank adapters to it (arXiv 2106.09685).
+
+        Args:
+            rank: inner size of the adapters, at least 1.
+            target_layer_names: names of the layers; see `Seq2SeqLM.enable_lora`.
+            parts: parts of the model; see `Seq2SeqLM.enable_lora`.
+
+        Raises:
+            ValueError: for a rank below 1, or names that match no layer.
+        """
+        mesh.prepare(self.config)
+        lora.enable(self, rank, target_layer_names, parts)
+
+    def save_lora_weights(self, filepath: str | os.PathLike[str]) -> None:
+        """Save the adapters alone.
+
+        Args:
+            filepath: path in `.lora.h5`; or of a folder for the `peft` library.
+
+        Raises:
+            ValueError: without adapters, for another suffix, or adapters that PEFT does
+                not have.
+        """
+        lora.save(self, filepath)
+
+    def load_lora_weights(self, filepath: str | os.PathLike[str]) -> None:
+        """Load adapters into the layers that they were saved from.
+
+        Args:
+            filepath: what `save_lora_weights` wrote, or a folder of the `peft` library.
+
+        Raises:
+            ValueError: for adapters that do not fit the model.
+        """
+        mesh.prepare(self.config)
+        lora.load(self, filepath)
+
+    def default_lora_layer_names(self) -> list[str]:
+        """Layers that `enable_lora` adapts when it is not told which.
+
+        Returns:
+            Names of the query and value projections, of self- and cross-attention.
+        """
+        return ["query", "value"]
