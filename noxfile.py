@@ -36,7 +36,7 @@ NUMBERS = " or ".join(
     )
 )
 # Without dependencies: its metadata asks for TensorFlow whatever the backend.
-KERAS_HUB = ("--no-deps", "keras-hub==0.32.0", "regex", "tokenizers")
+KERAS_HUB = ("--no-deps", "keras-hub==0.32.0", "regex")
 NOT_INSTALLED = (
     "import importlib.util as u;"
     "assert not u.find_spec('tensorflow') and not u.find_spec('keras_hub')"
@@ -224,7 +224,7 @@ def newest(session, backend):
     PIP_EXTRA_INDEX_URL to an index with CPU builds.
     """
     session.install("--upgrade", "--upgrade-strategy=eager", f".[{backend}]")
-    session.install("--upgrade", "--no-deps", "keras-hub", "regex", "tokenizers")
+    session.install("--upgrade", "--no-deps", "keras-hub", "regex")
     quick_tests(session, backend)
 
 

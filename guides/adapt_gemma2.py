@@ -26,8 +26,8 @@
 
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:
-# %pip install -q "keras-t5gemma[jax]"
-# %pip install -q --no-deps "keras-hub>=0.32" regex tokenizers
+# %pip install -q "keras-t5gemma[jax]" grain
+# %pip install -q --no-deps "keras-hub>=0.32" regex
 # %env KERAS_BACKEND=jax
 
 # %%

@@ -108,8 +108,8 @@ def require_keras_hub(feature: str) -> Any:
             raise
         raise ModuleNotFoundError(
             f"{feature} needs keras-hub: `pip install --no-deps 'keras-hub>=0.32' "
-            "regex tokenizers` (without --no-deps it brings TensorFlow, which only "
-            "that backend needs).",
+            "regex` (without --no-deps it brings TensorFlow, which only that backend "
+            "needs).",
             name="keras_hub",
         ) from error
     return keras_hub
