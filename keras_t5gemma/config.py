@@ -111,7 +111,11 @@ class StackConfig:
         object.__setattr__(self, "layer_types", types)
 
     def count_params(self) -> int:
-        """Number of parameters of the blocks and the final norm, without embedding."""
+        """Number of parameters of the tower.
+
+        Returns:
+            That of the blocks and the final norm, without embedding.
+        """
         d, h = self.hidden_dim, self.head_dim
         attention = 2 * d * h * (self.num_query_heads + self.num_key_value_heads)
         block = attention + 3 * d * self.intermediate_dim + 4 * d
@@ -188,6 +192,9 @@ class T5GemmaConfig:
             decoder: likewise. Any two can be combined: `pair("xl", "s")`.
             **kwargs: other fields of the config.
 
+        Returns:
+            A `T5GemmaConfig`.
+
         Raises:
             ValueError: for a size that was not released.
         """
@@ -205,7 +212,11 @@ class T5GemmaConfig:
         return cls(stacks[0], stacks[1], **kwargs)
 
     def count_params(self) -> int:
-        """Exact number of parameters of the pair, embeddings included."""
+        """Exact number of parameters of the pair.
+
+        Returns:
+            The sum of `count_params_by_part`, embeddings included.
+        """
         return sum(self.count_params_by_part().values())
 
     def count_params_by_part(self) -> dict[str, int]:
@@ -231,12 +242,26 @@ class T5GemmaConfig:
         return parts
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, which `from_dict` reads."""
+        """The configuration as a dict.
+
+        Returns:
+            A dict that JSON can hold, and `from_dict` reads.
+        """
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "T5GemmaConfig":
-        """The config of a `to_dict()` result, with lists or tuples."""
+        """The configuration of a dict.
+
+        Args:
+            config: what `to_dict` returned, with lists or tuples.
+
+        Returns:
+            A `T5GemmaConfig`.
+
+        Raises:
+            ValueError: for an unknown or missing field, or as the class.
+        """
         return _from_dict(cls, config, "config")
 
 

@@ -53,6 +53,10 @@ def presets() -> list[Preset]:
     objectives, pretrained or instruction-tuned (`_it`). Each is on Hugging Face and,
     in KerasHub's format, on Kaggle.
 
+    Returns:
+        A list of `Preset`, whose fields are `name`, `description`, `objective`,
+        `tuned`, `parameters` and `sources`.
+
     Examples:
         >>> [row.name for row in keras_t5gemma.presets()][:2]
         ['t5gemma_mini', 't5gemma_mini_synopsis']

@@ -41,7 +41,15 @@ class Comparison:
     note: str
 
     def within(self, tolerance: float) -> bool:
-        """Whether no difference is larger than `tolerance`."""
+        """Whether the checkpoints are the same, up to rounding.
+
+        Args:
+            tolerance: largest accepted difference of tensors and logits.
+
+        Returns:
+            `True` when no tensor is missing, no field of the configurations differs
+            and no difference is larger.
+        """
         differences = [*self.tensors.values()]
         differences += [] if self.logits is None else [self.logits]
         same = not (self.configs or self.only_a or self.only_b)

@@ -177,11 +177,26 @@ class Objective:
         return objective_pairs.of_rows(preprocessor, rows)
 
     def ends_with_the_text(self, seeds: ArrayLike) -> np.ndarray:
-        """Whether the target of a row ends where its text ends, bool `(rows,)`."""
+        """Whether the target of a row ends where its text ends.
+
+        Args:
+            seeds: uint64 `(rows,)`, as in `pairs`.
+
+        Returns:
+            bool `(rows,)`.
+        """
         return ~self._is_spans[self._kinds(seeded_random.draws(seeds, 3, 0))]
 
     def longest_text(self, encoder_length: int, decoder_length: int) -> int:
-        """Maximum number of tokens of a text whose pair always fits the lengths."""
+        """Longest text whose pair always fits the lengths.
+
+        Args:
+            encoder_length: maximum length of the source, in tokens.
+            decoder_length: maximum length of the target, in tokens.
+
+        Returns:
+            A number of tokens.
+        """
         low, high = 1, encoder_length + decoder_length + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -313,6 +328,9 @@ class UL2(Objective):
         Args:
             tokenizer: a `Tokenizer`.
             mixture: as in `UL2`.
+
+        Returns:
+            A `UL2`.
 
         Raises:
             ValueError: when there are too few unused tokens, or as `UL2`.

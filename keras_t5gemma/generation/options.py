@@ -135,7 +135,15 @@ class GenerationOptions:
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
     def check(self, vocabulary_size: int, max_length: int) -> None:
-        """Raise `ValueError` for options that do not fit a model and a request."""
+        """Check that the options fit a model and a request.
+
+        Args:
+            vocabulary_size: of the model.
+            max_length: longest answer with start token and prompt, in tokens.
+
+        Raises:
+            ValueError: naming the option that does not fit.
+        """
         forced = tuple(token for _, token in self.forced_token_ids)
         for name, ids in (
             ("banned_token_ids", self.banned_token_ids),
@@ -170,7 +178,11 @@ class GenerationOptions:
             )
 
     def traced_args(self) -> dict[str, np.generic]:
-        """The values that are arguments of a compiled program, not part of its code."""
+        """The values that are arguments of a compiled program, not part of its code.
+
+        Returns:
+            `{option: number}`.
+        """
         return {
             "length_penalty": np.float32(self.length_penalty),
             "temperature": np.float32(self.temperature or 1.0),

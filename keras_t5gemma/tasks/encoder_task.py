@@ -111,6 +111,9 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
                 class, which override the saved ones. Those that define the head
                 (`HEAD`) make a new one.
 
+        Returns:
+            A task of this class.
+
         Raises:
             ValueError: for an unknown preset, or files that do not fit, named.
             OSError: when a download fails, with what to do.
@@ -205,9 +208,17 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
         target_layer_names: list[str] | None = None,
         parts: list[str] | None = None,
     ) -> None:
-        """Freeze the encoder and train low-rank adapters; see `Seq2SeqLM.enable_lora`.
+        """Freeze the encoder and train low-rank adapters (arXiv 2106.09685).
 
         The head stays trainable.
+
+        Args:
+            rank: inner size of the adapters, at least 1.
+            target_layer_names: names of the layers; see `Seq2SeqLM.enable_lora`.
+            parts: parts of the model; see `Seq2SeqLM.enable_lora`.
+
+        Raises:
+            ValueError: for a rank below 1, or names that match no layer.
         """
         own = {} if parts is None else {"parts": parts}  # KerasHub's has no `parts`.
         self.backbone.enable_lora(rank, target_layer_names, **own)

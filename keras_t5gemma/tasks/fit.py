@@ -141,7 +141,23 @@ class FitMixin(SafeInference):
         batching: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Loss and metrics; the data arguments of `fit`."""
+        """Loss and metrics of the model on data.
+
+        Args:
+            x: as in `fit`.
+            y: as in `fit`.
+            batch_size: rows per step, for in-memory data; 32 when `None`.
+            sample_weight: as in `fit`.
+            steps: number of batches; `None` is all.
+            batching: as in `fit`.
+            **kwargs: further arguments of `keras.Model.evaluate`, e.g. `return_dict`.
+
+        Returns:
+            The loss and the metrics: a list, or a dict with `return_dict=True`.
+
+        Raises:
+            ValueError: as in `fit`.
+        """
         check_sizes(batch_size=batch_size, steps=steps)
         if kwargs.get("_use_cached_eval_dataset"):  # Validation inside `fit`.
             kwargs |= {"sample_weight": sample_weight, "steps": steps}

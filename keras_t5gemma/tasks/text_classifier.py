@@ -54,6 +54,7 @@ class TextClassifier(EncoderTask):
         pooling: see `pool`.
         dropout: dropout rate of the pooled states in training.
         separator: between the texts of a pair.
+        *rest: must be empty: what follows is passed by name.
         **kwargs: `name`, and `compile`, whether to compile at once.
 
     Raises:

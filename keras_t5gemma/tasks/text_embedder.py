@@ -55,6 +55,7 @@ class TextEmbedder(EncoderTask):
             see `HybridVector`. They match names and rare words, which pooled states
             lose, those of small models first. With the size of the vocabulary all
             tokens are distinct, with a few thousand almost all. `None` for none.
+        *rest: must be empty: what follows is passed by name.
         **kwargs: `name`, and `compile`, whether to compile at once.
 
     Raises:
@@ -318,7 +319,16 @@ class TextEmbedder(EncoderTask):
                 advance(len(rows))
 
     def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
-        """Vectors of texts, as `embed`; or of arrays, by `keras.Model.predict`."""
+        """Vectors of texts, as `embed`; or of arrays, by `keras.Model.predict`.
+
+        Args:
+            x: a list of strings; or arrays of ids, or a dataset of them.
+            batch_size: maximum number of rows in a batch, 32 when `None`.
+            **kwargs: for arrays those of `keras.Model.predict`.
+
+        Returns:
+            float32 `(rows, dimensions)`, in the input order.
+        """
         check_sizes(batch_size=batch_size, steps=kwargs.get("steps"))
         columns = self._unlabeled(x)
         if columns is None:

@@ -92,6 +92,9 @@ class TextTower(keras.layers.Layer):
             **kwargs: `dtype`, `verify_checksums`, `allow_non_finite` (see
                 `Backbone.from_preset`), and further arguments of the class.
 
+        Returns:
+            A `TextTower`.
+
         Raises:
             ValueError: for an unknown preset, or files that do not fit, named.
             OSError: when a download fails, with what to do.

@@ -6,7 +6,17 @@ from keras_t5gemma.utils.checks import number_array, rows_of_batch, whole_number
 
 
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines `(n, m)` of vectors `(n, d)` and `(m, d)`, float32.
+    """Cosines of the angles between vectors.
+
+    Args:
+        a: vectors `(n, d)`.
+        b: vectors `(m, d)`.
+
+    Returns:
+        float32 `(n, m)`.
+
+    Raises:
+        ValueError: for arrays that are not vectors of one length.
 
     Examples:
         >>> keras_t5gemma.cosine_similarity(np.eye(2), np.array([[2.0, 0.0]])).tolist()

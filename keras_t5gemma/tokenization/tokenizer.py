@@ -37,6 +37,7 @@ class Tokenizer(bases.Tokenizer):
     Args:
         proto: path of a SentencePiece model or of a tokenizer.json, or its bytes.
             `None` leaves the tokenizer empty until `load_assets`.
+        **kwargs: `name`.
 
     Raises:
         ValueError: if the file is neither, is a tokenizer.json of another kind than
@@ -194,20 +195,48 @@ class Tokenizer(bases.Tokenizer):
         return self.tokenize(inputs)
 
     def vocabulary_size(self) -> int:
-        """Number of ids."""
+        """Size of the vocabulary.
+
+        Returns:
+            The number of ids.
+        """
         return len(self.processor)
 
     def get_vocabulary(self) -> list[str]:
-        """All pieces, in id order."""
+        """All pieces of the vocabulary.
+
+        Returns:
+            A list of strings, in id order.
+        """
         return [self.processor.IdToPiece(i) for i in range(self.vocabulary_size())]
 
     def id_to_token(self, id: int) -> str:
-        """The piece of an id; raises `ValueError` outside the vocabulary."""
+        """The piece of an id.
+
+        Args:
+            id: int, at least 0.
+
+        Returns:
+            The piece as the vocabulary writes it, with U+2581 for a space.
+
+        Raises:
+            ValueError: for an id outside the vocabulary.
+        """
         last = self.vocabulary_size() - 1
         return self.processor.IdToPiece(whole_number(id, "id", 0, last))
 
     def token_to_id(self, token: str) -> int:
-        """The id of a piece; raises `ValueError` if there is none."""
+        """The id of a piece.
+
+        Args:
+            token: as the vocabulary writes it, with U+2581 for a space.
+
+        Returns:
+            The id.
+
+        Raises:
+            ValueError: for a string that is not a piece of the vocabulary.
+        """
         check_unicode(string(token, "token"), "`token`")
         id = self.processor.PieceToId(token)
         if self.processor.IdToPiece(id) != token:
@@ -230,13 +259,29 @@ class Tokenizer(bases.Tokenizer):
 
     @classmethod
     def from_preset(cls, preset: presets.PresetLike, **kwargs: Any) -> "Tokenizer":
-        """Load the tokenizer of a preset; see `Backbone.from_preset`."""
+        """Load the tokenizer of a preset.
+
+        Args:
+            preset: name, folder or handle; see `Backbone.from_preset`.
+            **kwargs: `name`; `subfolder`, `revision`, as in `Backbone.from_preset`.
+
+        Returns:
+            A `Tokenizer`.
+
+        Raises:
+            ValueError: for an unknown preset or keyword, or a missing tokenizer.
+            OSError: when a download fails, with instructions.
+        """
         preset = presets.take_location(preset, kwargs)
         presets.check_keywords(kwargs, ("name",), cls.__name__)
         return cls(tokenizer_files.read(presets.resolve(preset)), **kwargs)
 
     def tokenizer_json(self) -> str:
-        """The same vocabulary as a tokenizer.json of the `tokenizers` library."""
+        """The same vocabulary for the `tokenizers` library.
+
+        Returns:
+            The text of a tokenizer.json, which gives the same ids.
+        """
         return tokenizer_json.write(self.processor.serialized_model_proto())
 
     def save_to_preset(self, preset_dir: str | os.PathLike[str]) -> None:
@@ -248,12 +293,23 @@ class Tokenizer(bases.Tokenizer):
         preset_saving.save_tokenizer(self, preset_dir)
 
     def save_assets(self, dir_path: str) -> None:
-        """Write the SentencePiece model into a folder."""
+        """Write the SentencePiece model into a folder.
+
+        Args:
+            dir_path: path of the folder.
+        """
         with open(os.path.join(dir_path, VOCABULARY_FILE), "wb") as file:
             file.write(self.processor.serialized_model_proto())
 
     def load_assets(self, dir_path: str) -> None:
-        """Read the SentencePiece model from a folder."""
+        """Read the SentencePiece model from a folder.
+
+        Args:
+            dir_path: path of the folder that `save_assets` wrote into.
+
+        Raises:
+            ValueError: as the class.
+        """
         self._set_proto(os.path.join(dir_path, VOCABULARY_FILE))
 
 

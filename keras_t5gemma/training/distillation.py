@@ -86,7 +86,14 @@ class Distillation(TokenCrossEntropy):
         }
 
     def targets(self, inputs: dict) -> TeacherTargets:
-        """`TeacherTargets` of a batch, from the arrays of the teacher's `inputs`."""
+        """Targets of a batch, from the arrays of the teacher's `inputs`.
+
+        Args:
+            inputs: dict of arrays `teacher_...`, as the teacher's `inputs` returns.
+
+        Returns:
+            A `TeacherTargets`, one row for each token of the flattened batch.
+        """
         places = ops.reshape(inputs["teacher_places"], (-1,))
         share = ops.where(places < 0, 1.0, self.label_weight)
         share = ops.cast(share, "float32")

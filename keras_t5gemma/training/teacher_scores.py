@@ -70,7 +70,14 @@ class TeacherScores:
         self.top_k = self.ids.shape[1]
 
     def check(self, batches: Any) -> None:
-        """Raise `ValueError` when these are the scores of other texts."""
+        """Check that these are the scores of the texts of a dataset.
+
+        Args:
+            batches: the `DocumentDataset` of `fit`.
+
+        Raises:
+            ValueError: when they are of other texts, or of texts cut elsewhere.
+        """
         if fingerprint(batches.pieces) != self.texts:
             raise ValueError(
                 f"The scores in {self.folder} are of other texts, or of texts cut at "
@@ -86,7 +93,14 @@ class TeacherScores:
         mask: np.ndarray,
         width: int,
     ) -> dict[str, np.ndarray]:
-        """Scores of a batch; see `TeacherInMemory.inputs` for the arguments.
+        """Scores of a batch.
+
+        Args:
+            batches: a `DocumentDataset`.
+            pairs: numbers of the pieces in the batch, in their order.
+            places: their `objective_pairs.places`.
+            mask: the decoder's padding mask, `(rows, length)`.
+            width: maximum number of tokens in a piece of this batch; not used.
 
         Returns:
             `teacher_ids`, int32, and `teacher_log_probs`, float32, `(rows, length, K)`;
