@@ -180,7 +180,7 @@ class Objective:
         """Whether the target of a row ends where its text ends.
 
         Args:
-            seeds: uint64 `(rows,)`, as in `pairs`.
+            seeds: as in the call.
 
         Returns:
             bool `(rows,)`.

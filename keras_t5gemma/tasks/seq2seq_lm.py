@@ -17,23 +17,25 @@ from keras_t5gemma.generation.requests import answer_mask, read_request, text_li
 from keras_t5gemma.generation.scoring import make_scorer, score
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.weight_loading import normal_tensors
+from keras_t5gemma.tasks.backbone_changes import ChangesBackbone
 from keras_t5gemma.tasks.fit import check_backbone
 from keras_t5gemma.tasks.text_pair_task import TextPairTask
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.optimizers import prepare_optimizer
-from keras_t5gemma.utils.checks import flag, is_auto, path, shown
+from keras_t5gemma.utils.checks import flag, is_auto, shown
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
+class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
     """T5Gemma for text-to-text tasks: `fit`, `generate`, `score`.
 
     Args:
         backbone: a `Backbone`.
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays of
             ids only.
+        *rest: must be empty: what follows is passed by name.
         **kwargs: `name`, and `compile`, whether to compile at once.
 
     Raises:
@@ -89,6 +91,9 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
                 `Backbone.from_preset`), `preprocessor` (a
                 `Seq2SeqLMPreprocessor`, or `None`), `name`, `compile`.
 
+        Returns:
+            A `Seq2SeqLM`.
+
         Raises:
             ValueError: for an unknown preset or keyword, or files that do not
                 fit, named.
@@ -110,7 +115,17 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
     def save_to_huggingface(
         self, folder: Any, dtype: str | None = None, max_shard_size: Any = 5
     ) -> None:
-        """Export to transformers; see `Backbone.save_to_huggingface`."""
+        """Save a folder that transformers loads, with the tokenizer.
+
+        Args:
+            folder: path; an earlier checkpoint in it is replaced, all or nothing.
+            dtype: to round the weights to; see `Backbone.save_to_huggingface`.
+            max_shard_size: of the largest weight file: a number of GB, or a size with
+                a unit, e.g. `"500MB"`.
+
+        Raises:
+            ValueError: see `Backbone.save_to_huggingface`.
+        """
         kwargs: dict[str, Any] = {}
         if self.preprocessor is not None:
             kwargs["tokenizer"] = self.preprocessor.tokenizer
@@ -319,11 +334,23 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         return self._decoder
 
     def compiled_programs(self) -> int:
-        """Number of programs that `generate` and `stream` have compiled so far."""
+        """Count the compiled programs.
+
+        Returns:
+            How many `generate` and `stream` have compiled so far.
+        """
         return self._generator().compiled_programs()
 
     def generate_step(self, inputs: dict, stop_token_ids: Any = None) -> Any:
-        """One compiled batch; KerasHub's `make_generate_function` wraps it."""
+        """One compiled batch; KerasHub's `make_generate_function` wraps it.
+
+        Args:
+            inputs: dict of arrays, see `decoding.start`.
+            stop_token_ids: ids that end an answer, or `None`.
+
+        Returns:
+            int32 `(batch, max length)`; 0 after the first stop id of a row.
+        """
         known = known_tokens(self)
         return decode_batch(
             self.backbone, self.sampler, inputs, stop_token_ids, self, known
@@ -358,50 +385,3 @@ class Seq2SeqLM(AtomicSaveToPreset, TextPairTask):
         result = score(self._scorer, reader, pairs, batch_size)
         single = isinstance(source, str)
         return {k: v[0] for k, v in result.items()} if single else result
-
-    def enable_lora(
-        self,
-        rank: int,
-        target_layer_names: list[str] | None = None,
-        parts: list[str] | None = None,
-    ) -> None:
-        """Freeze the model and train low-rank adapters (arXiv 2106.09685).
-
-        `save_to_preset` merges them into the weights, `save_lora_weights` saves only
-        the adapters. On a quantized model they are trained on top of its int8 weights.
-
-        Args:
-            rank: inner size of the adapters, at least 1.
-            target_layer_names: names of the layers: query, key, value, output, gate,
-                up, down, token_embedding. `None` is query and value in attention,
-                and all three in the feed-forward layers if they are among the parts.
-            parts: a list among `"encoder"` and `"decoder"` (their self-attention),
-                `"cross_attention"`, `"mlp"` (of both) and `"embeddings"`. `None` is all
-                attention.
-
-        Raises:
-            ValueError: for a rank below 1, or names that match no layer.
-        """
-        self.backbone.enable_lora(rank, target_layer_names, parts)
-        self._forget_compiled()
-
-    def save_lora_weights(self, filepath: Any) -> None:
-        """Save only the adapters, to a path in `.lora.h5` or a folder for PEFT."""
-        self.backbone.save_lora_weights(path(filepath, "filepath"))
-
-    def load_lora_weights(self, filepath: Any) -> None:
-        """Load adapters of `save_lora_weights`, or a PEFT folder, into their layers."""
-        self.backbone.load_lora_weights(path(filepath, "filepath"))
-        self._forget_compiled()
-
-    def quantize(self, mode: str | None = None, **kwargs: Any) -> None:
-        """Quantize the backbone; see `Backbone.quantize`."""
-        self.backbone.quantize(mode, **kwargs)
-        self._forget_compiled()
-
-    def _forget_compiled(self):
-        """Reset compiled functions after a change of the trainable variables."""
-        self.generate_function = None
-        self.train_function = self.test_function = self.predict_function = None
-        track_parameters(self.backbone)
-        track_parameters(self)
