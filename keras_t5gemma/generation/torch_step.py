@@ -17,6 +17,9 @@ import keras
 import torch
 
 from keras_t5gemma import _compat
+from keras_t5gemma.config import SLIDING
+from keras_t5gemma.modeling.kv_cache import slot_positions
+from keras_t5gemma.modeling.masks import causal_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
 from keras_t5gemma.utils.buckets import equal_chunks
 
@@ -139,13 +142,14 @@ class TorchStep:
         """Logits `(R, V)` after one more token; the cache is updated in place.
 
         Args:
-            token: int `(R,)`, the token at position `index`.
+            token: int `(R,)`, the token at position `index`; or `(R, T)`, the tokens of
+                each row from its own position on, for a cache with spare slots.
             cache: from `Decoder.make_cache`.
-            index: int, or a scalar tensor.
+            index: int, or a scalar tensor; or `(R,)`.
             capped: apply the final soft cap.
 
         Returns:
-            `(logits, cache)`.
+            `(logits, cache)`; logits `(R T, V)` for several tokens.
         """
         return self.logits(self.hidden(token, cache, index), capped), cache
 
@@ -160,7 +164,11 @@ class TorchStep:
 
     def hidden(self, token: torch.Tensor, cache: dict, index: Any) -> torch.Tensor:
         """States `(R, D)` of one more token; the cache is updated in place."""
-        index = index.long().reshape(1) if self.compiled else int(index)
+        if token.ndim == 2:
+            index = _Positions(index, token.shape[1], self.groups)
+            token = token.reshape(-1)
+        else:
+            index = index.long().reshape(1) if self.compiled else int(index)
         mask = cache["cross_mask"]
         mask = ~mask[:, None, None]  # B 1 1 S, True is masked out.
         if not self.compiled and not bool(mask.any()):
@@ -170,7 +178,7 @@ class TorchStep:
             norms = block["norms"]
             y = self._rms(x, norms["pre_self"])
             x = x + self._rms(
-                self._self_attention(y, block["self"], cache["self"][i], index),
+                self._self_attention(y, i, cache["self"][i], index),
                 norms["post_self"],
             )
             y = self._rms(x, norms["pre_cross"])
@@ -190,15 +198,27 @@ class TorchStep:
         )
         return y.to(self.dtype)
 
-    def _self_attention(self, y, weights, cache, index):
+    def _self_attention(self, y, layer, cache, index):
+        weights = self.blocks[layer]["self"]
         heads, kv_heads = self.stack.num_query_heads, self.stack.num_key_value_heads
-        query = self._turn(weights["query"](y), heads, index)
-        key = self._turn(weights["key"](y), kv_heads, index)
+        several = isinstance(index, _Positions)
+        place = index.flat if several else index
+        # Proposed tokens may lie beyond the last position.
+        turn = place.clamp(max=len(self.sin) - 1) if several else place
+        query = self._turn(weights["query"](y), heads, turn)
+        key = self._turn(weights["key"](y), kv_heads, turn)
         value = weights["value"](y).view(len(y), kv_heads, self.stack.head_dim)
         keys, values = cache
         slots = keys.shape[2]
-        slot = index % slots
-        if self.compiled:
+        slot = place % slots
+        if several:
+            keys[index.rows, :, slot] = key
+            values[index.rows, :, slot] = value
+            is_local = self.stack.layer_types[layer] == SLIDING
+            window = self.stack.sliding_window if is_local else None
+            mask = index.mask(slots, window)
+            mixed = self._attend(query, keys, values, mask)
+        elif self.compiled:
             keys.index_copy_(2, slot, key[:, :, None])
             values.index_copy_(2, slot, value[:, :, None])
             mask = torch.arange(slots, device=keys.device) > index
@@ -242,6 +262,27 @@ class TorchStep:
         mixed = weights.to(value.dtype) @ value
         mixed = mixed.view(sources, kv_heads, rows, self.groups, size).transpose(1, 2)
         return mixed.reshape(sources * rows, -1).to(self.dtype)
+
+
+class _Positions:
+    """T positions of each row, from its `index` `(R,)` on."""
+
+    def __init__(self, index, length, groups):
+        self.index, self.groups = index[:, None], groups
+        self.positions = self.index + torch.arange(length, device=index.device)
+        self.flat = self.positions.reshape(-1)  # R T
+        rows = torch.arange(len(index), device=index.device)
+        self.rows = rows.repeat_interleave(length)
+        self.masks = {}
+
+    def mask(self, slots, window):
+        """Boolean `(R, 1, T G, S)`, True is masked out."""
+        if (slots, window) not in self.masks:
+            keys = slot_positions(self.index + self.positions.shape[1], slots)
+            mask = ~causal_mask(self.positions, keys, window)  # R T S
+            mask = mask.repeat_interleave(self.groups, dim=1)[:, None]
+            self.masks[slots, window] = mask
+        return self.masks[slots, window]
 
 
 class CompiledStep:

@@ -13,6 +13,10 @@ slot p modulo the number of slots.
 
     4 slots after 6 tokens   slot      0 1 2 3
                              position  4 5 2 3
+
+In speculative decoding every row has its own index, and the last tokens written may be
+rejected: the next ones are written over them. A ring then needs spare slots, so that
+up to k rejected tokens leave the window before them untouched.
 """
 
 from keras import ops
@@ -24,7 +28,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 def make_self_cache(
-    stack: StackConfig, rows: int, length: int, dtype: str
+    stack: StackConfig, rows: int, length: int, dtype: str, spare: int = 0
 ) -> tuple[KeyValue, ...]:
     """Empty self-attention cache of every layer of a decoder.
 
@@ -33,10 +37,11 @@ def make_self_cache(
         rows: B.
         length: longest sequence to decode, in tokens.
         dtype: compute dtype of the attention.
+        spare: maximum number of tokens that are written and rejected at a time.
 
     Returns:
         A tuple of `(key, value)` pairs, each `(B, K, S, H)`; S is the length or the
-        layer's window, whichever is smaller.
+        layer's window, whichever is smaller, and `spare`.
     """
     slots = {
         "full_attention": length,
@@ -44,7 +49,8 @@ def make_self_cache(
     }
 
     def zeros(kind):
-        shape = (rows, stack.num_key_value_heads, slots[kind], stack.head_dim)
+        size = slots[kind] + spare
+        shape = (rows, stack.num_key_value_heads, size, stack.head_dim)
         return ops.zeros(shape, dtype)
 
     return tuple((zeros(kind), zeros(kind)) for kind in stack.layer_types)
@@ -53,14 +59,16 @@ def make_self_cache(
 def slot_positions(count: Tensor, slots: int) -> Tensor:
     """The position in each slot after `count` tokens: int `(slots,)`.
 
-    Negative positions mark empty slots.
+    With a `count` of `(B, 1)` `(B, slots)`. Negative positions mark empty slots.
     """
     last = count - 1
     return last - ops.mod(last - ops.arange(slots), slots)
 
 
 def key_positions(index: Tensor, length: int, slots: int) -> Tensor:
-    """Positions of the keys that `extend` returns as `seen`."""
+    """Positions of the keys that `extend` returns as `seen`: `(S,)` or `(B, S)`."""
+    if _is_per_row(index):
+        return slot_positions(index[:, None] + length, slots)
     if length == 1:
         return slot_positions(index + 1, slots)
     new = index + ops.arange(length)
@@ -76,8 +84,10 @@ def extend(
         cache: one layer's `(key, value)`, each `(B, K, S, H)`.
         key: `(B, K, T, H)`.
         value: `(B, K, T, H)`.
-        index: scalar int, position of the first new key.
-        count: how many of the T are kept, the first ones; `None` keeps all.
+        index: position of the first new key, scalar int; or `(B,)`, one of each row,
+            for a cache with T - 1 spare slots.
+        count: how many of the T are kept, the first ones; `None` keeps all. With a
+            scalar index only.
 
     Returns:
         `(seen, cache)`: the keys and values that the new queries attend to, whose
@@ -85,6 +95,10 @@ def extend(
     """
     slots, length = cache[0].shape[2], key.shape[2]
     new = [ops.cast(t, old.dtype) for t, old in zip((key, value), cache, strict=True)]
+    if _is_per_row(index):
+        slot = ops.mod(index[:, None] + ops.arange(length), slots)  # B T
+        cache = tuple(_write(old, t, slot) for old, t in zip(cache, new, strict=True))
+        return cache, cache
     if length == 1:
         start = (0, 0, ops.mod(index, slots), 0)
         cache = tuple(
@@ -103,3 +117,17 @@ def extend(
         for old, t in zip(cache, new, strict=True)
     )
     return seen, updated
+
+
+def _is_per_row(index):
+    return len(getattr(index, "shape", ())) == 1
+
+
+def _write(old, new, slot):
+    """`old` `(B, K, S, H)` with `new` `(B, K, T, H)` in the slots `(B, T)`."""
+    rows, heads, slots, size = old.shape
+    head = ops.reshape(ops.arange(rows * heads), (rows, heads, 1)) * slots
+    place = ops.reshape(head + slot[:, None], (-1, 1))  # (B K T) 1
+    flat = ops.reshape(old, (rows * heads * slots, size))
+    flat = ops.scatter_update(flat, place, ops.reshape(new, (-1, size)))
+    return ops.reshape(flat, old.shape)

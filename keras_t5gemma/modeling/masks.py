@@ -51,15 +51,16 @@ def causal_mask(
     """Causal mask: a decoder query attends to itself and earlier keys.
 
     Args:
-        query_positions: int `(T,)`.
-        key_positions: int `(S,)`; negative positions mark empty slots.
+        query_positions: int `(T,)`, or `(B, T)`.
+        key_positions: int `(S,)`, or `(B, S)`; negative positions mark empty slots.
         window: `None`, or W to keep only `query - key < W`.
 
     Returns:
-        Boolean `(T, S)`.
+        Boolean `(T, S)`, or `(B, T, S)`.
     """
-    distance = query_positions[:, None] - key_positions[None, :]  # T S
-    mask = ops.logical_and(distance >= 0, key_positions[None, :] >= 0)
+    keys = key_positions[..., None, :]
+    distance = query_positions[..., None] - keys  # T S
+    mask = ops.logical_and(distance >= 0, keys >= 0)
     if window is not None:
         mask = ops.logical_and(mask, distance < window)
     return mask

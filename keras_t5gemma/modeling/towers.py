@@ -244,6 +244,7 @@ class Decoder(_Tower):
         encoder_padding: Tensor,
         length: int,
         rows: int | None = None,
+        spare: int = 0,
     ) -> dict[str, Any]:
         """Decoding cache, see `kv_cache`: cross-attention filled, the rest zeros.
 
@@ -252,11 +253,12 @@ class Decoder(_Tower):
             encoder_padding: `(B, S)`.
             length: longest sequence to decode, in tokens.
             rows: a multiple of B, for several answers a source; `None` is B.
+            spare: see `make_self_cache`.
         """
         rows = ops.shape(encoder_output)[0] if rows is None else rows
         return {
             "self": kv_cache.make_self_cache(
-                self.stack, rows, length, self.compute_dtype
+                self.stack, rows, length, self.compute_dtype, spare
             ),
             "cross": tuple(
                 block.cross_attention.project_keys_values(encoder_output)
@@ -278,7 +280,8 @@ class Decoder(_Tower):
             token_ids: int `(B, T)`, the tokens at positions
                 `index ... index + T - 1`.
             cache: from `make_cache`, or from the previous step.
-            index: scalar int.
+            index: scalar int; or `(B,)`, one of each row, for a cache with T - 1 spare
+                slots.
             count: how many of the T tokens the cache keeps, the first ones; `None`
                 keeps all.
 
@@ -286,7 +289,8 @@ class Decoder(_Tower):
             `(hidden states (B, T, D), cache)`.
         """
         length = token_ids.shape[1]
-        positions = index + ops.arange(length)
+        index = ops.convert_to_tensor(index, "int32")
+        positions = index[..., None] + ops.arange(length)  # T, or B T
         angles = self._angles(positions)
         cross_mask = padding_mask(cache["cross_mask"])
         masks = {}
@@ -294,7 +298,8 @@ class Decoder(_Tower):
             if kind not in masks:
                 keys = kv_cache.key_positions(index, length, key.shape[2])
                 window = self.stack.sliding_window if kind == SLIDING else None
-                masks[kind] = causal_mask(positions, keys, window)[None]  # 1 T S
+                mask = causal_mask(positions, keys, window)
+                masks[kind] = mask if len(mask.shape) == 3 else mask[None]  # B T S
         x = self._embed(token_ids, False)
         updated = []
         for i, kind in enumerate(self.stack.layer_types):
