@@ -150,7 +150,8 @@ class Backbone(
             encoder_output: from `encode`; without a cache only.
             encoder_padding_mask: the encoder's padding mask; without a cache only.
             cache: from `make_cache`, or from the previous call.
-            index: position of the first of `token_ids`; with a cache only.
+            index: position of the first of `token_ids`, one for all rows or one for
+                each; with a cache only.
             count: how many of `token_ids` the cache keeps, the first ones; `None`
                 keeps all. With a cache only.
             training: turns dropout on; without a cache only.
@@ -186,6 +187,7 @@ class Backbone(
         encoder_padding_mask: Tensor,
         length: int,
         rows: int | None = None,
+        spare: int = 0,
     ) -> dict[str, Any]:
         """A decoding cache: keys and values of the encoder output, and room for more.
 
@@ -195,12 +197,13 @@ class Backbone(
             length: longest sequence to decode, in tokens.
             rows: a multiple of the batch, for several answers a source; `None` is the
                 batch.
+            spare: maximum number of tokens that are written and rejected at a time.
 
         Returns:
             A dict of arrays, the `cache` of `decode`.
         """
         return self.decoder.make_cache(
-            encoder_output, encoder_padding_mask, length, rows
+            encoder_output, encoder_padding_mask, length, rows, spare
         )
 
     def logits(self, hidden_states: Tensor) -> Tensor:
