@@ -33,7 +33,7 @@ from keras_t5gemma.utils.checks import (
     whole_number,
 )
 from keras_t5gemma.utils.files import named_values
-from keras_t5gemma.utils.texts import as_texts, check_unicode
+from keras_t5gemma.utils.texts import as_texts, check_unicode, text_pairs
 
 INSTRUCTION_TEMPLATE = (
     "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
@@ -68,6 +68,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         objective: an `objectives.PrefixLM` or `UL2`, which makes the pairs from plain
             text for continued pretraining: `fit` then takes texts. It is not saved with
             the preset, which is used and fine-tuned without it.
+        **kwargs: `name`.
 
     Raises:
         ValueError: for a length below 1, a template without `{text}`, or lengths that
@@ -135,9 +136,10 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             raise
 
     def longest_text(self) -> int:
-        """Maximum number of tokens of a text whose pairs always fit.
+        """Longest text whose pairs always fit the lengths; only with an `objective`.
 
-        Only with an `objective`.
+        Returns:
+            A number of tokens.
         """
         return self.objective.longest_text(
             self.encoder_sequence_length,
@@ -155,9 +157,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             sample_weight: `None`, or one weight for each pair, `(batch,)`.
 
         Returns:
-            `(x, y, sample_weight)`: the dict of the backbone's int32 inputs,
-            int32 targets `(batch, decoder length)` and float32 weights of the
-            same shape, 0 on padding.
+            `(x, y, sample_weight)`: a dict of the backbone's int32 inputs; int32 targets
+            `(batch, decoder length)`; float32 weights of that shape, 0 on padding.
 
         Raises:
             ValueError: for wrong keys, unequal lengths, or values that are not text.
@@ -199,7 +200,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
                 longest = self.longest_text()
                 self.count("text", sum(len(row) > longest for row in rows), len(rows))
                 return self.objective.pairs(self, rows)
-        sources, targets = self._pair(x)
+        sources, targets = text_pairs(x)
         with self.report_truncation():
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
             self.count("empty", sum(len(row) == 1 for row in rows), len(rows))
@@ -218,16 +219,19 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
                 `None` is `decoder_sequence_length`.
 
         Returns:
-            The dict of the backbone's int32 inputs: the encoder arrays are
-            padded to a multiple of 64, the decoder arrays hold bos and the
-            prompt and are `(batch, sequence_length)`.
+            The dict of the backbone's int32 inputs: the encoder arrays are padded to a
+            multiple of 64, the decoder arrays hold bos and the prompt and are `(batch,
+            sequence_length)`.
+
+        Raises:
+            ValueError: for other values, or a prompt longer than `sequence_length`.
         """
         if sequence_length is None:
             sequence_length = self.decoder_sequence_length
         whole_number(sequence_length, "sequence_length", 1)
         if not isinstance(x, dict):
             x = {"encoder_text": x}
-        sources, prompts = self._pair(x, decoder_optional=True)
+        sources, prompts = text_pairs(x, decoder_optional=True)
         # Alone it has no model: 8,192 positions, as in all published checkpoints.
         reader = self.for_reading(T5GemmaConfig.max_positions)
         with reader.report_truncation():
@@ -246,7 +250,18 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         return named("encoder", *pad(encoder, width)) | decoder
 
     def generate_postprocess(self, x: dict[str, Any]) -> list[str]:
-        """Texts of generated `decoder_token_ids` and `decoder_padding_mask`."""
+        """Texts of generated ids.
+
+        Args:
+            x: dict of int arrays `decoder_token_ids` and `decoder_padding_mask`,
+                `(batch, length)`.
+
+        Returns:
+            A list of strings, of the ids where the mask is not 0.
+
+        Raises:
+            ValueError: for other values, or ids outside the vocabulary.
+        """
         names = ("decoder_token_ids", "decoder_padding_mask")
         if not isinstance(x, dict) or not set(names) <= set(x):
             raise ValueError(f"`x` must be a dict of {names}; got {shown(x)}.")
@@ -268,6 +283,9 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         Args:
             preset: name, folder or handle; see `Backbone.from_preset`.
             **kwargs: arguments of the class, which replace the saved ones.
+
+        Returns:
+            A preprocessor of this class.
 
         Raises:
             ValueError: for an unknown preset or keyword, or a missing tokenizer.
@@ -324,33 +342,6 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         """The ids that end a generated response."""
         return (self.tokenizer.end_token_id, self.tokenizer.end_of_turn_id)
 
-    def _pair(self, x, decoder_optional=False):
-        known = ("encoder_text", "decoder_text")
-        if not isinstance(x, dict):
-            raise ValueError(
-                f"`x` must be text pairs, a dict with keys {known}; got "
-                f"{type(x).__name__} {shown(x)}."
-            )
-        required = known[:1] if decoder_optional else known
-        if set(x) - set(known) or set(required) - set(x):
-            raise ValueError(
-                f"`x` must be text pairs, a dict with keys {known}"
-                f"{' (the second is optional)' if decoder_optional else ''}; "
-                f"got {shown(list(x))}."
-            )
-        columns = {
-            key: as_texts([value] if isinstance(value, str) else value, key)
-            for key, value in x.items()
-        }
-        sources = columns["encoder_text"]
-        targets = columns.get("decoder_text", [""] * len(sources))
-        if len(sources) != len(targets):
-            raise ValueError(
-                "`encoder_text` and `decoder_text` must have equally many rows; got "
-                f"{len(sources)} and {len(targets)}."
-            )
-        return sources, targets
-
     def encoder_rows(
         self, texts: Sequence[str], pad_to: int | None = None
     ) -> TokenRows:
@@ -361,6 +352,12 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         Args:
             texts: a list of strings.
             pad_to: maximum number of tokens; `None` is `encoder_sequence_length`.
+
+        Returns:
+            A list of ids for each text.
+
+        Raises:
+            ValueError: when the template leaves no room for text.
         """
         length = pad_to or self.encoder_sequence_length
         rows = self.tokenizer.tokenize(texts)
@@ -382,12 +379,12 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         rows = self._truncate(rows, room, "encoder")
         return [before + row + after for row in rows]
 
-    def _truncate(self, rows, length, side):
-        self.count(side, sum(len(row) > length for row in rows), len(rows))
-        return [row[:length] for row in rows]
-
     def save_to_preset(self, preset_dir: str | os.PathLike[str]) -> None:
-        """Write the preprocessor's and the tokenizer's files into a preset's folder."""
+        """Write the preprocessor's and the tokenizer's files into a preset's folder.
+
+        Args:
+            preset_dir: path of the folder.
+        """
         preset_saving.save_preprocessor(self, preset_dir)
 
     def get_config(self) -> dict:

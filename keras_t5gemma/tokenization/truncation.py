@@ -131,6 +131,10 @@ class CountsTruncation:
         before = counts.get(kind, (0, 0))
         counts[kind] = (before[0] + truncated, before[1] + total)
 
+    def _truncate(self, rows, length, side):
+        self.count(side, sum(len(row) > length for row in rows), len(rows))
+        return [row[:length] for row in rows]
+
     def _counts(self) -> Counts | None:
         shared = None if self._shared is None else self._shared.counts
         return _running.get({}).get(id(self), shared)

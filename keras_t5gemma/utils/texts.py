@@ -148,3 +148,43 @@ def _message(values: Any, name: str) -> str:
     return (
         f"`{name}` must be a string or a list of strings; got {kind} {shown(values)}."
     )
+
+
+def text_pairs(x: Any, decoder_optional: bool = False) -> tuple[list[str], list[str]]:
+    """Sources and targets of a dict of texts.
+
+    Args:
+        x: a dict of `"encoder_text"` and `"decoder_text"`, a string or a list each.
+        decoder_optional: accept a dict without targets, which are then empty.
+
+    Returns:
+        `(sources, targets)`, lists of one length.
+
+    Raises:
+        ValueError: for wrong keys, unequal lengths, or values that are not text.
+    """
+    known = ("encoder_text", "decoder_text")
+    if not isinstance(x, dict):
+        raise ValueError(
+            f"`x` must be text pairs, a dict with keys {known}; got "
+            f"{type(x).__name__} {shown(x)}."
+        )
+    required = known[:1] if decoder_optional else known
+    if set(x) - set(known) or set(required) - set(x):
+        raise ValueError(
+            f"`x` must be text pairs, a dict with keys {known}"
+            f"{' (the second is optional)' if decoder_optional else ''}; "
+            f"got {shown(list(x))}."
+        )
+    columns = {
+        key: as_texts([value] if isinstance(value, str) else value, key)
+        for key, value in x.items()
+    }
+    sources = columns["encoder_text"]
+    targets = columns.get("decoder_text", [""] * len(sources))
+    if len(sources) != len(targets):
+        raise ValueError(
+            "`encoder_text` and `decoder_text` must have equally many rows; got "
+            f"{len(sources)} and {len(targets)}."
+        )
+    return sources, targets
