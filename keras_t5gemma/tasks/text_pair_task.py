@@ -120,9 +120,21 @@ class TextPairTask(FitMixin, ChunkedLossTask):
         steps: int | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Logits `(pairs, decoder length, vocabulary)` of pairs, teacher-forced.
+        """Logits of pairs, teacher-forced.
 
-        No pairs, `[]`, give an array of no rows.
+        Args:
+            x: as in `fit`.
+            y: as in `fit`.
+            batch_size: pairs per step, for in-memory data; 32 when `None`.
+            steps: number of batches; `None` is all.
+            **kwargs: further arguments of `keras.Model.predict`.
+
+        Returns:
+            `(pairs, decoder length, vocabulary)`; no pairs, `[]`, give an array of no
+            rows.
+
+        Raises:
+            ValueError: as in `fit`.
         """
         check_sizes(batch_size=batch_size, steps=steps)
         is_empty = _is_empty(x) and (y is None or _is_empty(y))

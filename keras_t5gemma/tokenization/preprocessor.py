@@ -157,7 +157,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             sample_weight: `None`, or one weight for each pair, `(batch,)`.
 
         Returns:
-            `(x, y, sample_weight)`: a dict of the backbone's int32 inputs; int32 targets
+            `(x, y, sample_weight)`: dict of the backbone's int32 inputs; int32 targets
             `(batch, decoder length)`; float32 weights of that shape, 0 on padding.
 
         Raises:
