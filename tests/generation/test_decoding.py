@@ -210,29 +210,6 @@ def test_a_stop_in_the_prompt_does_not_stop(shared_model):
     assert out["decoder_token_ids"][0, :3].tolist() == [2, 107, 300]
 
 
-def test_number_of_compiled_programs(tokenizer):
-    """200 requests of all lengths; the bound is `batches`'s."""
-    model = tiny_model(tokenizer)
-    model.preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 300, 8)
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(4, 200, 60)
-    sources = [" ".join(["fox"] * n)[: n * 2] for n in lengths]
-    model.generate(sources, batch_size=8)
-    expected = 0 if keras.backend.backend() == "torch" else 2 * 9
-    first = model.compiled_programs()
-    assert first <= expected
-    for n in (1, 3, 8):
-        model.generate(sources[:n], batch_size=8)
-    model.generate(sources[::-1], batch_size=8)
-    model.generate(sources, batch_size=8, max_length=7)  # The same bucket.
-    assert first <= model.compiled_programs() <= 2 * expected
-    before = model.compiled_programs()
-    for temperature in (0.5, 0.6, 0.7):
-        model.generate(sources[:8], batch_size=8, temperature=temperature)
-    more = model.compiled_programs() - before
-    assert more == (0 if keras.backend.backend() == "torch" else 2)
-
-
 def test_rounding_changes_nothing(shared_model, monkeypatch):
     sources = [*SOURCES, "The quick brown fox jumps over the lazy dog"]
     rounded = generated_ids(shared_model, sources, 13)
@@ -349,13 +326,13 @@ def test_a_source_that_is_done_takes_no_more_beams():
         "index": ops.convert_to_tensor(1, "int32"),
         "prompt_lengths": ops.ones((4,), "int32"),
         "max_length": ops.convert_to_tensor(6, "int32"),
-        "traced_args": options.traced_args(),
+        "traced_args": {**options.traced_args(), **options.token_lists((1,), 8, 6)},
         "cache": {"self": ()},
     }
     state = beam.start(state, 2)
     state["done"] = ops.convert_to_tensor([True, False])
     logits = ops.convert_to_tensor(np.tile([0.0, 9, 0, 0, 0, 0, 0, 1], (4, 1)))
-    state = beam.write(state, logits, options, (1,))
+    state = beam.write(state, logits, options)
     assert numpy(state["finished_ids"])[1, 0, 1] == 1
     scores = numpy(state["finished_scores"])
     expected = 9 - np.log(np.exp(9) + np.exp(1) + 6)
@@ -412,36 +389,6 @@ def test_quantizing_the_backbone_makes_the_old_programs_void(tokenizer):
     after = model.generate(SOURCES, **options)["log_prob"]
     assert all(a != b for a, b in zip(before, after, strict=True))
     assert len(model._generator().engines) == 1
-
-
-def test_compiled_programs_are_kept(tokenizer, tmp_path):
-    if keras.backend.backend() != "jax":
-        with pytest.raises(ValueError, match="JAX backend only; this is"):
-            kt.cache_compiled_programs(tmp_path)
-        return
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    model = tiny_model(tokenizer)  # Something was compiled before the call.
-    try:
-        kt.cache_compiled_programs(tmp_path)
-        model.generate(SOURCES, LENGTH)
-        kept = set(tmp_path.glob("jit_run-*-cache"))  # Ours; JAX's own helpers vary.
-        assert len(kept) == 2
-        model._generator().engines.clear()
-        jax.clear_caches()
-        model.generate(SOURCES, LENGTH)
-        assert set(tmp_path.glob("jit_run-*-cache")) == kept
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def test_a_sampler_for_keras_hub_keeps_working(model):
