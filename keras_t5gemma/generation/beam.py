@@ -42,18 +42,17 @@ def write(
     state: dict,
     logits: Tensor,
     options: GenerationOptions,
-    stop_ids: tuple | None,
     known_tokens: int | None = None,
 ) -> dict:
     """Append one token to every beam; see `decoding.write_token`."""
     beams, index, done = options.num_beams, state["index"], state["done"]
     sources = done.shape[0]
-    candidates = _candidates(state, logits, options, stop_ids, known_tokens)
+    candidates = _candidates(state, logits, options, known_tokens)
     total, token, _, _ = candidates
 
-    ends = ops.broadcast_to(index + 1 >= state["max_length"], token.shape)
-    for stop in stop_ids or ():
-        ends = ops.logical_or(ends, token == stop)
+    stop_ids = state["traced_args"]["stop_ids"]
+    ends = ops.any(token[..., None] == stop_ids, axis=-1)
+    ends = ops.logical_or(ends, index + 1 >= state["max_length"])
     # While a prompt is read the beams stay as they are.
     prompt = ops.reshape(state["prompt_lengths"], (sources, beams))
     in_prompt = index < prompt  # B k
@@ -72,7 +71,7 @@ def write(
     return {**state, **finished, **running, "done": done}
 
 
-def _candidates(state, logits, options, stop_ids, known_tokens):
+def _candidates(state, logits, options, known_tokens):
     """The best continuations of each source's beams, enough that k do not end.
 
     Returns:
@@ -84,8 +83,8 @@ def _candidates(state, logits, options, stop_ids, known_tokens):
     raw = ops.cast(logits, "float32")
     rows, size = raw[:, :known_tokens].shape
     log_z = ops.logsumexp(raw, axis=1, keepdims=True)
-    scores = process((raw - log_z)[:, :known_tokens], state, options, stop_ids)
-    keep = min(beams * max(2, 1 + len(stop_ids or ())), size)
+    scores = process((raw - log_z)[:, :known_tokens], state, options)
+    keep = min(beams * (1 + state["traced_args"]["stop_ids"].shape[1]), size)
     best, ids = (
         ops.reshape(t, (sources, beams * keep)) for t in top_candidates(scores, keep)
     )

@@ -32,7 +32,7 @@ def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
             `decoder_token_ids` `(R, L)`, prompts followed by 0, R a multiple of B;
             `prompt_lengths`, `seeds` `(R,)`; `prefix_token_ids` `(R, P)`, of which
             the first `prefix_count` are in every prompt, before its last token;
-            `max_length`, at most L; `traced_args` of the options.
+            `max_length`, at most L; `traced_args` and `token_lists` of the options.
         options: a `GenerationOptions`.
 
     Returns:
@@ -63,7 +63,6 @@ def advance(
     state: dict,
     limit: Tensor,
     options: GenerationOptions,
-    stop_ids: tuple | None = None,
     known_tokens: int | None = None,
 ) -> dict:
     """Generate up to position `limit`, or until every row is done.
@@ -74,7 +73,6 @@ def advance(
         state: from `start`, or from the previous call.
         limit: scalar int, at most L.
         options: a `GenerationOptions`.
-        stop_ids: tuple of ids that end a row, or `None`.
         known_tokens: only ids below this are generated; `None` for all.
 
     Returns:
@@ -91,9 +89,7 @@ def advance(
         last = ops.take(state["token_ids"], index - 1, axis=1)
         capped = not options.is_greedy
         logits, cache = step(last, state["cache"], index - 1, capped)
-        state = write(
-            {**state, "cache": cache}, logits, options, stop_ids, known_tokens
-        )
+        state = write({**state, "cache": cache}, logits, options, known_tokens)
         return ({**state, "index": index + 1},)
 
     return ops.while_loop(unfinished, body, (state,))[0]
@@ -136,7 +132,6 @@ def write_token(
     state: dict,
     logits: Tensor,
     options: GenerationOptions,
-    stop_ids: tuple | None,
     known_tokens: int | None = None,
 ) -> dict:
     """Append one token to every row, greedily or by sampling.
@@ -145,7 +140,6 @@ def write_token(
         state: of the decoding loop.
         logits: `(R, V)`, of position `index`.
         options: a `GenerationOptions`.
-        stop_ids: tuple of ids, or `None`.
         known_tokens: see `advance`.
 
     Returns:
@@ -156,7 +150,7 @@ def write_token(
         token = top_candidates(logits[:, :known_tokens], 1)[1][:, 0]
     else:
         logits = ops.cast(logits, "float32")
-        scores = process(logits[:, :known_tokens], state, options, stop_ids)
+        scores = process(logits[:, :known_tokens], state, options)
         if options.is_sampling:
             token = sample(scores, state, options)
         else:
@@ -166,9 +160,9 @@ def write_token(
     token = ops.where(in_prompt, given, ops.where(done, 0, token))
     if options.return_scores:
         state = {**state, "token_log_probs": _add_scores(state, logits, token)}
-    for stop in stop_ids or ():
-        stops = ops.logical_and(token == stop, ops.logical_not(in_prompt))
-        done = ops.logical_or(done, stops)
+    stops = ops.any(token[:, None] == state["traced_args"]["stop_ids"], axis=-1)
+    stops = ops.logical_and(stops, ops.logical_not(in_prompt))
+    done = ops.logical_or(done, stops)
     token_ids = ops.slice_update(state["token_ids"], (0, index), token[:, None])
     return {**state, "token_ids": token_ids, "done": done}
 

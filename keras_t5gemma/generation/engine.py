@@ -24,20 +24,21 @@ class Engine:
         backbone: a `Backbone`. Make a new engine when its set of variables changes
             (LoRA, quantization).
         options: the `static_options` of a `GenerationOptions`.
-        stop_ids: tuple of ids that end a row, or `None`.
         compiled: on PyTorch, whether to compile the step.
         known_tokens: see `decoding.advance`.
+        torch_steps: on PyTorch, the dict in which engines of one backbone share steps,
+            which may hold copies of its weights.
     """
 
     def __init__(
         self,
         backbone: Any,
         options: GenerationOptions,
-        stop_ids: tuple | None = None,
         compiled: bool = False,
         known_tokens: int | None = None,
+        torch_steps: dict | None = None,
     ) -> None:
-        rest = (options, stop_ids, known_tokens)
+        rest = (options, known_tokens)
 
         def start(inputs):
             return decoding.start(backbone, inputs, options)
@@ -49,7 +50,9 @@ class Engine:
         kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction, "torch": _Torch}
         compile: Any = kinds[keras.config.backend()]
         if compile is _Torch:
-            advance = _torch_advance(backbone, rest, compiled)
+            advance = _torch_advance(
+                backbone, rest, compiled, {} if torch_steps is None else torch_steps
+            )
         self._start = compile(backbone, start)
         self._advance = compile(backbone, advance, donate=True)
 
@@ -117,17 +120,16 @@ class _Torch:
         return 0
 
 
-def _torch_advance(backbone, rest, compiled):
+def _torch_advance(backbone, rest, compiled, made):
     from keras_t5gemma.generation import torch_step
 
-    made: dict = {}  # Steps of the current weights.
     # Inductor cannot compile FBGEMM's products, and its int8 products are slower.
     compiled = compiled and not backbone.decoder.token_embedding.quantization_mode
 
     def make_step(one_row):
         if not torch_step.is_supported(backbone):
             return decoding.plain_step(backbone)
-        key = (torch_step.fingerprint(backbone), compiled and one_row)
+        key = (torch_step.fingerprint(backbone), compiled, compiled and one_row)
         step = made.get(key)
         if step is None:
             if any(other[0] != key[0] for other in list(made)):  # Threads add others.

@@ -11,7 +11,8 @@ import numpy as np
 
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.generation.decoding import select
-from keras_t5gemma.generation.engine import Engine, results
+from keras_t5gemma.generation.engine import results
+from keras_t5gemma.generation.engine_cache import EngineCache
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
 from keras_t5gemma.generation.requests import Request, batches
@@ -31,7 +32,7 @@ class Generator:
 
     def __init__(self, task: Any) -> None:
         self.task = task
-        self.engines: dict[tuple, Engine] = {}
+        self.engines = EngineCache(task.backbone)
 
     def options(self, given: dict, request: Request) -> GenerationOptions | None:
         """Checked `GenerationOptions` from the task's sampler and a user's keywords.
@@ -80,7 +81,7 @@ class Generator:
             engine = SamplerEngine(self.task, request.stop_ids)
         else:
             width = self._width(request.max_length)
-            engine = self._engine(options, request.stop_ids)
+            engine = self._engine(options)
         max_length = request.max_length
         answers = options.num_return_sequences
         prompts = request.arrays["decoder_token_ids"]
@@ -116,7 +117,7 @@ class Generator:
 
     def stream(self, request: Request, options: GenerationOptions) -> Iterator[str]:
         """Yield the answer to a request of one row in pieces of text."""
-        engine = self._engine(options, request.stop_ids)
+        engine = self._engine(options)
         width = self._width(request.max_length)
         (_, inputs) = next(batches(request, options, 1, width, self._is_compiled()))
         state = engine.start(inputs)
@@ -137,8 +138,7 @@ class Generator:
 
     def compiled_programs(self) -> int:
         """Number of programs compiled so far."""
-        engines = list(self.engines.values())
-        return sum(engine.compiled_programs() for engine in engines)
+        return self.engines.compiled_programs()
 
     def _width(self, max_length):
         """Length of the decoder's arrays, rounded up so that few programs exist."""
@@ -150,23 +150,9 @@ class Generator:
         """Whether a new batch shape needs a new program."""
         return keras.config.backend() != "torch" or bool(self.task.jit_compile)
 
-    def _engine(self, options, stop_ids):
-        variables = tuple(map(id, self.task.backbone.variables))
-        key = (
-            options.static_options(),
-            stop_ids,
-            bool(self.task.jit_compile),
-            known_tokens(self.task),
-            variables,
-        )
-        engine = self.engines.get(key)
-        if engine is None:
-            # LoRA and quantization replace variables: old programs are invalid. The
-            # list is a copy: other threads add engines meanwhile.
-            if any(other[-1] != variables for other in list(self.engines)):
-                self.engines.clear()
-            engine = self.engines[key] = Engine(self.task.backbone, *key[:-1])
-        return engine
+    def _engine(self, options):
+        known = known_tokens(self.task)
+        return self.engines.get(options, bool(self.task.jit_compile), known)
 
 
 def known_tokens(task: Any) -> int | None:

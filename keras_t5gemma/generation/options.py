@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_t5gemma.generation.samplers import kind_of
 from keras_t5gemma.tokenization.token_ids import check_range
+from keras_t5gemma.utils.buckets import power_of_two
 from keras_t5gemma.utils.checks import MAX_COUNT, flag, number, shown, whole_number
 
 # Not generators, which may be endless.
@@ -191,8 +192,42 @@ class GenerationOptions:
             "min_new_tokens": np.int32(self.min_new_tokens),
         }
 
+    def token_lists(
+        self, stop_ids: tuple | None, vocabulary_size: int, length: int
+    ) -> dict[str, np.ndarray]:
+        """The lists of ids, as further arguments of a compiled program.
+
+        Their shapes do not depend on the ids, so that all lists share a program. The
+        first axis has size 1: they are not split over devices like rows.
+
+        Args:
+            stop_ids: ids that end a row, or `None`.
+            vocabulary_size: of the model.
+            length: of the decoder's arrays.
+
+        Returns:
+            A dict of `stop_ids`, int32 `(1, n)`, filled up with -1 to a power of two
+            of at least 2; with banned ids `is_banned`, bool `(1, vocabulary_size)`;
+            with forced ids `forced_ids`, int32 `(1, length)` by position in the
+            answer, -1 where none is forced.
+        """
+        stops = np.full((1, max(2, power_of_two(len(stop_ids or ())))), -1, "int32")
+        stops[0, : len(stop_ids or ())] = stop_ids or ()
+        lists = {"stop_ids": stops}
+        if self.banned_token_ids:
+            lists["is_banned"] = np.zeros((1, vocabulary_size), bool)
+            lists["is_banned"][0, list(self.banned_token_ids)] = True
+        if self.forced_token_ids:
+            lists["forced_ids"] = np.full((1, length), -1, "int32")
+            places, ids = zip(*self.forced_token_ids, strict=True)
+            lists["forced_ids"][0, list(places)] = ids
+        return lists
+
     def static_options(self) -> "GenerationOptions":
-        """These options without `traced_args`: equal ones share compiled programs."""
+        """These options without the values of `traced_args` and `token_lists`.
+
+        Equal ones share compiled programs.
+        """
         return dataclasses.replace(
             self,
             length_penalty=1.0,
@@ -200,6 +235,8 @@ class GenerationOptions:
             top_p=None if self.top_p is None else 1.0,
             repetition_penalty=1.0 if self.repetition_penalty == 1.0 else 2.0,
             min_new_tokens=min(self.min_new_tokens, 1),
+            banned_token_ids=self.banned_token_ids and (0,),
+            forced_token_ids=self.forced_token_ids and ((0, 0),),
             seed=None,
             max_time=None,
         )

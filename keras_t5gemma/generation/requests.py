@@ -23,10 +23,12 @@ class Request:
         arrays: from `id_prompts` or `generate_preprocess`. One row of the encoder's
             arrays with several of the decoder's: prompts for the same source.
         stop_ids: tuple of ids that end an answer, or `None`.
+        vocabulary_size: of the model.
     """
 
     arrays: dict
     stop_ids: tuple | None
+    vocabulary_size: int
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -113,7 +115,7 @@ def read_request(
     else:
         reader = preprocessor.for_reading(config.max_positions)
         arrays = _text_arrays(inputs, reader, max_length)
-    return Request(arrays, stop_token_ids)
+    return Request(arrays, stop_token_ids, config.vocabulary_size)
 
 
 def _text_arrays(inputs, preprocessor, max_length):
@@ -231,6 +233,9 @@ def batches(
     decoder_ids = np.pad(decoder_ids, ((0, 0), (0, width - request.max_length)))
     copies = options.rows_per_source
     seeds = _row_seeds(options, len(lengths))
+    size = request.vocabulary_size
+    lists = options.token_lists(request.stop_ids, size, width)
+    traced_args = {**options.traced_args(), **lists}
     # Longest first: a batch that does not fit into memory fails at once.
     groups = np.frexp(lengths - 1)[1]  # Prompts that differ by less than a factor 2.
     widths = np.broadcast_to(sources, len(lengths))
@@ -263,7 +268,7 @@ def batches(
                     "prompt_lengths": lengths[repeated].astype("int32"),
                     "seeds": seeds[taken].reshape(-1),
                     "max_length": np.int32(request.max_length),
-                    "traced_args": options.traced_args(),
+                    "traced_args": traced_args,
                 },
             )
 

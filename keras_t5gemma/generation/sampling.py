@@ -14,17 +14,14 @@ _NEVER = -1e30
 _CHUNKS = 512
 
 
-def process(
-    logits: Tensor, state: dict, options: GenerationOptions, stop_ids: tuple | None
-) -> Tensor:
+def process(logits: Tensor, state: dict, options: GenerationOptions) -> Tensor:
     """Apply penalties, banned and forced ids, in the order of transformers.
 
     Args:
         logits: float32 `(R, V)`, or log-probabilities.
         state: of the decoding loop: `token_ids` `(R, L)`, of which the first `index`
-            are generated, `prompt_lengths` `(R,)`, `traced_args`.
+            are generated, `prompt_lengths` `(R,)`, `traced_args` with `token_lists`.
         options: a `GenerationOptions`.
-        stop_ids: tuple of ids, or `None`.
 
     Returns:
         `(R, V)`.
@@ -41,15 +38,17 @@ def process(
         completes = _completes_ngram(token_ids, index, options.no_repeat_ngram_size)
         logits = ops.where(_mark(token_ids, completes, size), _NEVER, logits)
     count = index - state["prompt_lengths"]  # Tokens of the answer so far, R.
-    if options.min_new_tokens and stop_ids:
+    if options.min_new_tokens:
         too_early = (count < traced["min_new_tokens"])[:, None]
-        banned = ops.logical_and(too_early, _is_one_of(stop_ids, size))
+        banned = ops.logical_and(too_early, _is_one_of(traced["stop_ids"][0], size))
         logits = ops.where(banned, _NEVER, logits)
     if options.banned_token_ids:
-        logits = ops.where(_is_one_of(options.banned_token_ids, size), _NEVER, logits)
-    for place, token in options.forced_token_ids:
-        others = ops.arange(size)[None] != token
-        forbidden = ops.logical_and((count == place)[:, None], others)
+        logits = ops.where(traced["is_banned"][:, :size], _NEVER, logits)
+    if options.forced_token_ids:
+        # Negative counts are in the prompt, where the result is not used.
+        forced = ops.take(traced["forced_ids"][0], ops.maximum(count, 0))[:, None]
+        others = ops.arange(size)[None] != forced
+        forbidden = ops.logical_and(forced >= 0, others)
         logits = ops.where(forbidden, _NEVER, logits)
     return logits
 
@@ -79,10 +78,10 @@ def _completes_ngram(token_ids, index, n):
 
 
 def _is_one_of(ids, size):
-    """Boolean `(1, V)`."""
-    places = ops.convert_to_tensor([[i] for i in ids], "int32")
-    marks = ops.scatter(places, ops.ones((len(ids),), "float32"), (size,))
-    return marks[None] > 0
+    """Boolean `(1, V)`; ids outside the vocabulary mark nothing."""
+    ids = ops.where(ops.logical_and(ids >= 0, ids < size), ids, size)
+    marks = ops.scatter(ids[:, None], ops.ones(ids.shape, "float32"), (size + 1,))
+    return marks[None, :size] > 0
 
 
 def top_candidates(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
