@@ -1,0 +1,434 @@
+"""Speculative decoding: tokens copied from the source, verified several a pass.
+
+Summaries and corrections repeat what was read. After each pass the last tokens of a row
+are looked up in its source and in what it has written; the tokens that followed there
+are proposed, and one pass of the decoder over them and the last token verifies all
+(prompt lookup decoding; verification as in arXiv 2211.17192). A proposed token is
+accepted when it is the one that plain decoding chooses there: answers do not change.
+
+Rows accept different numbers of tokens, so `index` is `(R,)` in the state. The cache
+has spare slots, and the next pass overwrites the keys of rejected tokens.
+
+Below, R are rows, L the decoder's length, C the length of the text that is searched,
+k the number of proposed tokens, T = k + 1 the positions of a pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.distribution import mesh
+from keras_t5gemma.distribution.prediction import JaxFunction, TensorFlowFunction
+from keras_t5gemma.generation import decoding
+from keras_t5gemma.generation.engine import EagerTorch, torch_steps
+from keras_t5gemma.generation.options import GenerationOptions
+from keras_t5gemma.generation.sampling import process, top_candidates
+from keras_t5gemma.utils.backends import on_cpu
+from keras_t5gemma.utils.types import Tensor
+
+LENGTHS = (0, 3, 7)  # Numbers of proposed tokens; each is a program.
+_NGRAM = 3
+# The share of its first row that each further row adds to the time of a pass.
+_ROW_COST = {"cpu": 0.3, "accelerator": 0.02}
+# Accepted and tried tokens that are assumed at the start, and how many are remembered.
+_ASSUMED = (3.0, 5.0)
+_REMEMBERED = 64
+_PASSES_UNSURE, _PASSES = 2, 8  # In one call.
+
+
+def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
+    """See `decoding.start`; the state has an index of each row, and the sources."""
+    state = decoding.start(backbone, inputs, options, spare=max(LENGTHS))
+    rows = state["token_ids"].shape[0]
+    mask = ops.cast(inputs["encoder_padding_mask"], "bool")
+    source = ops.where(mask, ops.cast(inputs["encoder_token_ids"], "int32"), -1)
+    return {
+        **state,
+        "index": ops.broadcast_to(state["index"], (rows,)),
+        "source": ops.repeat(source, rows // source.shape[0], axis=0),
+        "counts": ops.zeros((4,), "int32"),
+    }
+
+
+def advance(
+    step: Callable,
+    state: dict,
+    limit: Tensor,
+    passes: Tensor,
+    k: int,
+    options: GenerationOptions,
+    known_tokens: int | None = None,
+) -> dict:
+    """Generate up to position `limit` or beyond, in at most `passes` passes.
+
+    Args:
+        step: from `plain_step`.
+        state: from `start`, or from the previous call.
+        limit: scalar int; generation ends when each row has as many tokens or is done.
+        passes: scalar int.
+        k: number of proposed tokens.
+        options: a `GenerationOptions` without beams and sampling.
+        known_tokens: see `decoding.advance`.
+
+    Returns:
+        The state. Its `counts` are the row passes, the tokens written in them, and of
+        the proposed tokens those accepted and those tried.
+    """
+
+    def unfinished(state, left):
+        waits = ops.logical_and(state["index"] < limit, ops.logical_not(state["done"]))
+        return ops.logical_and(left > 0, ops.any(waits))
+
+    def body(state, left):
+        state = verify(step, state, k, options, known_tokens)
+        return state, left - 1
+
+    return ops.while_loop(unfinished, body, (state, passes))[0]
+
+
+def advance_on_host(
+    step: Callable,
+    state: dict,
+    limit: int,
+    passes: int,
+    k: int,
+    options: GenerationOptions,
+    known_tokens: int | None = None,
+) -> dict:
+    """`advance` for a backend without a compiler.
+
+    The bookkeeping is in NumPy, where operations on small arrays cost least, and a pass
+    has no more positions than tokens were proposed.
+    """
+    device = state["token_ids"].device
+    names = [n for n, v in state.items() if n not in ("cache", "traced_args")]
+    state = {n: mesh.to_numpy(v) if n in names else v for n, v in state.items()}
+    while passes > 0 and np.any((state["index"] < limit) & ~state["done"]):
+        state = verify(step, state, k, options, known_tokens, np)
+        passes -= 1
+    moved = {n: ops.convert_to_tensor(state[n]).to(device) for n in names}
+    return {**state, **moved}
+
+
+def verify(
+    step: Callable,
+    state: dict,
+    k: int,
+    options: GenerationOptions,
+    known_tokens: int | None = None,
+    xp: Any = ops,
+) -> dict:
+    """One pass: propose tokens, and write those that plain decoding would write.
+
+    Args:
+        step: from `plain_step`.
+        state: of the loop.
+        k: number of proposed tokens.
+        options: a `GenerationOptions`.
+        known_tokens: see `decoding.advance`.
+        xp: the namespace of the state's arrays, `keras.ops` or `numpy`.
+
+    Returns:
+        The state.
+    """
+    token_ids, index, done = state["token_ids"], state["index"], state["done"]
+    length, prompt = token_ids.shape[1], state["prompt_lengths"][:, None]
+    places = index[:, None] + xp.arange(max(k, 1), dtype="int32")[None]  # R k
+    draft = propose(state["source"], token_ids, index, max(k, 1), xp)
+    draft = xp.where(places < prompt, _at(token_ids, places, xp), draft)
+    if xp is np:
+        proposed = np.cumsum(draft < 0, axis=1) == 0
+        k = min(k, int(proposed[~done].sum(axis=1).max(initial=0)))
+    columns = max(k, 1)  # With k = 0 the first is tried, but not accepted.
+    tokens = xp.concatenate([_at(token_ids, index[:, None] - 1, xp), draft[:, :k]], 1)
+    tokens = xp.where(tokens < 0, 0, tokens)  # R T
+    logits, cache = step(tokens, state["cache"], index - 1, not options.is_greedy)
+    chosen, log_probs = _choose(logits, state, tokens, options, known_tokens, xp)
+    steps = xp.arange(k + 1, dtype="int32")[None]
+    places = index[:, None] + steps  # R T
+    chosen = xp.where(places < prompt, _at(token_ids, places, xp), chosen)
+
+    wrong = xp.where(draft[:, :columns] == chosen[:, :columns], 0, 1)
+    run = xp.sum(xp.where(xp.cumsum(wrong, axis=1) == 0, 1, 0), axis=1)  # R
+    stop_ids = state["traced_args"]["stop_ids"]
+    if xp is np:
+        stop_ids = mesh.to_numpy(stop_ids)
+    stops = xp.any(chosen[..., None] == stop_ids[:, None], axis=-1) & (places >= prompt)
+    before = xp.cumsum(xp.where(stops, 1, 0), axis=1) - xp.where(stops, 1, 0)
+    keep = (steps <= run[:, None]) & (before == 0) & (places < state["max_length"])
+    keep = keep & ~done[:, None]
+    count = xp.sum(xp.where(keep, 1, 0), axis=1)  # R
+
+    offset = xp.arange(length, dtype="int32")[None] - index[:, None]  # R L
+    inside = (offset >= 0) & (offset < count[:, None])
+
+    def write(old, new):
+        return xp.where(inside, _at(new, offset, xp), old)
+
+    if log_probs is not None:
+        scores = write(state["token_log_probs"], log_probs)
+        state = {**state, "token_log_probs": scores}
+    active = (count > 0) & (index >= prompt[:, 0])
+    tried = xp.where(run < columns, run + 1, columns)
+    counts = [xp.sum(xp.where(active, x, 0)) for x in (1, count, run, tried)]
+    counts = xp.stack(counts)
+    return {
+        **state,
+        "cache": cache,
+        "token_ids": write(token_ids, chosen),
+        "index": index + _int32(count, xp),
+        "done": done | xp.any(keep & stops, axis=1),
+        "counts": state["counts"] + _int32(counts, xp),
+    }
+
+
+def propose(
+    source: Tensor, token_ids: Tensor, index: Tensor, k: int, xp: Any = ops
+) -> Tensor:
+    """Tokens that followed an earlier copy of the last ones: int32 `(R, k)`.
+
+    The longest n-gram counts, of up to three tokens; among equal ones the first of the
+    source, then of the answer. At the start of an answer the source's start is
+    proposed. A copy in the answer that ends before k tokens is repeated.
+
+        source  the old board is old      answer  the board is    proposed  old
+
+    Args:
+        source: int32 `(R, S)`, negative where padded.
+        token_ids: int32 `(R, L)`, of which the first `index` are written.
+        index: int32 `(R,)`.
+        k: number of tokens.
+        xp: the namespace of the arrays.
+
+    Returns:
+        Ids; from the first negative one on nothing is proposed.
+    """
+    text = xp.concatenate([token_ids[:, :1], source, token_ids], axis=1)  # R C
+    size = 1 + source.shape[1]
+    end = size + index[:, None]
+    places = xp.arange(text.shape[1], dtype="int32")[None]
+    matches = (places + 1 < end) & (places != size - 1)
+    score = 0
+    for back in range(_NGRAM):
+        last = _at(token_ids, index[:, None] - 1 - back, xp)
+        matches = matches & (xp.roll(text, back, axis=1) == last)
+        score = score + xp.where(matches, 1, 0)
+    best = _int32(xp.argmax(score, axis=1), xp)[:, None]  # The first of equal ones.
+    steps = xp.arange(k, dtype="int32")[None]
+    in_answer = best >= size
+    steps = xp.where(in_answer, steps % xp.where(in_answer, end - 1 - best, 1), steps)
+    following = best + 1 + steps
+    found = (_at(score, best, xp) > 0) & (in_answer | (following < size))
+    return xp.where(found, _at(text, following, xp), -1)
+
+
+def _at(array, places, xp):
+    """`array[r, places[r, i]]`; places outside are moved to the nearest inside."""
+    places = xp.clip(places, 0, array.shape[1] - 1)
+    return xp.take_along_axis(array, places, axis=1)
+
+
+def _int32(x, xp):
+    return x.astype("int32") if xp is np else ops.cast(x, "int32")
+
+
+def _choose(logits, state, tokens, options, known_tokens, xp):
+    """The next tokens, and their log-probabilities if wanted, `(R, T)` each.
+
+    Args:
+        logits: `(R T, V)`.
+        state: of the loop.
+        tokens: int `(R, T)`, the last token and the proposed ones.
+        options: a `GenerationOptions`.
+        known_tokens: see `decoding.advance`.
+        xp: the namespace of the state's arrays.
+    """
+    rows, positions = tokens.shape
+    log_probs = None
+    if options.is_greedy:
+        chosen = top_candidates(logits[:, :known_tokens], 1)[1]
+    else:
+        # Every position is a row, whose text has the proposed tokens before it.
+        token_ids, index = state["token_ids"], state["index"][:, None]
+        length = token_ids.shape[1]
+        offset = xp.arange(length, dtype="int32")[None] - index + 1  # R L
+        inside = (offset >= 0) & (offset < positions)
+        token_ids = xp.where(inside, _at(tokens, offset, xp), token_ids)
+        index = index + xp.arange(positions, dtype="int32")[None]
+        texts = {
+            "token_ids": xp.repeat(token_ids, positions, axis=0),
+            "index": xp.reshape(xp.clip(index, 0, length - 1), (-1,)),
+            "prompt_lengths": xp.repeat(state["prompt_lengths"], positions, axis=0),
+        }
+        texts = {name: ops.convert_to_tensor(value) for name, value in texts.items()}
+        texts["traced_args"] = state["traced_args"]
+        logits = ops.cast(logits, "float32")
+        scores = process(logits[:, :known_tokens], texts, options)
+        chosen = top_candidates(scores, 1)[1]
+        if options.return_scores:
+            log_probs = ops.take_along_axis(logits, chosen, axis=1)
+            log_probs = log_probs - ops.logsumexp(logits, axis=1, keepdims=True)
+            log_probs = ops.reshape(log_probs, (rows, positions))
+    chosen = ops.reshape(chosen, (rows, positions))
+    if xp is np:
+        chosen = mesh.to_numpy(chosen)
+        log_probs = None if log_probs is None else mesh.to_numpy(log_probs)
+    return chosen, log_probs
+
+
+def plain_step(backbone: Any) -> Callable:
+    """The step of `advance` through the layers of the model.
+
+    A function from `(tokens (R, T), cache, index (R,), capped)`, the tokens from
+    position `index` of each row on, to `(logits (R T, V), cache)`.
+    """
+
+    def step(tokens, cache, index, capped):
+        hidden, cache = backbone.decode(tokens, cache=cache, index=index)
+        hidden = ops.reshape(hidden, (-1, hidden.shape[-1]))
+        return backbone.next_logits(hidden, capped), cache
+
+    return step
+
+
+class SpeculativeEngine:
+    """`engine.Engine` for speculative decoding: one program for each of `LENGTHS`.
+
+    Args:
+        backbone: see `Engine`.
+        options: see `Engine`.
+        compiled: see `Engine`; the passes on PyTorch are eager.
+        known_tokens: see `Engine`.
+        steps: see `Engine`.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        options: GenerationOptions,
+        compiled: bool = False,
+        known_tokens: int | None = None,
+        steps: dict | None = None,
+    ) -> None:
+        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
+        compile: Any = kinds.get(keras.config.backend(), EagerTorch)
+        make_step, run = (lambda: plain_step(backbone)), advance
+        if compile is EagerTorch:
+            make_step, run = _torch_step(backbone, steps), advance_on_host
+
+        def make_advance(k):
+            def advance(state, limit, passes):
+                rest = (k, options, known_tokens)
+                return run(make_step(), state, limit, passes, *rest)
+
+            return compile(backbone, advance, donate=True)
+
+        self._start = compile(backbone, lambda inputs: start(backbone, inputs, options))
+        self._advance = {k: make_advance(k) for k in LENGTHS}
+        self.row_cost = _ROW_COST["cpu" if _is_on_cpu(backbone) else "accelerator"]
+        # Row passes, and the tokens written in them, since the engine was made.
+        self.row_passes = self.tokens_written = 0
+
+    def start(self, inputs: dict) -> dict:
+        """See `start`; NumPy arrays are accepted."""
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        return self._start(mesh.split_rows(inputs))
+
+    def advance(self, state: dict, limit: int, passes: int, k: int) -> dict:
+        """See `advance`; the state passed must not be used again."""
+        bounds = limit, passes
+        if keras.config.backend() != "torch":
+            bounds = mesh.split_rows(
+                tuple(ops.convert_to_tensor(b, "int32") for b in bounds)
+            )
+        return self._advance[k](state, *bounds)
+
+    def compiled_programs(self) -> int:
+        """Number of programs compiled so far."""
+        return sum(f.count() for f in (self._start, *self._advance.values()))
+
+
+class AdaptiveEngine:
+    """The interface of `Engine` for one request: chooses k from what was accepted.
+
+    A pass over k + 1 positions costs more than a pass over one, and writes more tokens
+    only where proposals are accepted. The costs are assumed, not measured, so that
+    the same request always takes the same passes.
+
+    Args:
+        engine: a `SpeculativeEngine`.
+    """
+
+    def __init__(self, engine: SpeculativeEngine) -> None:
+        self.engine = engine
+        self.accepted, self.tried = _ASSUMED
+
+    def start(self, inputs: dict) -> dict:
+        """See `SpeculativeEngine.start`."""
+        return self.engine.start(inputs)
+
+    def advance(self, state: dict, limit: int) -> dict:
+        """See `decoding.advance`; rows may be generated beyond `limit`."""
+        before = mesh.to_numpy(state["counts"])
+        while True:
+            rows = state["token_ids"].shape[0]
+            k = best_length(self.accepted / self.tried, rows, self.engine.row_cost)
+            sure = self.tried >= _REMEMBERED / 4
+            passes = _PASSES if sure else _PASSES_UNSURE
+            state = self.engine.advance(state, limit, passes, k)
+            counts = mesh.to_numpy(state["counts"])
+            self._learn(*(counts - before))
+            before = counts
+            index, done = mesh.to_numpy(state["index"]), mesh.to_numpy(state["done"])
+            if (done | (index >= limit)).all():
+                return state
+
+    def _learn(self, row_passes, written, accepted, tried):
+        self.engine.row_passes += int(row_passes)
+        self.engine.tokens_written += int(written)
+        self.accepted += accepted
+        self.tried += tried
+        keep = min(1.0, _REMEMBERED / self.tried)
+        self.accepted, self.tried = keep * self.accepted, keep * self.tried
+
+
+def best_length(rate: float, rows: int, row_cost: float) -> int:
+    """The one of `LENGTHS` that writes most tokens in a time.
+
+    Args:
+        rate: probability that a proposed token is accepted.
+        rows: number of rows.
+        row_cost: the share of its first row that each further row, or position, adds to
+            the time of a pass.
+    """
+
+    def speed(k):
+        written = sum(rate**i for i in range(k + 1))
+        return written / (1 + row_cost * (rows * (k + 1) - 1))
+
+    return max(LENGTHS, key=speed)
+
+
+def _is_on_cpu(backbone):
+    return on_cpu(backbone.decoder.final_norm.scale.value)
+
+
+def _torch_step(backbone, steps):
+    made = torch_steps(backbone, False, {} if steps is None else steps)
+
+    def make_step():
+        step = made(False) or plain_step(backbone)
+        device = backbone.decoder.final_norm.scale.value.device
+
+        def run(tokens, cache, index, capped):
+            tokens, index = (
+                ops.convert_to_tensor(x, "int32").to(device) for x in (tokens, index)
+            )
+            return step(tokens, cache, index, capped)
+
+        return run
+
+    return make_step
