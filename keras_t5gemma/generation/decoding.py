@@ -23,7 +23,9 @@ from keras_t5gemma.generation.sampling import process, sample, top_candidates
 from keras_t5gemma.utils.types import Tensor
 
 
-def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
+def start(
+    backbone: Any, inputs: dict, options: GenerationOptions, spare: int = 0
+) -> dict:
     """Encode the sources, fill the cross-attention cache, prefill the prompts.
 
     Args:
@@ -34,6 +36,7 @@ def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
             the first `prefix_count` are in every prompt, before its last token;
             `max_length`, at most L; `traced_args` and `token_lists` of the options.
         options: a `GenerationOptions`.
+        spare: see `make_self_cache`.
 
     Returns:
         The state.
@@ -42,7 +45,7 @@ def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
     token_ids = ops.cast(inputs["decoder_token_ids"], "int32")
     rows, length = token_ids.shape
     encoder_output = backbone.encode(inputs["encoder_token_ids"], mask)
-    cache = backbone.make_cache(encoder_output, mask, length, rows)
+    cache = backbone.make_cache(encoder_output, mask, length, rows, spare)
     count = inputs["prefix_count"]
     constants = ("prompt_lengths", "seeds", "max_length", "traced_args")
     if prefix.shape[1]:
@@ -105,13 +108,13 @@ def select(state: dict, chosen: np.ndarray, count: int) -> dict:
     """
 
     def take(array):
-        size = array.shape[0]
-        if size < count:  # All rows share one source.
+        size = array.shape[0] if array.shape else 0
+        if size < count:  # A scalar, or all rows share one source.
             return array
         rows = np.arange(size).reshape(count, -1)[chosen]
         return mesh.like(ops.take(array, rows.reshape(-1), axis=0), array)
 
-    scalars = ("index", "max_length", "traced_args")
+    scalars = ("traced_args", "counts")
     return {
         name: value if name in scalars else keras.tree.map_structure(take, value)
         for name, value in state.items()

@@ -5,6 +5,7 @@ their arrays. PyTorch runs the step of `torch_step`, compiled on request.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -47,9 +48,9 @@ class Engine:
             step = decoding.plain_step(backbone)
             return decoding.advance(step, state, limit, *rest)
 
-        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction, "torch": _Torch}
-        compile: Any = kinds[keras.config.backend()]
-        if compile is _Torch:
+        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
+        compile: Any = kinds.get(keras.config.backend(), EagerTorch)
+        if compile is EagerTorch:
             advance = _torch_advance(
                 backbone, rest, compiled, {} if torch_steps is None else torch_steps
             )
@@ -106,7 +107,9 @@ def cache_compiled_programs(folder: str | os.PathLike) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-class _Torch:
+class EagerTorch:
+    """A function without gradients; arguments as in `JaxFunction`."""
+
     def __init__(self, backbone, function, donate=False):
         self._function = function
 
@@ -117,10 +120,24 @@ class _Torch:
             return self._function(*args)
 
     def count(self):
+        """Nothing is compiled: 0."""
         return 0
 
 
-def _torch_advance(backbone, rest, compiled, made):
+def torch_steps(
+    backbone: Any, compiled: bool, made: dict
+) -> Callable[[bool], Callable | None]:
+    """Steps of a model on PyTorch for its current weights.
+
+    Args:
+        backbone: a `Backbone`.
+        compiled: whether to compile them.
+        made: the dict in which they are kept.
+
+    Returns:
+        Function from whether a step is used for one row only, to a step; or to `None`
+        for a model that `torch_step` does not support.
+    """
     from keras_t5gemma.generation import torch_step
 
     # Inductor cannot compile FBGEMM's products, and its int8 products are slower.
@@ -128,7 +145,7 @@ def _torch_advance(backbone, rest, compiled, made):
 
     def make_step(one_row):
         if not torch_step.is_supported(backbone):
-            return decoding.plain_step(backbone)
+            return None
         key = (torch_step.fingerprint(backbone), compiled, compiled and one_row)
         step = made.get(key)
         if step is None:
@@ -138,8 +155,14 @@ def _torch_advance(backbone, rest, compiled, made):
             step = made[key] = torch_step.CompiledStep(step) if compiled else step
         return step
 
+    return make_step
+
+
+def _torch_advance(backbone, rest, compiled, made):
+    make_step = torch_steps(backbone, compiled, made)
+
     def advance(state, limit):
-        step = make_step(one_row=len(state["token_ids"]) == 1)
+        step = make_step(len(state["token_ids"]) == 1) or decoding.plain_step(backbone)
         return decoding.advance(step, state, limit, *rest)
 
     return advance

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras_t5gemma.generation.engine import Engine
 from keras_t5gemma.generation.options import GenerationOptions
+from keras_t5gemma.generation.speculative import SpeculativeEngine
 
 _KEPT = 16  # Their programs take 10 to 20 MB each on JAX.
 
@@ -39,7 +40,8 @@ class EngineCache:
                 self._variables, self._torch_steps = variables, {}
             engine = self._engines.get(key)
             if engine is None:
-                engine = Engine(self._backbone, *key, self._torch_steps)
+                kind = SpeculativeEngine if options.speculate else Engine
+                engine = kind(self._backbone, *key, self._torch_steps)
                 self._engines[key] = engine
             self._engines.move_to_end(key)
             while len(self._engines) > _KEPT:

@@ -16,6 +16,7 @@ from keras_t5gemma.generation.engine_cache import EngineCache
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
 from keras_t5gemma.generation.requests import Request, batches
+from keras_t5gemma.generation.speculative import AdaptiveEngine
 from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.progress import progress_bar
 
@@ -121,10 +122,12 @@ class Generator:
         width = self._width(request.max_length)
         (_, inputs) = next(batches(request, options, 1, width, self._is_compiled()))
         state = engine.start(inputs)
-        begin, tokenizer = int(state["index"]), self.task.preprocessor.tokenizer
+        begin, tokenizer = _index(state), self.task.preprocessor.tokenizer
         shown = tokenizer.detokenize(inputs["decoder_token_ids"][0, :begin].tolist())
-        for limit in range(begin + 1, request.max_length + 1):
-            state = engine.advance(state, limit)
+        limit = begin
+        while limit < request.max_length:
+            state = engine.advance(state, limit + 1)
+            limit = max(limit + 1, _index(state))
             ids = mesh.to_numpy(state["token_ids"])[0, :limit].tolist()
             is_last = limit == request.max_length
             is_last |= bool(mesh.to_numpy(state["done"])[0])
@@ -152,7 +155,8 @@ class Generator:
 
     def _engine(self, options):
         known = known_tokens(self.task)
-        return self.engines.get(options, bool(self.task.jit_compile), known)
+        engine = self.engines.get(options, bool(self.task.jit_compile), known)
+        return AdaptiveEngine(engine) if options.speculate else engine
 
 
 def known_tokens(task: Any) -> int | None:
@@ -169,6 +173,11 @@ def known_tokens(task: Any) -> int | None:
         return None
     size = tokenizer.vocabulary_size()
     return size if size < task.backbone.config.vocabulary_size else None
+
+
+def _index(state):
+    """Number of tokens of the only row."""
+    return int(mesh.to_numpy(state["index"]).max())
 
 
 def _is_late(deadline):

@@ -47,6 +47,10 @@ class GenerationOptions:
         seed: of sampling. Row i of a request depends on the seed and on i alone, for
             every batch size; `None` draws a seed from Keras's global generator.
         max_time: seconds after which `generate` returns the tokens it has.
+        speculate: `"source"` proposes tokens that followed the last ones in the source
+            or in the answer, and verifies several in one pass of the decoder: the same
+            answers in less time where they repeat what was read. Greedy only. On
+            PyTorch the passes are not compiled.
 
     Raises:
         ValueError: for a value out of range, or options that exclude each other.
@@ -73,6 +77,7 @@ class GenerationOptions:
     return_scores: bool = False
     seed: int | None = None
     max_time: float | None = None
+    speculate: str | None = None
 
     def __post_init__(self):
         def store(name, value):
@@ -118,6 +123,19 @@ class GenerationOptions:
                 f"{self.num_return_sequences} answers of {self.num_beams} beams."
             )
 
+        self._check_speculation()
+
+    def _check_speculation(self):
+        if self.speculate not in (None, "source"):
+            raise ValueError(
+                f"`speculate` must be 'source' or None; got {shown(self.speculate)}."
+            )
+        if self.speculate and (self.is_sampling or self.num_beams > 1):
+            raise ValueError(
+                f"`speculate={self.speculate!r}` needs greedy decoding: `num_beams` 1, "
+                f"no `temperature`, `top_k` and `top_p`; got {self}."
+            )
+
     @property
     def is_sampling(self) -> bool:
         """Whether the answer depends on the seed."""
@@ -127,7 +145,10 @@ class GenerationOptions:
     def is_greedy(self) -> bool:
         """Whether the next token is the one with the largest logit of the model."""
         return self == GenerationOptions(
-            length_penalty=self.length_penalty, seed=self.seed, max_time=self.max_time
+            length_penalty=self.length_penalty,
+            seed=self.seed,
+            max_time=self.max_time,
+            speculate=self.speculate,
         )
 
     @property

@@ -19,8 +19,9 @@ def process(logits: Tensor, state: dict, options: GenerationOptions) -> Tensor:
 
     Args:
         logits: float32 `(R, V)`, or log-probabilities.
-        state: of the decoding loop: `token_ids` `(R, L)`, of which the first `index`
-            are generated, `prompt_lengths` `(R,)`, `traced_args` with `token_lists`.
+        state: of the decoding loop: `token_ids` `(R, L)`, of which the first `index`,
+            a scalar or `(R,)`, are generated, `prompt_lengths` `(R,)`, `traced_args`
+            with `token_lists`.
         options: a `GenerationOptions`.
 
     Returns:
@@ -29,7 +30,7 @@ def process(logits: Tensor, state: dict, options: GenerationOptions) -> Tensor:
     token_ids, index, traced = state["token_ids"], state["index"], state["traced_args"]
     size = logits.shape[1]
     if options.repetition_penalty != 1.0:
-        written = ops.arange(token_ids.shape[1])[None] < index
+        written = ops.arange(token_ids.shape[1])[None] < index[..., None]
         seen = _mark(token_ids, written, size)
         penalty = traced["repetition_penalty"]
         punished = ops.where(logits < 0, logits * penalty, logits / penalty)
@@ -69,11 +70,13 @@ def _completes_ngram(token_ids, index, n):
     if n > length:  # No n-gram fits.
         return ops.zeros(token_ids.shape, "bool")
     positions = ops.arange(length)[None]
+    index = index[..., None]  # 1, or R 1
     follows = ops.logical_and(positions >= n - 1, positions < index)
     for back in range(1, n):
         earlier = ops.roll(token_ids, back, axis=1)
-        last = ops.take(token_ids, ops.maximum(index - back, 0), axis=1)
-        follows = ops.logical_and(follows, earlier == last[:, None])
+        place = ops.broadcast_to(ops.maximum(index - back, 0), (len(token_ids), 1))
+        last = ops.take_along_axis(token_ids, place, axis=1)
+        follows = ops.logical_and(follows, earlier == last)
     return ops.logical_and(follows, index >= n)
 
 
