@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import typing
 from pathlib import Path
 
@@ -57,6 +58,20 @@ PAGES = {
     ),
 }
 
+# Classes of what public functions return, which are not public names.
+RETURNED = {
+    "models": ["checkpoints.catalog.Preset"],
+    "training": ["training.chunked_cross_entropy.TeacherTargets"],
+    "checkpoints": ["conversion.compare.Comparison"],
+    "devices": ["planning.costs.Plan", "distribution.distribute.MeshDistribution"],
+}
+
+# Methods of base classes that are shown with each public class that has them.
+INHERITED = ["from_preset", "fit", "evaluate", "predict", "save_to_preset"]
+INHERITED += ["enable_lora", "save_lora_weights", "load_lora_weights"]
+INHERITED += ["default_lora_layer_names", "quantize"]
+INHERITED += ["attention_kernel", "generation_defaults"]
+
 
 def public_names():
     """Names that `keras_t5gemma/__init__.py` exports."""
@@ -100,13 +115,22 @@ def api_pages():
             if inner:
                 text += [f"Module `keras_t5gemma.{name}`.", ""]
             for path in [f"{name}.{member}" for member in inner] or [name]:
-                text += [f"::: keras_t5gemma.{path}", ""]
+                text += block(path)
                 listed.append(f"[`{path}`][keras_t5gemma.{path}]")
+        for path in RETURNED.get(page, []):
+            text += block(path)
+            listed.append(f"[`{path.rpartition('.')[2]}`][keras_t5gemma.{path}]")
         pages[f"api/{page}.md"] = "\n".join(text)
         rows.append(f"| [{title}]({page}.md) | {', '.join(listed)} |")
     index = ["# Python reference", "", "All public names: `import keras_t5gemma`.", ""]
     index += ["| page | names |", "|---|---|", *rows, ""]
     return {"api/index.md": "\n".join(index), **pages}
+
+
+def block(path):
+    """Lines that mkdocstrings replaces with the documentation of an object."""
+    options = ["    options:", f"      inherited_members: {json.dumps(INHERITED)}"]
+    return [f"::: keras_t5gemma.{path}", *options, ""]
 
 
 def cli_page():

@@ -51,12 +51,10 @@ class SafeInference:
     predict_step: Any
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """See `keras.Model.evaluate`."""
         with exclusive_loop(self):  # type: ignore[arg-type]
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """See `keras.Model.predict`."""
         with exclusive_loop(self):  # type: ignore[arg-type]
             return super().predict(*args, **kwargs)  # type: ignore[misc]
 

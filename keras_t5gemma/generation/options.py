@@ -248,6 +248,9 @@ class GenerationOptions:
         """These options without the values of `traced_args` and `token_lists`.
 
         Equal ones share compiled programs.
+
+        Returns:
+            A `GenerationOptions`.
         """
         return dataclasses.replace(
             self,
