@@ -6,7 +6,7 @@ from typing import Any
 
 from keras_t5gemma.generation.engine import Engine
 from keras_t5gemma.generation.options import GenerationOptions
-from keras_t5gemma.generation.speculative import SpeculativeEngine
+from keras_t5gemma.generation.speculative_engine import SpeculativeEngine
 
 _KEPT = 16  # Their programs take 10 to 20 MB each on JAX.
 

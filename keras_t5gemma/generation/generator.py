@@ -16,7 +16,7 @@ from keras_t5gemma.generation.engine_cache import EngineCache
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
 from keras_t5gemma.generation.requests import Request, batches
-from keras_t5gemma.generation.speculative import AdaptiveEngine
+from keras_t5gemma.generation.speculative_engine import AdaptiveEngine
 from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.progress import progress_bar
 

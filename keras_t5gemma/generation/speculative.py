@@ -16,27 +16,17 @@ k the number of proposed tokens, T = k + 1 the positions of a pass.
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.distribution.prediction import JaxFunction, TensorFlowFunction
 from keras_t5gemma.generation import decoding
-from keras_t5gemma.generation.engine import EagerTorch, torch_steps
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.generation.sampling import process, top_candidates
-from keras_t5gemma.utils.backends import on_cpu
 from keras_t5gemma.utils.types import Tensor
 
 LENGTHS = (0, 3, 7)  # Numbers of proposed tokens; each is a program.
 _NGRAM = 3
-# The share of its first row that each further row adds to the time of a pass.
-_ROW_COST = {"cpu": 0.3, "accelerator": 0.02}
-# Accepted and tried tokens that are assumed at the start, and how many are remembered.
-_ASSUMED = (3.0, 5.0)
-_REMEMBERED = 64
-_PASSES_UNSURE, _PASSES = 2, 8  # In one call.
 
 
 def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
@@ -292,143 +282,3 @@ def plain_step(backbone: Any) -> Callable:
         return backbone.next_logits(hidden, capped), cache
 
     return step
-
-
-class SpeculativeEngine:
-    """`engine.Engine` for speculative decoding: one program for each of `LENGTHS`.
-
-    Args:
-        backbone: see `Engine`.
-        options: see `Engine`.
-        compiled: see `Engine`; the passes on PyTorch are eager.
-        known_tokens: see `Engine`.
-        steps: see `Engine`.
-    """
-
-    def __init__(
-        self,
-        backbone: Any,
-        options: GenerationOptions,
-        compiled: bool = False,
-        known_tokens: int | None = None,
-        steps: dict | None = None,
-    ) -> None:
-        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
-        compile: Any = kinds.get(keras.config.backend(), EagerTorch)
-        make_step, run = (lambda: plain_step(backbone)), advance
-        if compile is EagerTorch:
-            make_step, run = _torch_step(backbone, steps), advance_on_host
-
-        def make_advance(k):
-            def advance(state, limit, passes):
-                rest = (k, options, known_tokens)
-                return run(make_step(), state, limit, passes, *rest)
-
-            return compile(backbone, advance, donate=True)
-
-        self._start = compile(backbone, lambda inputs: start(backbone, inputs, options))
-        self._advance = {k: make_advance(k) for k in LENGTHS}
-        self.row_cost = _ROW_COST["cpu" if _is_on_cpu(backbone) else "accelerator"]
-        # Row passes, and the tokens written in them, since the engine was made.
-        self.row_passes = self.tokens_written = 0
-
-    def start(self, inputs: dict) -> dict:
-        """See `start`; NumPy arrays are accepted."""
-        inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
-        return self._start(mesh.split_rows(inputs))
-
-    def advance(self, state: dict, limit: int, passes: int, k: int) -> dict:
-        """See `advance`; the state passed must not be used again."""
-        bounds = limit, passes
-        if keras.config.backend() != "torch":
-            bounds = mesh.split_rows(
-                tuple(ops.convert_to_tensor(b, "int32") for b in bounds)
-            )
-        return self._advance[k](state, *bounds)
-
-    def compiled_programs(self) -> int:
-        """Number of programs compiled so far."""
-        return sum(f.count() for f in (self._start, *self._advance.values()))
-
-
-class AdaptiveEngine:
-    """The interface of `Engine` for one request: chooses k from what was accepted.
-
-    A pass over k + 1 positions costs more than a pass over one, and writes more tokens
-    only where proposals are accepted. The costs are assumed, not measured, so that
-    the same request always takes the same passes.
-
-    Args:
-        engine: a `SpeculativeEngine`.
-    """
-
-    def __init__(self, engine: SpeculativeEngine) -> None:
-        self.engine = engine
-        self.accepted, self.tried = _ASSUMED
-
-    def start(self, inputs: dict) -> dict:
-        """See `SpeculativeEngine.start`."""
-        return self.engine.start(inputs)
-
-    def advance(self, state: dict, limit: int) -> dict:
-        """See `decoding.advance`; rows may be generated beyond `limit`."""
-        before = mesh.to_numpy(state["counts"])
-        while True:
-            rows = state["token_ids"].shape[0]
-            k = best_length(self.accepted / self.tried, rows, self.engine.row_cost)
-            sure = self.tried >= _REMEMBERED / 4
-            passes = _PASSES if sure else _PASSES_UNSURE
-            state = self.engine.advance(state, limit, passes, k)
-            counts = mesh.to_numpy(state["counts"])
-            self._learn(*(counts - before))
-            before = counts
-            index, done = mesh.to_numpy(state["index"]), mesh.to_numpy(state["done"])
-            if (done | (index >= limit)).all():
-                return state
-
-    def _learn(self, row_passes, written, accepted, tried):
-        self.engine.row_passes += int(row_passes)
-        self.engine.tokens_written += int(written)
-        self.accepted += accepted
-        self.tried += tried
-        keep = min(1.0, _REMEMBERED / self.tried)
-        self.accepted, self.tried = keep * self.accepted, keep * self.tried
-
-
-def best_length(rate: float, rows: int, row_cost: float) -> int:
-    """The one of `LENGTHS` that writes most tokens in a time.
-
-    Args:
-        rate: probability that a proposed token is accepted.
-        rows: number of rows.
-        row_cost: the share of its first row that each further row, or position, adds to
-            the time of a pass.
-    """
-
-    def speed(k):
-        written = sum(rate**i for i in range(k + 1))
-        return written / (1 + row_cost * (rows * (k + 1) - 1))
-
-    return max(LENGTHS, key=speed)
-
-
-def _is_on_cpu(backbone):
-    return on_cpu(backbone.decoder.final_norm.scale.value)
-
-
-def _torch_step(backbone, steps):
-    made = torch_steps(backbone, False, {} if steps is None else steps)
-
-    def make_step():
-        step = made(False) or plain_step(backbone)
-        device = backbone.decoder.final_norm.scale.value.device
-
-        def run(tokens, cache, index, capped):
-            tokens, index = (
-                ops.convert_to_tensor(x, "int32").to(device) for x in (tokens, index)
-            )
-            return step(tokens, cache, index, capped)
-
-        return run
-
-    return make_step
