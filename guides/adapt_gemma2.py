@@ -22,7 +22,7 @@
 # them for a minute. Everything after that is the same for the real ones; the last
 # section says what to write in their place.
 #
-# Time on two processor cores: about 1 minute.
+# Time on two processor cores: about 2 minutes.
 
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:

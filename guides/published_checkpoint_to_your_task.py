@@ -22,7 +22,7 @@
 # anywhere, and the numbers below are those of that small model. With
 # `GUIDE_PRESET=t5gemma_b_b_prefixlm_it` the same cells run on the published one.
 #
-# Time on two processor cores: about 1 minute.
+# Time on two processor cores: about 2 minutes.
 
 # %% tags=["skip-execution"]
 # On a hosted notebook service such as Colab or Kaggle:
