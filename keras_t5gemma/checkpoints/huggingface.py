@@ -2,13 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_t5gemma.checkpoints import safetensors_file, weight_maps
+from keras_t5gemma.checkpoints import (
+    generation_config,
+    safetensors_file,
+    weight_maps,
+)
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.lazy_tensors import CastTensor, LazyTensor
 from keras_t5gemma.checkpoints.presets import HUGGING_FACE_TOKENIZER, TOKENIZER_JSON
@@ -225,8 +229,8 @@ def save(
     config: T5GemmaConfig,
     tensors: Mapping[str, LazyTensor],
     dtype: np.dtype,
-    tokenizer: Any = None,
-    stop_ids: Sequence[int] = (1,),
+    preprocessor: Any = None,
+    generation_defaults: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int], Any] | None = None,
 ) -> None:
@@ -237,8 +241,10 @@ def save(
         config: `T5GemmaConfig`.
         tensors: `{our variable path: tensor}`.
         dtype: NumPy dtype of the written weights.
-        tokenizer: a `Tokenizer`, or `None` to leave its files out.
-        stop_ids: ids that end an answer, for generation_config.json.
+        preprocessor: a `Seq2SeqLMPreprocessor`, whose tokenizer, template and stop ids
+            are written; or `None` to leave the tokenizer's files out.
+        generation_defaults: keywords of `Seq2SeqLM.generate`, for
+            generation_config.json.
         max_shard_bytes: size of the largest weight file.
         progress: called with the number of bytes of each tensor that was written.
 
@@ -251,12 +257,7 @@ def save(
     table = weight_maps.HUGGING_FACE_ENCODER if alone else weight_maps.HUGGING_FACE
     exported = weight_maps.export_tensors(table, config, tensors)
     entries = {name: CastTensor(tensor, dtype) for name, tensor in exported.items()}
-    generation = {
-        "bos_token_id": 2,
-        "decoder_start_token_id": 2,
-        "eos_token_id": list(stop_ids),
-        "pad_token_id": 0,
-    }
+    stop_ids = (1,) if preprocessor is None else preprocessor.stop_ids
 
     def written(names, data):
         if progress is not None:
@@ -264,14 +265,15 @@ def save(
 
     with atomic_folder(folder) as staging:
         safetensors_file.write_folder(staging, entries, max_shard_bytes, written)
-        if tokenizer is not None:
-            _save_tokenizer(staging, tokenizer)
+        if preprocessor is not None:
+            _save_tokenizer(staging, preprocessor)
         if not alone:
-            _write_json(staging / "generation_config.json", generation)
+            generation_config.save(staging, generation_defaults or {}, stop_ids)
         _write_json(staging / "config.json", parsed)
 
 
-def _save_tokenizer(folder, tokenizer):
+def _save_tokenizer(folder, preprocessor):
+    tokenizer, template = preprocessor.tokenizer, preprocessor.chat_template()
     (folder / HUGGING_FACE_TOKENIZER).write_bytes(tokenizer.proto)
     text = tokenizer.tokenizer_json()
     (folder / TOKENIZER_JSON).write_text(text, encoding="utf-8")
@@ -288,6 +290,7 @@ def _save_tokenizer(folder, tokenizer):
             "unk_token": "<unk>",
             "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
             "padding_side": "right",
+            **({} if template is None else {"chat_template": template}),
         },
     )
 

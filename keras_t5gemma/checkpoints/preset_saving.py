@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_t5gemma.checkpoints import generation_config
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.utils.checks import path
 from keras_t5gemma.utils.sizes import UNITS, parse_shard_size
@@ -57,6 +58,9 @@ def _write_task(task, folder, size):
         task.backbone.save_to_preset(os.fspath(folder), size / UNITS["GiB"])
     if task.preprocessor is not None:
         save_preprocessor(task.preprocessor, folder)
+    if defaults := getattr(task, "generation_defaults", None):
+        stop_ids = (1,) if task.preprocessor is None else task.preprocessor.stop_ids
+        generation_config.save(folder, defaults, stop_ids)
 
 
 def _write_backbone(backbone, folder, size):

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, Union
@@ -306,29 +305,6 @@ def _download_error(location, error):
         "accepted on the model's page and a login: `hf auth login` for hf://, "
         f"KAGGLE_USERNAME and KAGGLE_KEY for kaggle://.{elsewhere} A folder "
         "downloaded by other means can be passed as a path."
-    )
-
-
-def warn_about_chat_template(location: str, name: str | os.PathLike[str]) -> None:
-    """Warn that the chat template of a folder or handle is not used.
-
-    Its tokenizer files may hold one; which template this package should use can be
-    told only for the published checkpoints.
-    """
-    try:
-        fields = read_json(location, "tokenizer_config.json", default={})
-        if not fields.get("chat_template"):
-            get_file(location, "chat_template.jinja")
-    except (OSError, ValueError):  # Missing, or not readable: then there is none.
-        return
-    warnings.warn(
-        f"The tokenizer files of {os.fspath(name)} hold a chat template, which is not "
-        "used: its name is not a published one, so the texts are passed to the model "
-        "as they are. Load it with `Seq2SeqLMPreprocessor.from_preset(..., "
-        'template="instruction")` for the turns of Gemma, or with '
-        '`template="...{text}..."` for other ones; `template=None` silences '
-        "this warning.",
-        stacklevel=4,
     )
 
 

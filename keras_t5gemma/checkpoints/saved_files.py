@@ -25,6 +25,8 @@ _WEIGHTS = (
     "model.safetensors.index.json",
     "state*.h5",
 )
+# Of a task: the save of a model removes those that it does not write.
+_OF_TASKS = ("task.json", "task.weights.h5", "generation_config.json")
 _INDICES = ("model.weights.json", "model.safetensors.index.json")
 _OURS: dict[str, str | None] = {"registered_name": "keras_t5gemma>"}
 # Keys of our JSON files; where the value is a string, its beginning.
@@ -91,9 +93,12 @@ def refuse_foreign(folder: Path, new: Iterable[str]) -> None:
 
 
 def replaced(folder: Path, new: Set[str]) -> set[str]:
-    """Weight files of an earlier save that a save of the files `new` leaves behind."""
-    weights = _weights(find(folder) if folder.is_dir() else ())
-    return weights - new if _weights(new) else set()
+    """Files of an earlier save that do not belong to a save of the files `new`."""
+    if not _weights(new) or not folder.is_dir():
+        return set()
+    found = find(folder)
+    of_task = found.intersection(_OF_TASKS if "config.json" in new else ())
+    return (_weights(found) | of_task) - new
 
 
 def manifest(folder: Path, new: Set[str], removed: Set[str]) -> str:

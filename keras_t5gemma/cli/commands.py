@@ -16,6 +16,7 @@ from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
 from keras_t5gemma.utils.files import read_text
 
 if TYPE_CHECKING:
+    from keras_t5gemma.checkpoints.presets import Source
     from keras_t5gemma.config import StackConfig
 
 _BATCHES = 32  # Batches of `generate --lines` after which answers are printed.
@@ -144,7 +145,7 @@ def run_info(o: options.Info) -> None:
     from keras_t5gemma.checkpoints import catalog
     from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 
-    rows, lineage = [("preset", o.preset)], None
+    rows, lineage, text_rows = [("preset", o.preset)], None, []
     config = catalog.published_config(o.preset)
     if config is None:
         opened = open_checkpoint(o.preset)
@@ -155,6 +156,7 @@ def run_info(o: options.Info) -> None:
             size = sum(f.stat().st_size for f in files)
             rows += [("folder", opened.location)]
             rows += [("size on disk", f"{size / 1e6:,.1f} MB")]
+        text_rows = _describe_text(opened.source)
     else:
         row = next(r for r in catalog.presets() if r.name == o.preset)
         rows += [("description", row.description), ("sources", " ".join(row.sources))]
@@ -167,8 +169,22 @@ def run_info(o: options.Info) -> None:
     for side in ("encoder", "decoder"):
         stack = getattr(config, side)
         rows += [(side, "none" if stack is None else _describe(stack))]
+    rows += text_rows
     rows += [(f"lineage: {k}", v) for k, v in (lineage or {}).items() if v is not None]
     print_rows(rows)
+
+
+def _describe_text(source: "Source") -> list[tuple[str, str]]:
+    """Rows of the template, and of what is taken from generation_config.json."""
+    from keras_t5gemma.checkpoints import generation_config
+    from keras_t5gemma.tokenization import chat_template
+
+    found = generation_config.read(source)
+    template = chat_template.template_of(source)
+    rows = [("template", "none" if template is None else repr(template))]
+    rows += [(f"generate: {k}", str(v)) for k, v in found.defaults.items()]
+    unused = "not implemented: generation_config.json has"
+    return rows + [(f"generate: {k}", f"{unused} {v}") for k, v in found.unused.items()]
 
 
 def _describe(stack: "StackConfig") -> str:

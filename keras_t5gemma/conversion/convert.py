@@ -4,7 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from keras_t5gemma.checkpoints import atomic, huggingface, keras_format, presets
+from keras_t5gemma.checkpoints import (
+    atomic,
+    generation_config,
+    huggingface,
+    keras_format,
+    presets,
+)
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
@@ -59,6 +65,7 @@ def convert(
         preprocessor = Seq2SeqLMPreprocessor.from_preset(opened.source)
     except ValueError:  # Without a tokenizer in the source none is written.
         preprocessor = None
+    defaults = generation_config.read(opened.source).defaults
     kwargs: dict[str, Any] = {"max_shard_bytes": shard_bytes}
     with progress_bar("Writing", total, is_bytes=True) as progress:
         kwargs["progress"] = progress
@@ -73,8 +80,8 @@ def convert(
                     preprocessor,
                     **kwargs,
                 )
+                if defaults and preprocessor is not None:
+                    generation_config.save(staging, defaults, preprocessor.stop_ids)
             return
-        if preprocessor is not None:
-            kwargs["tokenizer"] = preprocessor.tokenizer
-            kwargs["stop_ids"] = preprocessor.stop_ids
+        kwargs |= {"preprocessor": preprocessor, "generation_defaults": defaults}
         huggingface.save(folder, opened.config, tensors, written, **kwargs)

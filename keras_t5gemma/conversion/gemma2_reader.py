@@ -22,7 +22,7 @@ from keras_t5gemma.checkpoints import (
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import StackConfig
 from keras_t5gemma.environment import require_keras_hub
-from keras_t5gemma.tokenization import tokenizer_files
+from keras_t5gemma.tokenization import chat_template, tokenizer_files
 from keras_t5gemma.utils.checks import json_object
 from keras_t5gemma.utils.files import named_values
 
@@ -42,7 +42,8 @@ class Gemma2:
         max_positions: longest sequence in tokens.
         tensors: `{path in a tower of a Backbone: tensor}`.
         vocabulary: serialized SentencePiece model, or `None`.
-        instruction_tuned: whether it is a published instruction-tuned model.
+        instruction_tuned: whether it is a published instruction-tuned model, or has a
+            chat template of Gemma's turns.
     """
 
     name: str
@@ -120,12 +121,12 @@ def open_gemma2(source: Any, argument: str = "source") -> Gemma2:
         str(location),
         copies,
     )
+    named = presets.Source(os.fspath(source), str(folder), kind, config)
     vocabulary = None
     if presets.has_tokenizer(folder, kind):
-        named = presets.Source(os.fspath(source), str(folder), kind, config)
         vocabulary = tokenizer_files.read(named)
-    if not (is_tuned := published_names.is_published(source, _tuned_names(names))):
-        presets.warn_about_chat_template(location, source)
+    is_tuned = published_names.is_published(source, _tuned_names(names))
+    is_tuned = is_tuned or chat_template.template_of(named) is not None
     return Gemma2(
         _name_of(source, location),
         stack,

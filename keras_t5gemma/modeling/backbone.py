@@ -369,7 +369,7 @@ class Backbone(
                 `None` keeps the model's.
             max_shard_size: of the largest weight file: a number of GB, or a size with
                 a unit, e.g. `"500MB"`.
-            **kwargs: `tokenizer` and `stop_ids`, which a task passes.
+            **kwargs: of `huggingface.save`, which a task passes.
 
         Raises:
             ValueError: for a quantized model, or a config that transformers cannot

@@ -194,4 +194,4 @@ def hidden_states(
     )
     if as_numpy:
         return states.on_host(rows, width), mask
-    return states.on_device(rows, width), ops.convert_to_tensor(mask, "bool")
+    return states.on_device(rows, width), ops.convert_to_tensor(mask)

@@ -19,6 +19,7 @@ from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.backbone_changes import ChangesBackbone
 from keras_t5gemma.tasks.fit import check_backbone
+from keras_t5gemma.tasks.generation_defaults import GenerationDefaults
 from keras_t5gemma.tasks.text_pair_task import TextPairTask
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
@@ -28,7 +29,7 @@ from keras_t5gemma.utils.checks import flag, is_auto, shown
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
+class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPairTask):
     """T5Gemma for text-to-text tasks: `fit`, `generate`, `score`.
 
     Args:
@@ -36,7 +37,8 @@ class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
         preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays of
             ids only.
         *rest: must be empty: what follows is passed by name.
-        **kwargs: `name`, and `compile`, whether to compile at once.
+        **kwargs: `name`; `compile`, whether to compile at once; `generation_defaults`,
+            keywords of `generate` that hold where a call has none.
 
     Raises:
         ValueError: for a backbone without a decoder, or when the tokenizer's
@@ -67,6 +69,7 @@ class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
         if preprocessor is not None:
             size = backbone.config.vocabulary_size
             check_preprocessor(preprocessor, type(self).__name__, size)
+        defaults = kwargs.pop("generation_defaults", None)
         self.backbone = backbone
         self.preprocessor: Any = preprocessor
         hidden = backbone(backbone.input)["decoder_sequence_output"]
@@ -74,13 +77,14 @@ class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
             inputs=backbone.input, outputs=backbone.logits(hidden), **kwargs
         )
         track_parameters(self)
+        self.generation_defaults = defaults
 
     @classmethod
     @normal_tensors()
     def from_preset(
         cls, preset: Any, load_weights: bool = True, **kwargs: Any
     ) -> "Seq2SeqLM":
-        """Load a preset with its tokenizer.
+        """Load a preset with its tokenizer and its defaults of `generate`.
 
         Args:
             preset: a name of `keras_t5gemma.presets()`, a local folder, or an
@@ -110,7 +114,10 @@ class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
         backbone = Backbone.from_preset(source, load_weights, **options)
         if "preprocessor" not in kwargs and not is_offline:
             kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
-        return cls(backbone, **kwargs)
+        model = cls(backbone, **kwargs)
+        if not is_offline:
+            model.read_generation_defaults(source)
+        return model
 
     def save_to_huggingface(
         self, folder: Any, dtype: str | None = None, max_shard_size: Any = 5
@@ -126,10 +133,8 @@ class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
         Raises:
             ValueError: see `Backbone.save_to_huggingface`.
         """
-        kwargs: dict[str, Any] = {}
-        if self.preprocessor is not None:
-            kwargs["tokenizer"] = self.preprocessor.tokenizer
-            kwargs["stop_ids"] = self.preprocessor.stop_ids
+        kwargs = {"preprocessor": self.preprocessor}
+        kwargs["generation_defaults"] = self.generation_defaults
         self.backbone.save_to_huggingface(folder, dtype, max_shard_size, **kwargs)
 
     def compile(
@@ -246,6 +251,9 @@ class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
             texts = [inputs.get("encoder_text"), inputs.get("decoder_text")]
             first = next((t for t in texts if not isinstance(t, str | None)), texts[0])
         nothing = isinstance(first, list | tuple) and not first
+        max_length, stop_token_ids, options = self._with_defaults(
+            max_length, stop_token_ids, options
+        )
         strip_prompt = flag(strip_prompt, "strip_prompt")
         request = read_request(
             [""] if nothing else inputs,
@@ -315,6 +323,9 @@ class Seq2SeqLM(ChangesBackbone, AtomicSaveToPreset, TextPairTask):
             raise ValueError(
                 f"`text` must be one string, or a dict of strings; got {shown(text)}."
             )
+        max_length, stop_token_ids, options = self._with_defaults(
+            max_length, stop_token_ids, options
+        )
         request = read_request(
             text, self.preprocessor, self.backbone.config, max_length, stop_token_ids, 1
         )

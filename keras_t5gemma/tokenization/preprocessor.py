@@ -13,6 +13,8 @@ from keras_t5gemma.checkpoints import preset_saving, presets
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.tokenization import chat_template
+from keras_t5gemma.tokenization.chat_template import TEMPLATES
 from keras_t5gemma.tokenization.compatibility import check_objective
 from keras_t5gemma.tokenization.token_ids import (
     id_array,
@@ -34,11 +36,6 @@ from keras_t5gemma.utils.checks import (
 )
 from keras_t5gemma.utils.files import named_values
 from keras_t5gemma.utils.texts import as_texts, check_unicode, text_pairs
-
-INSTRUCTION_TEMPLATE = (
-    "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
-)
-TEMPLATES = {"instruction": INSTRUCTION_TEMPLATE}
 
 TokenRows = list[list[int]]
 
@@ -277,8 +274,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
 
         KerasHub's presets hold the lengths, of which its default of 512 encoder tokens
         is not taken for a choice; transformers folders do not. Both get the instruction
-        template only under the exact name of a published instruction-tuned checkpoint;
-        for another name a chat template among the tokenizer's files is reported.
+        template if their chat template is Gemma's turns, or under the exact name of a
+        published instruction-tuned checkpoint. Another chat template is reported.
 
         Args:
             preset: name, folder or handle; see `Backbone.from_preset`.
@@ -309,10 +306,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             if isinstance(saved_cls, type) and issubclass(saved_cls, cls):
                 cls, kwargs = saved_cls, {**config, **kwargs}
         else:
-            if source.is_instruction_tuned:
-                kwargs.setdefault("template", "instruction")
-            elif "template" not in kwargs:
-                presets.warn_about_chat_template(source.location, source.preset)
+            if "template" not in kwargs:
+                kwargs["template"] = chat_template.template_of(source)
             for side in ("encoder", "decoder"):
                 name = f"{side}_sequence_length"
                 is_default = side == "encoder" and config.get(name) == SHORT
@@ -341,6 +336,14 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
     def stop_ids(self) -> tuple[int, int]:
         """The ids that end a generated response."""
         return (self.tokenizer.end_token_id, self.tokenizer.end_of_turn_id)
+
+    def chat_template(self) -> str | None:
+        """The template in the language of transformers.
+
+        Returns:
+            A chat template; `None` for plain text.
+        """
+        return chat_template.write(self.template)
 
     def encoder_rows(
         self, texts: Sequence[str], pad_to: int | None = None

@@ -6,8 +6,8 @@ from typing import Any
 from keras_t5gemma.checkpoints import presets
 from keras_t5gemma.tokenization import sentencepiece_model, tokenizer_json
 from keras_t5gemma.tokenization.sentencepiece_model import Piece
-from keras_t5gemma.utils.checks import shown
-from keras_t5gemma.utils.files import read_bytes
+from keras_t5gemma.utils.checks import shown, string
+from keras_t5gemma.utils.files import named_values, read_bytes
 
 
 def read(source: presets.Source) -> bytes:
@@ -37,8 +37,10 @@ def _added_tokens(source):
     """`{id: (token, whether it is a control token)}` of tokenizer_config.json."""
     added: dict[int, tuple[str, bool]] = {}
     fields = source.read_json("tokenizer_config.json", default={})
-    for i, token in (fields.get("added_tokens_decoder") or {}).items():
-        added[int(i)] = token["content"], bool(token.get("special"))
+    with named_values(f"{source.location}: tokenizer_config.json"):
+        for i, token in (fields.get("added_tokens_decoder") or {}).items():
+            content = string(token["content"], "content")
+            added[int(i)] = content, bool(token.get("special"))
     return added
 
 

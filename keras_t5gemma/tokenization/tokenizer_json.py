@@ -119,7 +119,8 @@ def _scores(merges, vocabulary, added, name):
     """`{piece: score}`: minus the number of the group of merges that make it.
 
     SentencePiece merges every pair that makes a piece, with the piece's score. So all
-    splits of a piece must be there, one after the other.
+    splits of a piece must be there, one after the other; but for added tokens, which
+    are found in a text before anything is merged.
     """
     scores: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -128,12 +129,12 @@ def _scores(merges, vocabulary, added, name):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         piece = left + right
         if piece != last:
-            if piece in scores:
+            if piece in scores and piece not in added:
                 raise ValueError(
                     f"{name}: the merges of {piece!r} are not one after the other, "
                     "which a SentencePiece model cannot express."
                 )
-            scores[piece] = -float(len(scores))
+            scores.setdefault(piece, -float(len(scores)))
         last = piece
         counts[piece] = counts.get(piece, 0) + 1
     for piece, score in scores.items():

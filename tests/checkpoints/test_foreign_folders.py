@@ -1,31 +1,29 @@
 """Folders of transformers' other T5Gemma classes, subfolders, and single files."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+from helpers.hugging_face import STACK, randomize
 from helpers.models import numpy, random_inputs
 
 import keras_t5gemma as kt
 from keras_t5gemma import config as config_module
-from keras_t5gemma.checkpoints import hub, huggingface_names
+from keras_t5gemma.checkpoints import (
+    hub,
+    huggingface_names,
+    lazy_tensors,
+    safetensors_file,
+)
 
 pytestmark = pytest.mark.one_backend
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 st = pytest.importorskip("safetensors.torch")
 
-STACK = {
-    "vocab_size": 480,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "query_pre_attn_scalar": 8,
-}
 X = random_inputs(2, 6, 5)
 X["encoder_padding_mask"][1, 4:] = X["encoder_token_ids"][1, 4:] = 0
 TORCH = {k: torch.tensor(v).long() for k, v in X.items()}
@@ -44,10 +42,7 @@ def make(name, folder, alone=False, **fields):
     config.is_encoder_decoder = not alone
     config._attn_implementation = "eager"
     model = getattr(transformers, name)(config).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
+    randomize(model.parameters())
     model.save_pretrained(folder)
     return model
 
@@ -234,6 +229,86 @@ def test_one_file_without_a_config(whole, tmp_path, monkeypatch):
         kt.Backbone.from_preset(alone, config="7b")
     with pytest.raises(ValueError, match="`config` is for one .safetensors file"):
         kt.Backbone.from_preset(folder, config="t")
+
+
+def test_one_file_whose_shapes_are_not_those_of_the_config(whole, monkeypatch):
+    path = whole[0] / "model.safetensors"
+    tiny = kt.Backbone.from_preset(whole[0]).config
+    narrow = dataclasses.replace(tiny.encoder, intermediate_dim=20)
+    monkeypatch.setitem(config_module.STACKS, "n", narrow)
+    wrong = dataclasses.replace(tiny, encoder=narrow)
+    for config in (wrong, "n", "n-n"):
+        with pytest.raises(
+            ValueError, match=r"gate_proj.weight.*config needs \(20, 16\)"
+        ):
+            kt.Backbone.from_preset(path, config=config)
+    shallow = dataclasses.replace(tiny.encoder, num_layers=1, layer_types=None)
+    with pytest.raises(ValueError, match=r"model.safetensors.*layers\.1"):
+        kt.Backbone.from_preset(path, config=dataclasses.replace(tiny, encoder=shallow))
+    smaller = dataclasses.replace(tiny, vocabulary_size=470)
+    with pytest.raises(ValueError, match=r"model.safetensors.*470"):
+        kt.Backbone.from_preset(path, config=smaller)
+    for wrong in (5, "9b-", "a-b-c", ["2b"]):
+        with pytest.raises(ValueError, match="`config` must be one of"):
+            kt.Backbone.from_preset(path, config=wrong)
+
+
+def kinds_of_folders(folder, root):
+    """The states of `folder` in every kind of folder or file, by its kind."""
+
+    def encoder(name):
+        return name if "encoder" in name else None
+
+    found = {"pair": folder}
+    found["encoder"] = rewrite(folder, root / "encoder", encoder)
+    config = json.loads((folder / "config.json").read_text())
+    fields = config["encoder"] | {"model_type": "t5_gemma_module"}
+    found["flat"] = rewrite(
+        found["encoder"], root / "flat", lambda n: n.removeprefix("model.encoder.")
+    )
+    (found["flat"] / "config.json").write_text(json.dumps(fields))
+    found["prefix"] = rewrite(folder, root / "prefix", lambda n: f"text_encoder.{n}")
+    found["plain"] = rewrite(folder, root / "plain", lambda n: n.removeprefix("model."))
+    found["head"] = rewrite(folder, root / "head", str)
+    path = found["head"] / "model.safetensors"
+    st.save_file({**st.load_file(path), "score.weight": torch.ones(3, 16)}, path)
+    found["logits"] = rewrite(
+        folder,
+        root / "logits",
+        lambda n: "lm_head.out_proj.weight" if n.startswith("model.decoder.e") else n,
+    )
+    found["file"] = found["pair"] / "model.safetensors"
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*has a head:UserWarning")
+def test_an_encoder_alone_reads_its_tensors_and_no_other_byte(
+    whole, tmp_path, monkeypatch
+):
+    folder, states, _ = whole
+    tiny = kt.Backbone.from_preset(folder).config
+    read = set()
+    read_into = lazy_tensors.read_into
+
+    def noted(file, view, name):
+        read.update(range(file.tell(), file.tell() + len(view)))
+        read_into(file, view, name)
+
+    monkeypatch.setattr(lazy_tensors, "read_into", noted)
+    for kind, path in kinds_of_folders(folder, tmp_path).items():
+        read.clear()
+        kwargs = {"config": tiny} if kind == "file" else {}
+        backbone = kt.Backbone.from_preset(path, encoder_only=True, **kwargs)
+        file = path if path.is_file() else path / "model.safetensors"
+        own = {
+            byte
+            for name, entry in safetensors_file.read_header(file).items()
+            if not re.search("decoder|score|lm_head", name)
+            for byte in range(entry.offset, entry.offset + entry.nbytes)
+        }
+        assert read == own, kind
+        assert len(own) == 4 * backbone.count_params()
+        check_states(backbone, states)
 
 
 def test_a_subfolder(whole, tmp_path):

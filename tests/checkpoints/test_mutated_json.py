@@ -20,6 +20,7 @@ READ = [
     ("classifier", "task.json", kt.TextClassifier, ("backbone", "preprocessor")),
     ("quantized", "config.json", kt.Backbone, ("config",)),
     ("transformers", "config.json", kt.Backbone, ()),
+    ("transformers", "generation_config.json", kt.Seq2SeqLM, ()),
 ]
 SAMPLES = 30  # Of each file.
 

@@ -214,6 +214,8 @@ def test_handles_go_through_the_hubs_own_clients(model, tmp_path, monkeypatch):
 
     def download_file(repo_id, filename, local_files_only):
         asked.append(filename)
+        if not (folder_of(repo_id) / filename).exists():
+            raise FileNotFoundError(filename)
         return str(folder_of(repo_id) / filename)
 
     def snapshot(handle, allow_patterns, local_files_only):
@@ -222,8 +224,10 @@ def test_handles_go_through_the_hubs_own_clients(model, tmp_path, monkeypatch):
 
     def kaggle(handle, path=None):
         asked.append(path or "everything")
-        folder = folder_of(handle)
-        return str(folder / path if path else folder)
+        found = folder_of(handle) / (path or "")
+        if not found.exists():
+            raise ValueError(f"{path} is not present in the model files.")
+        return str(found)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download_file)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)

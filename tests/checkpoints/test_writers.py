@@ -1,5 +1,6 @@
 """What all writers of folders promise about other files and other writers."""
 
+import dataclasses
 import json
 import shutil
 import tarfile
@@ -120,6 +121,21 @@ def test_a_preprocessor_saved_before_the_model_is_replaced(model, tmp_path):
     model.preprocessor.save_to_preset(str(tmp_path))
     model.save_to_preset(tmp_path)
     assert kt.Seq2SeqLM.from_preset(tmp_path).preprocessor is not None
+
+
+def test_a_model_leaves_nothing_of_an_earlier_task(tokenizer, tmp_path):
+    encoder = kt.Backbone(dataclasses.replace(one_block_config(), decoder=None))
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16)
+    classifier = kt.TextClassifier(encoder, preprocessor, ["a", "b"])
+    classifier.save_to_preset(tmp_path)
+    assert {"task.json", "task.weights.h5"} <= {p.name for p in tmp_path.iterdir()}
+    (tmp_path / "notes.txt").write_text("of the user")
+    encoder.save_to_preset(tmp_path)
+    assert not list(tmp_path.glob("task.*"))
+    assert (tmp_path / "notes.txt").exists()
+    assert kt.TextEmbedder.from_preset(tmp_path).preprocessor is not None
+    with pytest.raises(ValueError, match="`num_classes` must be"):
+        kt.TextClassifier.from_preset(tmp_path)
 
 
 def test_a_manifest_cannot_name_files_outside(tmp_path):

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from helpers import hugging_face
+from helpers.hugging_face import randomize
 from helpers.models import numpy, random_inputs
 
 import keras_t5gemma as kt
@@ -17,25 +19,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-STACK = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "query_pre_attn_scalar": 8,
-}
+STACK = {**hugging_face.STACK, "vocab_size": 60}
 INPUTS = random_inputs(2, 6, 5, vocabulary=60)
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
-
-
-def randomize(parameters, std):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.normal_(0, std)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +31,7 @@ def base(tmp_path_factory):
     decoder = {**STACK, "hidden_size": 24}
     config = transformers.T5GemmaConfig(encoder=STACK, decoder=decoder, vocab_size=60)
     model = transformers.T5GemmaForConditionalGeneration(config)
-    randomize(model.parameters(), 0.3)
+    randomize(model.parameters())
     model.save_pretrained(folder)
     return folder
 

@@ -2,9 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
-from helpers.models import CONTROLS, SENTENCES, make_proto, tiny_model
+from helpers.models import make_proto, tiny_model
+from helpers.scripts import BLOCKS, random_texts
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints import presets
@@ -12,39 +12,6 @@ from keras_t5gemma.tokenization import sentencepiece_model, tokenizer_files
 
 pytestmark = pytest.mark.one_backend
 tokenizers = pytest.importorskip("tokenizers")
-
-# First and last character of blocks of Unicode: 20 scripts, symbols, controls, spaces.
-BLOCKS = """
-    20-7E A0-FF 100-17F 370-3FF 400-4FF 530-58F 590-5FF 600-6FF 780-7BF 900-97F
-    980-9FF B80-BFF E00-E7F F00-FFF 10A0-10FF 1200-137F 1780-17FF 3041-30FF 4E00-9FFF
-    AC00-D7A3 1F300-1F6FF 2000-206F 2580-25FF 300-36F 0-1F FE00-FE0F 10FFF0-10FFFD
-""".split()
-WORDS = [*"".join(SENTENCES).split(), *CONTROLS[:5], "<end_of_turn>", "<bos>", "<pad>"]
-WORDS += [
-    "<0x41>",
-    "<0x0A>",
-    "<unused999>",
-    "\u2581",
-    " ",
-    "  ",
-    " " * 40,
-    "\n\n\t\r\n",
-]
-WORDS += ["\n\n\t\r\n", "oooooooo", "a" * 33, "<unk>", "<", "of_turn>"]
-
-
-def random_texts(count, seed=0, longest=12):
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        parts = []
-        for _ in range(rng.integers(0, longest)):
-            if rng.random() < 0.5:
-                parts.append(WORDS[rng.integers(len(WORDS))])
-                continue
-            first, last = (int(x, 16) for x in BLOCKS[rng.integers(27)].split("-"))
-            letters = rng.integers(first, last + 1, rng.integers(1, 9))
-            parts.append("".join(map(chr, letters)))
-        yield rng.choice(["", " "]).join(parts)
 
 
 @pytest.fixture(params=["control_symbols", "user_defined_symbols"], scope="module")
@@ -169,6 +136,10 @@ def test_tokens_that_transformers_4_added_beside_the_model(proto, tmp_path):
         path.write_text(json.dumps({"added_tokens_decoder": row}))
         with pytest.raises(ValueError, match=message):
             tokenizer_files.read(source(tmp_path))
+    for wrong in ([1], {"480": {}}, {"480": {"content": 5}}, {"x": {"content": "a"}}):
+        path.write_text(json.dumps({"added_tokens_decoder": wrong}))
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+            tokenizer_files.read(source(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +174,26 @@ def rename_piece(fields):
 def scatter_merges(fields):
     merges = fields["model"]["merges"]
     merges.insert(0, merges.pop(last_of_two(merges)))
+
+
+def test_merges_of_added_tokens_are_not_used(proto):
+    """Gemma's file has those of its runs of spaces in another order."""
+    fields = json.loads(as_json(proto))
+    merges = fields["model"]["merges"]
+    place = last_of_two(merges)
+    text = "".join(merges[place])
+    scatter_merges(fields)
+    with pytest.raises(ValueError, match="not one after the other"):
+        kt.Tokenizer(json.dumps(fields).encode())
+    token = {"id": fields["model"]["vocab"][text], "content": text, "special": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    fields["added_tokens"].append({**token, **flags})
+    data = json.dumps(fields)
+    theirs = tokenizers.Tokenizer.from_str(data)
+    sentence = f"The {text} of a quick{text}x {text}{text}"
+    ids = kt.Tokenizer(data.encode()).tokenize(sentence)
+    assert token["id"] in ids
+    assert ids == theirs.encode(sentence, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
