@@ -270,6 +270,7 @@ print("only the generator is trained:", trained)
 # | the same in half precision | `..., dtype="float16")` on bfloat16 weights |
 # | ComfyUI adapters (2B encoder) | `hidden_states(prompts, pad_to=maximum)` |
 # | Breeze TTS 2, chosen layers | `hidden_states(texts, layers=[1, -1])` |
+# | an encoder in a subfolder | `TextEmbedder.from_preset(..., subfolder="t5gemma")` |
 # | classifiers | `TextClassifier.from_preset(checkpoint, class_names=names)` |
 #
 # `layers=[-2], final_norm=True` normalizes the states before the last block, and
