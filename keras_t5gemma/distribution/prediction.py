@@ -51,10 +51,28 @@ class SafeInference:
     predict_step: Any
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.evaluate`, one call at a time in a process.
+
+        Args:
+            *args: those of Keras.
+            **kwargs: those of Keras.
+
+        Returns:
+            The loss and the metrics.
+        """
         with exclusive_loop(self):  # type: ignore[arg-type]
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.predict`, one call at a time in a process.
+
+        Args:
+            *args: those of Keras.
+            **kwargs: those of Keras.
+
+        Returns:
+            The outputs, as NumPy arrays.
+        """
         with exclusive_loop(self):  # type: ignore[arg-type]
             return super().predict(*args, **kwargs)  # type: ignore[misc]
 
