@@ -16,8 +16,8 @@ _CPU_ROW_COST = {"torch": 0.15, "jax": 0.4, "tensorflow": 0.4}
 _ACCELERATOR_ROW_COST = 0.02
 # Accepted and tried tokens that are assumed at the start, and how many are remembered.
 _ASSUMED = (3.0, 5.0)
-_REMEMBERED = 64
-_PASSES_UNSURE, _PASSES = 2, 8  # In one call.
+_REMEMBERED = 32
+_PASSES_UNSURE, _PASSES = 4, 8  # In one call.
 
 
 class SpeculativeEngine:
@@ -104,7 +104,7 @@ class AdaptiveEngine:
         while True:
             rows = state["token_ids"].shape[0]
             k = best_length(self.accepted / self.tried, rows, self.engine.row_cost)
-            sure = self.tried >= _REMEMBERED / 4
+            sure = self.tried >= _REMEMBERED / 2
             passes = _PASSES if sure else _PASSES_UNSURE
             state = self.engine.advance(state, limit, passes, k)
             counts = mesh.to_numpy(state["counts"])
@@ -155,17 +155,24 @@ def row_cost(backbone: Any) -> float:
 
 
 def _torch_step(backbone, steps):
+    import torch
+
     made = torch_steps(backbone, False, {} if steps is None else steps)
+    window = backbone.config.decoder.sliding_window
 
     def make_step():
-        step = made(False) or speculative.plain_step(backbone)
+        fast, plain = made(False), speculative.plain_step(backbone)
         device = backbone.decoder.final_norm.scale.value.device
 
         def run(tokens, cache, index, capped):
-            tokens, index = (
-                ops.convert_to_tensor(x, "int32").to(device) for x in (tokens, index)
-            )
-            return step(tokens, cache, index, capped)
+            first = int(index[0])
+            # One token at one position needs no mask until a ring is full.
+            is_simple = tokens.shape[1] == 1 and first < window
+            tokens = torch.as_tensor(tokens, device=device)
+            if fast and is_simple and (index == first).all():
+                return fast(tokens[:, 0], cache, first, capped)
+            index = torch.as_tensor(index, device=device)
+            return (fast or plain)(tokens, cache, index, capped)
 
         return run
 
