@@ -189,7 +189,7 @@ def readme(title):
     before, code, after = re.split(
         r"^(```.*?^```\n)", body, maxsplit=1, flags=re.M | re.S
     )
-    return before + code + "\n\n".join(after.split("\n\n")[:2])
+    return before + code + after.partition("\n\n")[0] + "\n"
 
 
 def measured(section, *columns):

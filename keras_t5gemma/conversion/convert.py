@@ -28,7 +28,7 @@ def convert(
     max_shard_size: float | str = 5,
     overwrite: bool = False,
 ) -> None:
-    """Convert a checkpoint of any supported format to ours or transformers'.
+    """Convert a checkpoint of any supported format to another one.
 
     One tensor is in memory at a time; the folder appears as a whole or not at all.
 
