@@ -23,7 +23,7 @@ class EngineCache:
 
     def __init__(self, backbone: Any) -> None:
         self._backbone = backbone
-        self._engines: OrderedDict[tuple, Engine] = OrderedDict()
+        self._engines: OrderedDict[tuple, Any] = OrderedDict()
         self._variables: tuple = ()
         self._torch_steps: dict = {}
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ class EngineCache:
                 self._variables, self._torch_steps = variables, {}
             engine = self._engines.get(key)
             if engine is None:
-                kind = SpeculativeEngine if options.speculate else Engine
+                kind: Any = SpeculativeEngine if options.speculate else Engine
                 engine = kind(self._backbone, *key, self._torch_steps)
                 self._engines[key] = engine
             self._engines.move_to_end(key)

@@ -227,7 +227,8 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
                 tokens also of `batch_size` x 512 tokens; sources of similar length
                 share a batch, and results keep the input order.
             **options: those of `GenerationOptions`, e.g. `temperature`, `top_p`,
-                `num_beams` and `seed`; they override the sampler of `compile`.
+                `num_beams`, `seed` and `speculate="source"`; they override the sampler
+                of `compile`.
 
         Returns:
             A string for a string, a list for a list (`[]` for `[]`); for arrays

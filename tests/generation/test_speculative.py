@@ -152,6 +152,7 @@ def test_proposals_by_their_definition():
     assert found > 60
 
 
+@pytest.mark.one_backend
 def test_a_model_that_copies_takes_few_passes():
     """Rows accept different numbers: one copies its source, one writes other ids."""
     ops = keras.ops
@@ -190,6 +191,7 @@ def test_a_model_that_copies_takes_few_passes():
     assert state["counts"].tolist()[:2] == [24, 42]
 
 
+@pytest.mark.one_backend
 def test_the_number_of_proposed_tokens_follows_what_is_accepted():
     assert best_length(0.95, 1, 0.3) == 7
     assert best_length(0.7, 1, 0.3) == 3
@@ -228,6 +230,7 @@ def test_the_number_of_proposed_tokens_follows_what_is_accepted():
     assert engine.tokens_written == state["index"][0] - 1
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
