@@ -63,7 +63,7 @@ def embedded_presets():
         for row in keras_t5gemma.presets()
         if "://" not in row.sources[0]
     ]
-    return table(("name", "parameters", ""), rows)
+    return table(("name", "parameters", "what it is"), rows)
 
 
 def published_presets():
