@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma.distribution import mesh, process_group
+from keras_t5gemma.generation.batch_shapes import estimated_costs
 from keras_t5gemma.generation.decoding import select
 from keras_t5gemma.generation.engine import results
 from keras_t5gemma.generation.engine_cache import EngineCache
@@ -21,7 +23,6 @@ from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.progress import progress_bar
 
 _TOKENS_PER_CALL = 8
-_MANY_BATCHES = 8
 
 
 class Generator:
@@ -89,10 +90,9 @@ class Generator:
         ids = np.repeat(prompts[:, None], answers, axis=1)  # rows, answers, L
         log_probs = np.zeros(ids.shape, "float32")
         ends = np.repeat(request.prompt_lengths[:, None], answers, axis=1)
-        compiled = self._is_compiled()
-        planned = list(batches(request, options, batch_size, width, compiled))
-        # With a compiler a smaller batch is a new program, which must pay off.
-        shrinks = not compiled or len(planned) >= _MANY_BATCHES
+        costs = self._costs(options, width)
+        planned = list(batches(request, options, batch_size, width, costs))
+        shapes = Counter(_shape(inputs) for _, inputs in planned)
         deadline = math.inf
         if options.max_time is not None:
             deadline = time.monotonic() + options.max_time
@@ -100,6 +100,9 @@ class Generator:
             for rows, inputs in planned:
                 size = len(inputs["prompt_lengths"]) // options.rows_per_source
                 real = np.arange(size) < len(rows)  # The others are filler.
+                # With a compiler a smaller batch is a new program, which must pay off.
+                same = shapes[_shape(inputs)]
+                shrinks = costs is None or costs.shrinking_pays(size, same)
                 parts = _write(engine, inputs, real, max_length, deadline, shrinks)
                 for chosen, state, end in parts:
                     kept = real[chosen]
@@ -120,7 +123,8 @@ class Generator:
         """Yield the answer to a request of one row in pieces of text."""
         engine = self._engine(options)
         width = self._width(request.max_length)
-        (_, inputs) = next(batches(request, options, 1, width, self._is_compiled()))
+        costs = self._costs(options, width)
+        (_, inputs) = next(batches(request, options, 1, width, costs))
         state = engine.start(inputs)
         begin, tokenizer = _index(state), self.task.preprocessor.tokenizer
         shown = tokenizer.detokenize(inputs["decoder_token_ids"][0, :begin].tolist())
@@ -153,6 +157,12 @@ class Generator:
         """Whether a new batch shape needs a new program."""
         return keras.config.backend() != "torch" or bool(self.task.jit_compile)
 
+    def _costs(self, options, width):
+        """Estimated times with a compiler; `None` without."""
+        if not self._is_compiled():
+            return None
+        return estimated_costs(self.task.backbone, options, width)
+
     def _engine(self, options):
         known = known_tokens(self.task)
         engine = self.engines.get(options, bool(self.task.jit_compile), known)
@@ -178,6 +188,12 @@ def known_tokens(task: Any) -> int | None:
 def _index(state):
     """Number of tokens of the only row."""
     return int(mesh.to_numpy(state["index"]).max())
+
+
+def _shape(inputs):
+    """What distinguishes the programs of a request's batches."""
+    names = ("encoder_token_ids", "prefix_token_ids", "prompt_lengths")
+    return tuple(inputs[name].shape for name in names)
 
 
 def _is_late(deadline):

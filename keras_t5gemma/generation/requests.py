@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.generation.batch_shapes import Costs, Shape
 from keras_t5gemma.generation.options import GenerationOptions, id_tuple
 from keras_t5gemma.tokenization.token_ids import INPUTS, check_range, id_array, pad
 from keras_t5gemma.utils.buckets import batch_bounds, bucket, power_of_two
@@ -200,14 +201,15 @@ def batches(
     options: GenerationOptions,
     batch_size: int,
     width: int,
-    rounded: bool = True,
+    costs: Costs | None = None,
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """Batches of rows with sources, and prompts, of similar length.
 
     With a compiler sizes are rounded up, so that requests of all lengths need few
     programs: source lengths to a step of `bucket`, 8 steps up to 512 tokens; the
     number of rows to a power of two, 6 of them up to 32, and on a mesh of devices to a
-    multiple of the devices; prompt lengths to a power of two.
+    multiple of the devices; prompt lengths to a power of two. Batches are padded
+    further where that is cheaper than another program, see `Costs.shared_shapes`.
 
     Args:
         request: a `Request`.
@@ -215,7 +217,7 @@ def batches(
         batch_size: maximum number of decoder rows in a batch, not counting
             `rows_per_source`; fewer of long sources, see `batch_bounds`.
         width: length of the decoder's arrays, at least the request's.
-        rounded: whether to round sizes up, which without a compiler is only waste.
+        costs: estimated times of a model with a compiler; `None` rounds nothing up.
 
     Yields:
         `(rows, inputs)`: the numbers of the rows in the request, and the arrays of
@@ -241,36 +243,43 @@ def batches(
     widths = np.broadcast_to(sources, len(lengths))
     order = np.lexsort((-widths, groups))
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    planned: list[tuple[np.ndarray, Shape, int]] = []
     for group in np.split(order, starts[1:]):
         # A shared source is read once: it does not bound the rows.
         read_lengths = np.ones(len(group), int) if is_shared else widths[group]
         bounds = batch_bounds(read_lengths, batch_size, mesh.size("data"))
         for start, stop in bounds:
-            rows = taken = group[start:stop]
+            rows = group[start:stop]
             read = np.zeros(1, int) if is_shared else rows
             length = max(2, sources[read].max())  # Keras warns of a softmax over one.
-            count = prefix_length = lengths[rows].min() - 1
-            if rounded:
+            size, count = len(rows), lengths[rows].min() - 1
+            prefix_length = count
+            if costs is not None:
                 length = bucket(length)
                 prefix_length = min(power_of_two(count), width)
-                size = mesh.round_up(min(power_of_two(len(rows)), batch_size))
-                taken = np.pad(rows, (0, size - len(rows)), mode="edge")
-                read = read if is_shared else taken
-            repeated = np.repeat(taken, copies)
-            yield (
-                rows,
-                {
-                    "encoder_token_ids": source_ids[read, :length],
-                    "encoder_padding_mask": mask[read, :length],
-                    "decoder_token_ids": decoder_ids[repeated],
-                    "prefix_token_ids": decoder_ids[repeated, :prefix_length],
-                    "prefix_count": np.int32(count),
-                    "prompt_lengths": lengths[repeated].astype("int32"),
-                    "seeds": seeds[taken].reshape(-1),
-                    "max_length": np.int32(request.max_length),
-                    "traced_args": traced_args,
-                },
-            )
+                size = mesh.round_up(min(power_of_two(size), batch_size))
+            planned.append((rows, (size, int(length), int(prefix_length)), count))
+    shapes = [shape for _, shape, _ in planned]
+    used = costs.shared_shapes(shapes) if costs else {shape: shape for shape in shapes}
+    for rows, shape, count in planned:
+        size, length, prefix_length = used[shape]
+        taken = np.pad(rows, (0, size - len(rows)), mode="edge")
+        read = np.zeros(1, int) if is_shared else taken
+        repeated = np.repeat(taken, copies)
+        yield (
+            rows,
+            {
+                "encoder_token_ids": source_ids[read, :length],
+                "encoder_padding_mask": mask[read, :length],
+                "decoder_token_ids": decoder_ids[repeated],
+                "prefix_token_ids": decoder_ids[repeated, :prefix_length],
+                "prefix_count": np.int32(count),
+                "prompt_lengths": lengths[repeated].astype("int32"),
+                "seeds": seeds[taken].reshape(-1),
+                "max_length": np.int32(request.max_length),
+                "traced_args": traced_args,
+            },
+        )
 
 
 def _row_seeds(options, rows):

@@ -16,6 +16,7 @@ from helpers.oracles import (
 
 import keras_t5gemma as kt
 from keras_t5gemma.generation import beam, decoding, requests
+from keras_t5gemma.generation.batch_shapes import Costs
 from keras_t5gemma.generation.generator import _write
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.modeling import kv_cache
@@ -228,7 +229,7 @@ def test_rounding_changes_nothing(shared_model, monkeypatch):
 def test_what_is_done_is_left_behind(shared_model, monkeypatch, options):
     generator = "keras_t5gemma.generation.generator."
     monkeypatch.setattr(generator + "_TOKENS_PER_CALL", 2)
-    monkeypatch.setattr(generator + "_MANY_BATCHES", 1)
+    monkeypatch.setattr(Costs, "shrinking_pays", lambda self, rows, batches: True)
     left = []
 
     def select(state, chosen, count):

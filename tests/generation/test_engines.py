@@ -21,14 +21,14 @@ def test_number_of_compiled_programs(tokenizer):
     lengths = rng.integers(4, 200, 60)
     sources = [" ".join(["fox"] * n)[: n * 2] for n in lengths]
     model.generate(sources, batch_size=8)
-    expected = 0 if keras.backend.backend() == "torch" else 2 * 9
+    expected = 0 if keras.backend.backend() == "torch" else 2
     first = model.compiled_programs()
-    assert first <= expected
+    assert first == expected  # Padding a model this small costs nothing.
     for n in (1, 3, 8):
         model.generate(sources[:n], batch_size=8)
     model.generate(sources[::-1], batch_size=8)
     model.generate(sources, batch_size=8, max_length=7)  # The same bucket.
-    assert first <= model.compiled_programs() <= 2 * expected
+    assert first <= model.compiled_programs() <= 9 * expected
     before = model.compiled_programs()
     for temperature in (0.5, 0.6, 0.7):
         model.generate(sources[:8], batch_size=8, temperature=temperature)
