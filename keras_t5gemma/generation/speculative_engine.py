@@ -12,7 +12,7 @@ from keras_t5gemma.generation.engine import EagerTorch, torch_steps
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.utils.backends import on_cpu
 
-_CPU_ROW_COST = {"torch": 0.15, "jax": 0.4, "tensorflow": 0.4}
+_CPU_ROW_COST = {"torch": 0.2, "torch int8": 0.1, "jax": 0.4, "tensorflow": 0.4}
 _ACCELERATOR_ROW_COST = 0.02
 # Accepted and tried tokens that are assumed at the start, and how many are remembered.
 _ASSUMED = (3.0, 5.0)
@@ -151,7 +151,9 @@ def row_cost(backbone: Any) -> float:
     """
     if not on_cpu(backbone.decoder.final_norm.scale.value):
         return _ACCELERATOR_ROW_COST
-    return _CPU_ROW_COST[keras.config.backend()]
+    mode = backbone.decoder.token_embedding.quantization_mode
+    name = keras.config.backend()
+    return _CPU_ROW_COST.get(f"{name} {mode}", _CPU_ROW_COST[name])
 
 
 def _torch_step(backbone, steps):

@@ -85,8 +85,7 @@ def test_prompts_of_unequal_length_and_streams(eager):
 @pytest.mark.parametrize(
     "options",
     [
-        {"repetition_penalty": 1.8, "return_scores": True},
-        {"no_repeat_ngram_size": 3},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3, "return_scores": True},
         {"min_new_tokens": 9, "banned_token_ids": (9,), "forced_token_ids": {3: 300}},
     ],
     ids=str,
