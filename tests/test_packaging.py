@@ -50,7 +50,8 @@ print(json.dumps([new, keras_t5gemma.__version__, "tensorflow" in sys.modules]))
 def test_import_loads_neither_tensorflow_nor_keras_hub():
     """An installed library costs nothing until something needs it."""
     result = subprocess.run(
-        [sys.executable, "-c", _LOADED],
+        # As here, without the working directory, which may have an old egg-info.
+        [sys.executable, "-P", "-c", _LOADED],
         env={**os.environ, "KERAS_BACKEND": keras.config.backend()},
         cwd=ROOT,
         capture_output=True,
