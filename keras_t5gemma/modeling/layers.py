@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_t5gemma.modeling.gated_gelu import gated_gelu
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -134,7 +135,7 @@ class GatedMLP(keras.layers.Layer):
         self.down.build((*input_shape[:-1], self.intermediate_dim))
 
     def call(self, x):
-        return self.down(ops.gelu(self.gate(x), approximate=True) * self.up(x))
+        return self.down(gated_gelu(self.gate(x), self.up(x)))
 
     def get_config(self):
         return {
