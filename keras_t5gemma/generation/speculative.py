@@ -57,7 +57,7 @@ def advance(
     Args:
         step: from `plain_step`.
         state: from `start`, or from the previous call.
-        limit: scalar int; generation ends when each row has as many tokens or is done.
+        limit: scalar int; generation ends when each row has that length or is done.
         passes: scalar int.
         k: number of proposed tokens.
         options: a `GenerationOptions` without beams and sampling.
