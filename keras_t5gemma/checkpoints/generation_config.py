@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +149,34 @@ def _ids(value, name):
     return tuple(whole_number(each, name, 0) for each in values)
 
 
-def write(defaults: Mapping[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
+def stop_ids(defaults: Mapping[str, Any], preprocessor: Any) -> tuple[int, ...]:
+    """Ids that end an answer.
+
+    Args:
+        defaults: keywords of `Seq2SeqLM.generate`.
+        preprocessor: a `Seq2SeqLMPreprocessor`; `None` without text.
+
+    Returns:
+        Those of `defaults` and the one that ends a response in training, without which
+        a model that was trained here would not stop; or those of the preprocessor.
+    """
+    given = defaults.get("stop_token_ids")
+    if preprocessor is None:
+        return given or (1,)
+    if not given:
+        return preprocessor.stop_ids
+    return tuple(dict.fromkeys((*given, preprocessor.end_id)))
+
+
+def write(defaults: Mapping[str, Any], preprocessor: Any = None) -> dict[str, Any]:
     """Fields of the file; `parse` makes the same defaults of them.
 
     Args:
         defaults: keywords of `Seq2SeqLM.generate`.
-        stop_ids: where `defaults` has none.
+        preprocessor: see `stop_ids`.
     """
-    fields = {**defaults, **_IDS}
-    fields["eos_token_id"] = list(fields.pop("stop_token_ids", None) or stop_ids)
+    fields = {k: v for k, v in defaults.items() if k != "stop_token_ids"} | _IDS
+    fields["eos_token_id"] = list(stop_ids(defaults, preprocessor))
     if banned := fields.pop("banned_token_ids", None):
         fields["suppress_tokens"] = list(banned)
     if any(fields.get(name) is not None for name in SAMPLING):
@@ -165,7 +184,7 @@ def write(defaults: Mapping[str, Any], stop_ids: Sequence[int]) -> dict[str, Any
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def save(folder: Path, defaults: Mapping[str, Any], stop_ids: Sequence[int]) -> None:
+def save(folder: Path, defaults: Mapping[str, Any], preprocessor: Any = None) -> None:
     """Write the file into a folder; see `write`."""
-    text = json.dumps(write(defaults, stop_ids), indent=2, sort_keys=True)
+    text = json.dumps(write(defaults, preprocessor), indent=2, sort_keys=True)
     (folder / GENERATION_CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -257,7 +257,6 @@ def save(
     table = weight_maps.HUGGING_FACE_ENCODER if alone else weight_maps.HUGGING_FACE
     exported = weight_maps.export_tensors(table, config, tensors)
     entries = {name: CastTensor(tensor, dtype) for name, tensor in exported.items()}
-    stop_ids = (1,) if preprocessor is None else preprocessor.stop_ids
 
     def written(names, data):
         if progress is not None:
@@ -268,7 +267,7 @@ def save(
         if preprocessor is not None:
             _save_tokenizer(staging, preprocessor)
         if not alone:
-            generation_config.save(staging, generation_defaults or {}, stop_ids)
+            generation_config.save(staging, generation_defaults or {}, preprocessor)
         _write_json(staging / "config.json", parsed)
 
 

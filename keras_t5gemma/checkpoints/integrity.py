@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from keras_t5gemma.utils.files import read_json_file
 
 CHECKSUM_FILE = "checksums.json"
 TENSORS, TASK = "tensors", "task"  # Keys in it: of the backbone, of `task.weights.h5`.
+VOCABULARY = "vocabulary"  # Key of the CRC-32 of the tokenizer's file.
 _PIECE = 2**20  # Values that are checked at a time, so that they stay in the cache.
 # Bits of the exponent, all of which are set in NaN and infinity.
 _EXPONENTS = {
@@ -110,6 +112,32 @@ def read_checksums(
         return Checksums(fields["algorithm"], dict(fields[TENSORS]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def record_vocabulary(folder: Path, data: bytes) -> None:
+    """Note the checksum of a tokenizer's file, in a folder that has checksums."""
+    path = folder / CHECKSUM_FILE
+    if path.exists():
+        fields = read_json_file(path) | {VOCABULARY: f"{zlib.crc32(data):08x}"}
+        path.write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
+
+
+def check_vocabulary(file: str | Path, folder: Path, data: bytes) -> None:
+    """Raise `ValueError` if a tokenizer's file differs from its checksum.
+
+    Args:
+        file: path of the tokenizer's file, for the message.
+        folder: of the preset.
+        data: content of the file.
+    """
+    path = folder / CHECKSUM_FILE
+    fields = read_json_file(path) if path.exists() else {}
+    recorded = fields.get(VOCABULARY) if isinstance(fields, dict) else None
+    if recorded not in (None, f"{zlib.crc32(data):08x}"):
+        raise ValueError(
+            f"{file} is damaged: it differs from its checksum in {CHECKSUM_FILE}. "
+            "Download or save it again."
+        )
 
 
 def checked(

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_t5gemma.checkpoints import generation_config
+from keras_t5gemma.checkpoints import generation_config, integrity
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.utils.checks import path
 from keras_t5gemma.utils.sizes import UNITS, parse_shard_size
@@ -59,8 +59,7 @@ def _write_task(task, folder, size):
     if task.preprocessor is not None:
         save_preprocessor(task.preprocessor, folder)
     if defaults := getattr(task, "generation_defaults", None):
-        stop_ids = (1,) if task.preprocessor is None else task.preprocessor.stop_ids
-        generation_config.save(folder, defaults, stop_ids)
+        generation_config.save(folder, defaults, task.preprocessor)
 
 
 def _write_backbone(backbone, folder, size):
@@ -99,6 +98,8 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     assets.mkdir(parents=True, exist_ok=True)
     _write_json(tokenizer, Path(folder) / tokenizer.config_file)
     tokenizer.save_assets(os.fspath(assets))
+    for name in tokenizer.file_assets:
+        integrity.record_vocabulary(Path(folder), (assets / name).read_bytes())
 
 
 def _write_json(value, path):

@@ -80,8 +80,8 @@ def convert(
                     preprocessor,
                     **kwargs,
                 )
-                if defaults and preprocessor is not None:
-                    generation_config.save(staging, defaults, preprocessor.stop_ids)
+                if defaults:
+                    generation_config.save(staging, defaults, preprocessor)
             return
         kwargs |= {"preprocessor": preprocessor, "generation_defaults": defaults}
         huggingface.save(folder, opened.config, tensors, written, **kwargs)

@@ -12,7 +12,7 @@ from keras_t5gemma.generation.options import (
     id_tuple,
     options_of_sampler,
 )
-from keras_t5gemma.utils.checks import json_object, whole_number
+from keras_t5gemma.utils.checks import is_auto, json_object, whole_number
 
 _NAMES = ("stop_token_ids", "max_length")
 
@@ -26,6 +26,7 @@ class GenerationDefaults:
 
     sampler: Any
     backbone: Any
+    preprocessor: Any
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
@@ -64,6 +65,14 @@ class GenerationDefaults:
             ValueError: naming the file and the field, for a wrong value.
         """
         found = generation_config.read(source)
+        size = self.backbone.config.vocabulary_size
+        for name in ("stop_token_ids", "banned_token_ids"):
+            ids = found.defaults.get(name, ())
+            if max(ids, default=0) >= size:
+                raise ValueError(
+                    f"{source.location}: generation_config.json has {ids} for "
+                    f"`{name}`; the model has {size} ids."
+                )
         if found.unused:
             warnings.warn(
                 f"{source}: generation_config.json has {found.unused}, which are not "
@@ -88,8 +97,10 @@ class GenerationDefaults:
         stops, length = (defaults.pop(name, None) for name in _NAMES)
         if max_length is None and length is not None:
             max_length = min(length, self.backbone.config.max_positions)
-        if isinstance(stop_token_ids, str) and stop_token_ids == "auto" and stops:
-            stop_token_ids = stops
+        if is_auto(stop_token_ids) and stops:
+            stop_token_ids = generation_config.stop_ids(
+                self.generation_defaults, self.preprocessor
+            )
         base = options_of_sampler(self.sampler)
         if base is None:  # A sampler that runs in KerasHub's code has no options.
             return max_length, stop_token_ids, options

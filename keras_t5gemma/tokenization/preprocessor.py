@@ -13,7 +13,7 @@ from keras_t5gemma.checkpoints import preset_saving, presets
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
-from keras_t5gemma.tokenization import chat_template
+from keras_t5gemma.tokenization import chat_template, tokenizer_files
 from keras_t5gemma.tokenization.chat_template import TEMPLATES
 from keras_t5gemma.tokenization.compatibility import check_objective
 from keras_t5gemma.tokenization.token_ids import (
@@ -273,9 +273,8 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         """Load the preprocessor of a preset.
 
         KerasHub's presets hold the lengths, of which its default of 512 encoder tokens
-        is not taken for a choice; transformers folders do not. Both get the instruction
-        template if their chat template is Gemma's turns, or under the exact name of a
-        published instruction-tuned checkpoint. Another chat template is reported.
+        is not taken for a choice. In both formats a chat template of Gemma's turns or
+        the exact name of a published instruction-tuned checkpoint gives the template.
 
         Args:
             preset: name, folder or handle; see `Backbone.from_preset`.
@@ -319,6 +318,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             with named_values(file):
                 tokenizer: Any = keras.layers.deserialize(kwargs["tokenizer"])
                 instance(tokenizer, "tokenizer", Tokenizer, "a serialized Tokenizer")
+            tokenizer_files.read(source)  # Checks the file.
             tokenizer.load_assets(os.path.dirname(source.tokenizer_file()))
             kwargs["tokenizer"] = tokenizer
         # What the caller has passed is not the file's fault.

@@ -1,9 +1,10 @@
 """Vocabulary of a preset: its file, tokens added to it, and its special ids."""
 
 import os
+from pathlib import Path
 from typing import Any
 
-from keras_t5gemma.checkpoints import presets
+from keras_t5gemma.checkpoints import integrity, presets
 from keras_t5gemma.tokenization import sentencepiece_model, tokenizer_json
 from keras_t5gemma.tokenization.sentencepiece_model import Piece
 from keras_t5gemma.utils.checks import shown, string
@@ -23,6 +24,8 @@ def read(source: presets.Source) -> bytes:
     """
     path = source.tokenizer_file()
     data = read_bytes(path)
+    if source.format == presets.KERAS:  # The file is in assets/tokenizer.
+        integrity.check_vocabulary(path, Path(path).parents[2], data)
     if source.format != presets.HUGGING_FACE:
         return data
     if os.path.basename(path) == presets.TOKENIZER_JSON:

@@ -152,6 +152,29 @@ def test_backups(tokenizer, tmp_path):
     fit()
 
 
+def test_a_vocabulary(tokenizer, tmp_path):
+    model = tiny_model(tokenizer, config=one_block_config())
+    model.save_to_preset(tmp_path)
+    model.preprocessor.save_to_preset(tmp_path)
+    assert kt.Tokenizer.from_preset(tmp_path).proto == tokenizer.proto
+    kt.Backbone.from_preset(tmp_path).save_to_preset(tmp_path / "backbone")
+    path = tmp_path / "assets/tokenizer/vocabulary.spm"
+    text = path.read_bytes()
+    assert text.count(b"the") > 0
+    path.write_bytes(text.replace(b"the", b"thd"))
+    for kind in (kt.Tokenizer, kt.Seq2SeqLMPreprocessor, kt.Seq2SeqLM):
+        with pytest.raises(ValueError, match="vocabulary.spm is damaged.*checksums"):
+            kind.from_preset(tmp_path)
+    kt.convert(tmp_path / "backbone", tmp_path / "converted")  # Without a tokenizer.
+    model.save_to_preset(tmp_path)
+    assert kt.Tokenizer.from_preset(tmp_path).proto == tokenizer.proto
+    kt.convert(tmp_path, tmp_path / "b")
+    path = tmp_path / "b" / "assets/tokenizer/vocabulary.spm"
+    path.write_bytes(text.replace(b"the", b"thd"))
+    with pytest.raises(ValueError, match="vocabulary.spm is damaged"):
+        kt.Tokenizer.from_preset(tmp_path / "b")
+
+
 @pytest.mark.parametrize("name", ["ids.npy", "log_probs.npy"])
 def test_teacher_scores(tokenizer, tmp_path, name):
     objective = kt.objectives.PrefixLM()

@@ -60,7 +60,7 @@ DEFAULTS = {
 def test_fields_become_keywords_of_generate_and_back(fields, expected):
     found = generation_config.parse(fields)
     assert found.defaults == expected and not found.unused
-    written = generation_config.write(found.defaults, (1,))
+    written = generation_config.write(found.defaults)
     again = generation_config.parse(json.loads(json.dumps(written)))
     assert again.defaults == {"stop_token_ids": (1,), **expected}
 
@@ -71,6 +71,7 @@ def test_fields_become_keywords_of_generate_and_back(fields, expected):
         ({"eos_token_id": "x"}, "`eos_token_id` must be a whole number.*'x'"),
         ({"eos_token_id": [1, -1]}, "`eos_token_id`.*-1"),
         ({"suppress_tokens": [0.5]}, "`suppress_tokens`"),
+        ({"eos_token_id": [1, 480]}, r"has \(1, 480\) for `stop_token_ids`; the model"),
         ({"max_new_tokens": 0}, "`max_new_tokens`"),
         ({"max_length": "20"}, "`max_length`"),
         ({"do_sample": "yes"}, "`do_sample` must be True or False"),
@@ -88,7 +89,7 @@ def test_fields_become_keywords_of_generate_and_back(fields, expected):
 def test_wrong_values_name_the_file_and_the_key(folder, fields, message):
     path = folder / "generation_config.json"
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+    with pytest.raises(ValueError, match=f"generation_config.json:? {message}"):
         kt.Seq2SeqLM.from_preset(folder)
 
 
@@ -137,6 +138,22 @@ def test_defaults_of_a_folder_are_used_saved_and_exported(folder, tmp_path):
             assert found.generation_defaults == DEFAULTS
     plain.save_to_preset(tmp_path / "preset")  # Nothing is left of the earlier save.
     assert kt.Seq2SeqLM.from_preset(tmp_path / "preset").generation_defaults == {}
+
+
+def test_what_ends_a_response_in_training_always_stops(folder, tokenizer, tmp_path):
+    """A base model whose file has eos alone, trained on turns here."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    turns = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16, template="instruction")
+    model = kt.Seq2SeqLM.from_preset(folder, preprocessor=turns)
+    end = tokenizer.end_of_turn_id
+    forced = {"forced_token_ids": [9, end, 9, 9], "max_length": 6}
+    x = {"encoder_token_ids": [[5, 6, 7]]}
+    assert model.generate(x, **forced)["decoder_padding_mask"].sum() == 3
+    model.save_to_huggingface(tmp_path / "theirs")
+    fields = json.loads((tmp_path / "theirs/generation_config.json").read_text())
+    assert fields["eos_token_id"] == [1, end]
+    plain = kt.Seq2SeqLM.from_preset(folder)
+    assert plain.generate(x, **forced)["decoder_padding_mask"].sum() > 3
 
 
 def test_transformers_generates_the_same_from_the_export(model, tmp_path):
