@@ -126,7 +126,8 @@ class GenerationOptions:
         self._check_speculation()
 
     def _check_speculation(self):
-        if self.speculate not in (None, "source"):
+        is_text = isinstance(self.speculate, str)
+        if self.speculate is not None and not (is_text and self.speculate == "source"):
             raise ValueError(
                 f"`speculate` must be 'source' or None; got {shown(self.speculate)}."
             )
