@@ -29,10 +29,14 @@ SOURCE_WORDS, TARGET_WORDS = 60, 12
 class Options:
     """What is measured."""
 
+    dtype: str | None = None
+    """Data type of the model, e.g. mixed_bfloat16; None is Keras's default."""
     preset: str = "t5gemma_mini"
     """Preset to load, small enough for many cycles."""
     generate: int = 500
     """Calls of `generate` with one to four sources of random lengths."""
+    banned: int = 1000
+    """Calls of `generate` with a different `banned_token_ids` each."""
     fit: int = 50
     """Calls of `fit` on pairs of random lengths, padded to one shape."""
     load: int = 200
@@ -100,13 +104,13 @@ def texts(rng: random.Random, count: int, words: int) -> list[str]:
 
 
 def measurements(o: Options) -> Iterable[Measurement]:
-    """The three kinds of calls, one after the other."""
+    """All kinds of calls, one after the other."""
     rng = random.Random(0)
 
     models: list[kt.Seq2SeqLM] = []
 
     def load() -> None:
-        models[:] = [kt.Seq2SeqLM.from_preset(o.preset)]
+        models[:] = [kt.Seq2SeqLM.from_preset(o.preset, dtype=o.dtype)]
 
     def load_and_use() -> None:
         load()
@@ -128,8 +132,14 @@ def measurements(o: Options) -> Iterable[Measurement]:
         targets = [longest[1], *texts(rng, count, TARGET_WORDS)]
         models[0].fit(sources, targets, batch_size=4, verbose=0)
 
+    def ban() -> None:
+        ids = rng.sample(range(10, 1000), rng.randint(1, 20))
+        models[0].generate("a tool", max_length=16, banned_token_ids=ids)
+
     if o.generate:
         yield measure("generate", generate, o.generate, o.warm_up)
+    if o.banned:
+        yield measure("generate, banned ids", ban, o.banned, o.warm_up)
     if o.fit:
         yield measure("fit", fit, o.fit, o.warm_up)
     if o.load:

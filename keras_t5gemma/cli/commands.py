@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keras_t5gemma.checkpoints.presets import Source
     from keras_t5gemma.config import StackConfig
 
+_MAX_CACHE_BYTES = 2**30
 _BATCHES = 32  # Batches of `generate --lines` after which answers are printed.
 
 
@@ -67,8 +68,7 @@ def run_generate(o: options.Generate) -> None:
     if o.stream and len(texts) > 1:
         raise ValueError(f"--stream takes one text; got {len(texts)}.")
     kt = load_package()
-    if o.compilation_cache:
-        kt.cache_compiled_programs(o.compilation_cache)
+    _cache_programs(kt, o.compilation_cache)
     model = kt.Seq2SeqLM.from_preset(o.preset, dtype=o.dtype)
     if o.quantize:
         model.quantize(o.quantize)
@@ -91,6 +91,27 @@ def run_generate(o: options.Generate) -> None:
         for answer in answers:
             for text in answer if isinstance(answer, list) else [answer]:
                 print(" ".join(text.split()) if o.lines else text, flush=True)
+
+
+def _cache_programs(kt, folder):
+    """Keep compiled programs where `--compilation-cache` says."""
+    if folder == "auto":
+        import keras
+
+        if keras.config.backend() != "jax":
+            return
+        import jax
+
+        if jax.config.jax_compilation_cache_dir:  # The user's own choice.
+            return
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base, "keras-t5gemma", "programs")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:  # A home folder that is read-only.
+            return
+    if folder != "none":
+        kt.cache_compiled_programs(folder, _MAX_CACHE_BYTES)
 
 
 def fields_of(o: Any, kind: type) -> dict[str, Any]:

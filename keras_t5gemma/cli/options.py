@@ -70,8 +70,9 @@ class Generate(Sampling):
     """Data type of the model, e.g. bfloat16; None is Keras's default."""
     quantize: str | None = None
     """Quantize weights to int8 or int4."""
-    compilation_cache: str | None = None
-    """Folder that keeps compiled programs for the next start."""
+    compilation_cache: str = "auto"
+    """Folder that keeps compiled programs for the next start, on JAX, up to 1 GiB: auto
+    is keras-t5gemma in the user's cache folder, none keeps nothing."""
 
 
 @dataclasses.dataclass

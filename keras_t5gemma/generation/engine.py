@@ -16,6 +16,7 @@ from keras_t5gemma.distribution import mesh
 from keras_t5gemma.distribution.prediction import JaxFunction, TensorFlowFunction
 from keras_t5gemma.generation import beam, decoding
 from keras_t5gemma.generation.options import GenerationOptions
+from keras_t5gemma.utils.checks import whole_number
 
 
 class Engine:
@@ -84,15 +85,21 @@ def results(state: dict, options: GenerationOptions) -> tuple[np.ndarray, ...]:
     return arrays["token_ids"], arrays["token_log_probs"]
 
 
-def cache_compiled_programs(folder: str | os.PathLike) -> None:
+def cache_compiled_programs(
+    folder: str | os.PathLike, max_bytes: int | None = None
+) -> None:
     """Persist compiled programs in a folder, for later processes (JAX only).
 
     Args:
         folder: path; made when needed. Programs of other versions are ignored.
+        max_bytes: size of the folder, above which the programs that were not used for
+            longest are deleted; `None` for no limit.
 
     Raises:
-        ValueError: on a backend other than JAX.
+        ValueError: on a backend other than JAX, or for a size below 1.
     """
+    if max_bytes is not None:
+        max_bytes = whole_number(max_bytes, "max_bytes", 1)
     if keras.config.backend() != "jax":
         raise ValueError(
             "Compiled programs are cached on the JAX backend only; this is "
@@ -105,6 +112,7 @@ def cache_compiled_programs(folder: str | os.PathLike) -> None:
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_max_size", max_bytes or -1)
 
 
 class EagerTorch:

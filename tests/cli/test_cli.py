@@ -3,13 +3,14 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import keras
 import pytest
 from helpers.models import tiny_config, tiny_model
 
 from keras_t5gemma import environment
-from keras_t5gemma.cli import main, options
+from keras_t5gemma.cli import commands, main, options
 from keras_t5gemma.data import pair_dataset
 from keras_t5gemma.distribution import layouts
 from keras_t5gemma.evaluation.options import EvaluateOptions
@@ -47,6 +48,27 @@ def test_generate_from_arguments_a_file_and_a_pipe(
     with open(file) as stream:
         monkeypatch.setattr(sys, "stdin", stream)
         assert run(capsys, "generate", *options)[1] == out
+
+
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
+    kept = []
+    package = SimpleNamespace(cache_compiled_programs=lambda *args: kept.append(args))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    commands._cache_programs(package, "none")
+    commands._cache_programs(package, "auto")  # The tests have a folder on JAX.
+    assert not kept
+    commands._cache_programs(package, "here")
+    assert [folder for folder, _ in kept] == ["here"]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        before = jax.config.jax_compilation_cache_dir
+        try:
+            jax.config.update("jax_compilation_cache_dir", None)
+            commands._cache_programs(package, "auto")
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+        assert kept[-1] == (tmp_path / "keras-t5gemma" / "programs", 2**30)
 
 
 @pytest.mark.one_backend

@@ -110,11 +110,15 @@ def test_compiled_programs_are_kept(tokenizer, tmp_path):
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",
+        "jax_compilation_cache_max_size",
     )
     before = {name: getattr(jax.config, name) for name in names}
     model = tiny_model(tokenizer)  # Something was compiled before the call.
     try:
-        kt.cache_compiled_programs(tmp_path)
+        with pytest.raises(ValueError, match="`max_bytes` must be .* from 1; got 0"):
+            kt.cache_compiled_programs(tmp_path, max_bytes=0)
+        kt.cache_compiled_programs(tmp_path, max_bytes=10**8)
+        assert jax.config.jax_compilation_cache_max_size == 10**8
         model.generate(SOURCES, LENGTH)
         kept = set(tmp_path.glob("jit_run-*-cache"))  # Ours; JAX's own helpers vary.
         assert len(kept) == 2
