@@ -66,9 +66,9 @@ class Costs:
                 if small != large and _contains(large, small)
                 for added in [self.of_batch(large) - self.of_batch(small)]
             ]
-            gain, small, large = max(gains, default=(0.0, None, None))
-            if gain <= 0:
+            if not gains or max(gains)[0] <= 0:
                 return used
+            _, small, large = max(gains)
             counts[large] += counts.pop(small)
             used = {a: large if b == small else b for a, b in used.items()}
 
