@@ -58,7 +58,7 @@ def make_ours(task, length, kernel):
     backbone.attention_kernel = kernel
     source = ids(length)
     if task == "read":
-        return reader(lambda i: backbone.encode(i, keras.ops.ones_like(i)), source)
+        return reader(backbone, source)
     model = kt.Seq2SeqLM(backbone)
     model.compile(optimizer=keras.optimizers.SGD(1e-3))
     target = ids(TARGET)
@@ -72,14 +72,23 @@ def make_ours(task, length, kernel):
     return lambda: model.train_on_batch(x, target, weights)
 
 
-def reader(encode, source):
+def reader(backbone, source):
+    """Weights are arguments of the compiled program, as in those of the package."""
     import keras
+
+    def encode(ids):
+        return backbone.encode(ids, keras.ops.ones_like(ids))
 
     if keras.config.backend() == "jax":
         import jax
 
-        encode = jax.jit(encode)
-        return lambda: encode(source).block_until_ready()
+        def with_weights(values, ids):
+            state = list(zip(backbone.variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=state):
+                return encode(ids)
+
+        run, values = jax.jit(with_weights), [v.value for v in backbone.variables]
+        return lambda: run(values, source).block_until_ready()
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 

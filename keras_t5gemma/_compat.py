@@ -171,6 +171,27 @@ def kept_arrays(model: keras.Model, lent: bool = True) -> Iterator[None]:
             model._jax_state = None
 
 
+def make_jax_train_function(
+    model: keras.Model, step: Callable, compiler_options: dict[str, Any]
+) -> None:
+    """Keras's `make_train_function`, with options of XLA.
+
+    Args:
+        model: a compiled model that is not run eagerly.
+        step: its `train_step`.
+        compiler_options: of `jax.jit`.
+    """
+    import jax
+
+    out = None
+    if keras.distribution.distribution() is not None:
+        out = (None, model._get_state_sharding_spec())
+    compiled = jax.jit(
+        step, donate_argnums=0, out_shardings=out, compiler_options=compiler_options
+    )
+    model.train_function = model._make_function(compiled)
+
+
 # Optimizers
 
 

@@ -458,3 +458,18 @@ def test_kept_arrays(lent):
         model._get_jax_state(**wanted)
         assert (kernel._value is None) != lent
     assert model._jax_state is None and "_get_jax_state" not in model.__dict__
+
+
+@only("jax")
+def test_make_jax_train_function():
+    advice = "see how `make_train_function` of Keras compiles the step on JAX."
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    for name in ("_make_function", "_get_state_sharding_spec"):
+        require(model, name, advice)
+    before = np.array(model.weights[0])
+    _compat.make_jax_train_function(model, model.train_step, None)
+    made = model.train_function
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    assert model.train_function is made, advice
+    assert max_difference(before, model.weights[0]) > 0

@@ -9,7 +9,7 @@ backward pass, c bytes each in the compute dtype:
                                           and the weights in a compute dtype below 4
       in blocks     B T N H + B N T       instead of these, for long sequences: output
                                           before it is transposed; log-sum-exp, 4 bytes
-    feed-forward    5 B T F               gate, its tanh, gelu, up, and their product
+    feed-forward    3 B T F               gate, up, and the gated product
     embedding       2 B T D               rows, and the rows scaled
     final norm      B T D
 
@@ -81,7 +81,7 @@ def kept_by_block(
     sub_layers = 2 if memory_length is None else 3
     # The input of frozen feed-forward layers is not needed again.
     widths = 3 * sub_layers - (0 if s.learns else 1)
-    feed_forward = (5 if s.learns else 4) * stack.intermediate_dim / s.split
+    feed_forward = (3 if s.learns else 2) * stack.intermediate_dim / s.split
     kept = widths * stack.hidden_dim + feed_forward
     kept = s.batch * length * kept * s.itemsize + _attention(stack, s, length, length)
     if memory_length is not None:

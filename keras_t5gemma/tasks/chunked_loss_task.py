@@ -1,6 +1,5 @@
 """Training steps of a task with a chunked loss: no array of all logits."""
 
-import functools
 from typing import Any
 
 import keras
@@ -84,23 +83,6 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
         if keras.config.backend() != "jax" or not hasattr(teacher, "variables"):
             return own
         return [*own, *teacher.variables]
-
-    def make_train_function(self, force: bool = False) -> Any:
-        """Keras's; on JAX with arrays that can be donated, and always traced again."""
-        if keras.config.backend() != "jax":
-            return super().make_train_function(force)
-        if self.train_function is None:
-            for variable in self.trainable_variables:
-                # A loaded array is in NumPy's memory, which JAX cannot donate.
-                variable.assign(variable.value.copy())
-        # A model's method is always the same function to JAX, which would reuse its
-        # program although `CrossAttentionWarmUp` needs another.
-        step = functools.partial(type(self).train_step, self)
-        object.__setattr__(self, "train_step", step)
-        try:
-            return super().make_train_function(force)
-        finally:
-            object.__delattr__(self, "train_step")
 
     def train_step(self, *args: Any) -> Any:
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""

@@ -8,6 +8,7 @@ import keras
 from keras_t5gemma.data.resumable import ResumableDataset, any_width, follow
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.prediction import SafeInference, exclusive_loop
+from keras_t5gemma.tasks.compiled_training import CompiledTraining
 from keras_t5gemma.training import accumulation
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
@@ -18,7 +19,7 @@ from keras_t5gemma.training.optimizers import (
 from keras_t5gemma.utils.checks import MAX_ROWS, flag, shown, whole_number
 
 
-class FitMixin(SafeInference):
+class FitMixin(CompiledTraining, SafeInference):
     """`fit` and `evaluate` on text, for a task with a `preprocessor`."""
 
     backbone: Any
