@@ -52,7 +52,7 @@ def _implementation(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
         function = jax.custom_vjp(_plain)
         function.defvjp(
             lambda gate, up: (_plain(gate, up), (gate, up)),
-            lambda kept, upstream: _gradients(*kept, upstream),
+            lambda kept, upstream: _gradients(kept[0], kept[1], upstream),
         )
         return function
     if backend == "tensorflow":

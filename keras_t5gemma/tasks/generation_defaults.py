@@ -106,7 +106,8 @@ class GenerationDefaults:
             return max_length, stop_token_ids, options
         # Beams and sampling exclude each other: what is asked for replaces the other.
         dropped: set[str] = set()
-        if base or options.get("num_beams", 1) != 1:
+        beams = options.get("num_beams", 1)  # Not checked yet: it may be an array.
+        if base or not isinstance(beams, int) or beams != 1:
             dropped |= {*SAMPLING, "num_beams"}
         if any(options.get(name) is not None for name in SAMPLING):
             dropped.add("num_beams")
