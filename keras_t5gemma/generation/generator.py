@@ -112,7 +112,7 @@ class Generator:
                         for array in results(state, options)
                     )
                     ids[places], log_probs[places] = written, scores
-                    ends[places] = np.maximum(ends[places], end)
+                    ends[places] = np.maximum(ends[places], end[kept, None])
                     advance(len(places))
                 if _is_late(deadline):
                     break
@@ -215,8 +215,8 @@ def _write(engine, inputs, real, max_length, deadline, shrinks):
         shrinks: whether to drop finished rows.
 
     Yields:
-        `(chosen, state, end)`: row numbers, each row once; their state; and the
-        position up to which they are generated.
+        `(chosen, state, ends)`: row numbers, each row once; their state; and for each
+        a position up to which it is generated, `max_length` for one that is finished.
     """
     state, end = engine.start(inputs), int(inputs["prefix_count"]) + 1
     chosen = np.arange(len(real))
@@ -226,11 +226,13 @@ def _write(engine, inputs, real, max_length, deadline, shrinks):
         done = mesh.to_numpy(state["done"]).reshape(len(chosen), -1).all(axis=1)
         done |= ~real[chosen]
         if done.all() or end == max_length or _is_late(deadline):
-            yield chosen, state, max_length if done.all() else end
+            # Speculation may finish a row beyond `end`.
+            yield chosen, state, np.where(done, max_length, end)
             return
         size = mesh.round_up(power_of_two(np.count_nonzero(~done)))
         if shrinks and size < len(chosen):
             order = np.argsort(done, kind="stable")
-            yield chosen[order[size:]], select(state, order[size:], len(order)), end
+            finished = select(state, order[size:], len(order))
+            yield chosen[order[size:]], finished, np.full(len(order) - size, max_length)
             state = select(state, order[:size], len(order))
             chosen = chosen[order[:size]]
