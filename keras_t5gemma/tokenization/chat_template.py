@@ -109,13 +109,19 @@ def render(template: str, tokens: dict[str, str]) -> str | None:
     if len(template) > _LONGEST:
         return None
     environment = _sandbox()
+    rendered = ""
     try:
         _check(environment.parse(template))
         messages = [{"role": "user", "content": _TEXT}]
-        rendered = environment.from_string(template).render(
+        for part in environment.from_string(template).generate(
             {**tokens, "messages": messages, "add_generation_prompt": True}
-        )
+        ):
+            rendered += part
+            if len(rendered) > _LONGEST:
+                return None
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
+        return None
+    except (RecursionError, SyntaxError, MemoryError):  # Nested too deeply for Python.
         return None
     if rendered.count(_TEXT) != 1 or "{text}" in rendered:
         return None
@@ -159,8 +165,21 @@ def _check(tree):
         *(nodes.Add, nodes.Mod, nodes.Compare, nodes.Operand, nodes.Not, nodes.Neg),
         *(nodes.And, nodes.Or, nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call),
     )
+    lists = {"messages"}
+
+    def is_list(node):
+        if isinstance(node, nodes.CondExpr) and node.expr2 is not None:
+            return is_list(node.expr1) and is_list(node.expr2)
+        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+            node = node.node
+        return isinstance(node, nodes.Name) and node.name in lists
+
+    assignments = list(tree.find_all(nodes.Assign))
+    lists.update(getattr(a.target, "name", "") for a in assignments if is_list(a.node))
     for node in tree.find_all(nodes.Node):
         fits = isinstance(node, allowed)
+        if isinstance(node, nodes.Assign):  # A list stays one.
+            fits = is_list(node.node) or not is_list(node.target)
         if isinstance(node, nodes.Call):
             called = node.node
             is_method = isinstance(called, nodes.Getattr) and called.attr in _METHODS
@@ -168,7 +187,8 @@ def _check(tree):
             fits = is_method or is_error
         if isinstance(node, nodes.For):
             inner = [n for n in node.find_all(nodes.For) if n is not node]
-            fits = not inner and not node.recursive
+            fits = is_list(node.iter) and not is_list(node.target)
+            fits &= not inner and not node.recursive
         if not fits:
             raise ValueError(f"{type(node).__name__} is not needed for turns.")
 

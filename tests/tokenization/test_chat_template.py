@@ -79,6 +79,9 @@ def test_a_template_in_a_file(tmp_path, proto):
     assert ids[:2].tolist() == [2, found.tokenizer.start_of_turn_id]
 
 
+DOUBLED = "{% set x = 'abcdefghi' %}" + "{% set x = x + x %}" * 11
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -92,6 +95,14 @@ def test_a_template_in_a_file(tmp_path, proto):
         "{{ cycler.__init__.__globals__ }}{{ messages[0].content }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% set x = 'a' %}" + "{% set x = x + x %}" * 100 + "{{ x }}",
+        DOUBLED + "{{ x }}{{ x }}{{ messages[0].content }}",
+        DOUBLED + "{% for c in x %}{% endfor %}{{ messages[0].content }}",
+        "{% set a = messages %}{% set a = 'x' %}{% for c in a %}{% endfor %}"
+        "{{ messages[0].content }}",
+        "{% for messages in messages %}{{ messages.content }}{% endfor %}",
+        "{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}",
+        "{{ 'a'" + " + 'a'" * 3000 + " }}",
+        "{% if 1 %}" * 150 + "{{ messages[0].content }}" + "{% endif %}" * 150,
         "{{ 1 / 0 }}",
         "{{ messages[7].content }}",
         "{{ messages",
@@ -104,6 +115,19 @@ def test_templates_that_need_more_are_not_rendered(template):
     start = time.monotonic()
     assert chat_template.render(template, {"bos_token": "<bos>"}) is None
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}"
+        "{% for m in rest %}{{ m.content | trim }}{% endfor %}",
+        "{% for m in messages[0:] %}{{ m['content'] + '' }}{% endfor %}",
+        "{% set a = messages %}{% for m in a if m %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_loops_over_messages_are_rendered(loop):
+    assert chat_template.render("Say: " + loop, {}) == "Say: {text}"
 
 
 def test_wrong_values_name_the_file(tmp_path, proto):
