@@ -45,7 +45,7 @@ class AtomicSaveToPreset:
             if hasattr(self, "backbone"):
                 _write_task(self, staging, size)
             else:
-                _write_backbone(self, staging, size)
+                write_backbone(self, staging, size)
 
 
 def _write_task(task, folder, size):
@@ -53,7 +53,7 @@ def _write_task(task, folder, size):
     if task.has_task_weights():
         task.save_task_weights(os.fspath(folder / "task.weights.h5"))
     if isinstance(task.backbone, AtomicSaveToPreset):
-        _write_backbone(task.backbone, folder, size)
+        write_backbone(task.backbone, folder, size)
     else:  # KerasHub counts in GiB.
         task.backbone.save_to_preset(os.fspath(folder), size / UNITS["GiB"])
     if task.preprocessor is not None:
@@ -62,7 +62,14 @@ def _write_task(task, folder, size):
         generation_config.save(folder, defaults, task.preprocessor)
 
 
-def _write_backbone(backbone, folder, size):
+def write_backbone(backbone: Any, folder: Path, size: int) -> None:
+    """Write configuration and weights into the folder of a preset.
+
+    Args:
+        backbone: a `Backbone`.
+        folder: an existing one.
+        size: bytes of the largest weight file.
+    """
     _write_json(backbone, folder / "config.json")
     try:
         hub = importlib.metadata.version("keras-hub")

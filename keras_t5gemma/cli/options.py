@@ -154,7 +154,7 @@ class Convert:
     to: str = "keras_t5gemma"
     """keras_t5gemma or transformers."""
     dtype: str | None = None
-    """Data type of the weights; None keeps the stored one."""
+    """float32, bfloat16, float16, int8 or int4; None keeps the stored one."""
     overwrite: bool = False
     """Replace an existing folder."""
 

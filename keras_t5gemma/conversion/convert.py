@@ -9,11 +9,14 @@ from keras_t5gemma.checkpoints import (
     generation_config,
     huggingface,
     keras_format,
+    preset_saving,
     presets,
 )
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
+from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.utils.checks import flag, one_of, path
 from keras_t5gemma.utils.progress import progress_bar
@@ -30,13 +33,15 @@ def convert(
 ) -> None:
     """Convert a checkpoint of any supported format to another one.
 
-    One tensor is in memory at a time; the folder appears as a whole or not at all.
+    One float tensor is in memory at a time; the folder is complete or not there at all.
 
     Args:
         preset: name, folder or handle; see `presets.resolve`.
         folder: path to write.
         to: `"keras_t5gemma"` or `"transformers"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` keeps the stored one.
+            `"int8"` and `"int4"` quantize the weights as `from_preset` does, for a
+            preset of this package; all of them are then in memory, quantized.
         max_shard_size: of the largest weight file: a number of GB, or a size with a
             unit, e.g. `"500MB"`.
         overwrite: replace a checkpoint in `folder`.
@@ -57,14 +62,13 @@ def convert(
     atomic.check_overwrite(folder, overwrite)
     opened = open_checkpoint(preset)
     tensors = opened.checked_tensors()
+    if isinstance(dtype, str) and dtype in QUANTIZED:
+        return _quantize(opened, tensors, folder, to, dtype, shard_bytes)
     stored = tensors["encoder/final_norm/scale"].dtype
     written = stored if dtype is None else parse_dtype(dtype)
     total = written.itemsize * sum(math.prod(t.shape) for t in tensors.values())
     atomic.check_free_space(folder, total)
-    try:
-        preprocessor = Seq2SeqLMPreprocessor.from_preset(opened.source)
-    except ValueError:  # Without a tokenizer in the source none is written.
-        preprocessor = None
+    preprocessor = _preprocessor(opened)
     defaults = generation_config.read(opened.source).defaults
     kwargs: dict[str, Any] = {"max_shard_bytes": shard_bytes}
     with progress_bar("Writing", total, is_bytes=True) as progress:
@@ -85,3 +89,32 @@ def convert(
             return
         kwargs |= {"preprocessor": preprocessor, "generation_defaults": defaults}
         huggingface.save(folder, opened.config, tensors, written, **kwargs)
+
+
+def _quantize(opened, tensors, folder, to, mode, shard_bytes):
+    """Write a preset of quantized weights."""
+    if to != presets.KERAS:
+        raise ValueError(
+            f"`dtype` {mode!r} is for presets of this package, to={presets.KERAS!r}; "
+            f"got to={to!r}."
+        )
+    # Scales and norms are a hundredth of it.
+    atomic.check_free_space(folder, sum(math.prod(t.shape) for t in tensors.values()))
+    encoder_only = opened.config.decoder is None
+    backbone = Backbone.from_preset(
+        opened.source, encoder_only=encoder_only, dtype=mode
+    )
+    preprocessor = _preprocessor(opened)
+    with atomic_folder(folder) as staging:
+        preset_saving.write_backbone(backbone, staging, shard_bytes)
+        if preprocessor is not None:
+            preset_saving.save_preprocessor(preprocessor, staging)
+        if defaults := generation_config.read(opened.source).defaults:
+            generation_config.save(staging, defaults, preprocessor)
+
+
+def _preprocessor(opened):
+    try:
+        return Seq2SeqLMPreprocessor.from_preset(opened.source)
+    except ValueError:  # Without a tokenizer in the source none is written.
+        return None
