@@ -22,6 +22,8 @@ _OPTIONS: dict[str, Any] = {
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
 }
+# Options that a file can hold.
+OPTIONS = (*_OPTIONS, "banned_token_ids", *SAMPLING)
 # Fields that change the tokens and are not implemented; their neutral values.
 _OTHERS: dict[str, Any] = {
     "bad_words_ids": None,

@@ -17,7 +17,7 @@ from keras_t5gemma.utils.files import read_text
 
 if TYPE_CHECKING:
     from keras_t5gemma.checkpoints.presets import Source
-    from keras_t5gemma.config import StackConfig
+    from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 _MAX_CACHE_BYTES = 2**30
 _BATCHES = 32  # Batches of `generate --lines` after which answers are printed.
@@ -191,8 +191,24 @@ def run_info(o: options.Info) -> None:
         stack = getattr(config, side)
         rows += [(side, "none" if stack is None else _describe(stack))]
     rows += text_rows
+    rows += _describe_memory(config)
     rows += [(f"lineage: {k}", v) for k, v in (lineage or {}).items() if v is not None]
     print_rows(rows)
+
+
+def _describe_memory(config: "T5GemmaConfig") -> list[tuple[str, str]]:
+    """Rows of the memory for one text of the full length, by data type."""
+    from keras_t5gemma.planning.inference import CARD, inference_memory
+
+    answer = min(1024, config.max_positions)
+    found = inference_memory(config, config.max_positions, answer)
+    sizes = [f"{name} {x.total / 1e9:,.2f} GB" for name, x in found.items()]
+    fits = [name for name, x in found.items() if x.fits()]
+    answers = "" if config.decoder is None else f" and {answer:,} written"
+    return [
+        (f"memory, {config.max_positions:,} tokens read{answers}", ", ".join(sizes)),
+        (f"fits a card of {CARD // 10**9} GB in", ", ".join(fits) or "none of them"),
+    ]
 
 
 def _describe_text(source: "Source") -> list[tuple[str, str]]:

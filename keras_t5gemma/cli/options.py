@@ -61,9 +61,10 @@ class Generate(Sampling):
     preset's decoder length."""
     batch_size: int = 32
     """Texts that are generated together."""
-    sampler: str = "greedy"
-    """KerasHub sampler: greedy, beam, top_k, top_p, ...; --num-beams, --temperature,
-    --top-k and --top-p override it."""
+    sampler: str = "auto"
+    """KerasHub sampler: greedy, beam, top_k, top_p, ...; auto is what the checkpoint's
+    generation_config.json says, or greedy. --num-beams, --temperature, --top-k and
+    --top-p override it."""
     stream: bool = False
     """Print the answer while it is generated."""
     dtype: str | None = None

@@ -336,7 +336,7 @@ def options_of_sampler(sampler: Any) -> dict | None:
         sampler: from `samplers.get`.
     """
     kind = kind_of(sampler)
-    if kind == "greedy":
+    if kind == "greedy" or sampler is None:  # `None` is a model that is not compiled.
         return {}
     if kind == "beam":
         if sampler.return_all_beams:

@@ -109,6 +109,7 @@ def _train(
     model.compile(
         optimizer=training_setup.make_optimizer(o, epochs * steps),
         loss=TokenCrossEntropy(o.label_smoothing),
+        sampler="greedy",
         rematerialize=o.rematerialize,
     )
     folder.begin("finetune", config, clear)
@@ -225,7 +226,7 @@ def _measure(
     o: FinetuneOptions, model: Seq2SeqLM, data: dict[str, Pairs], which: str = ""
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Scores and generated texts of each split."""
-    model.compile(loss=TokenCrossEntropy(o.label_smoothing))
+    model.compile(loss=TokenCrossEntropy(o.label_smoothing), sampler="greedy")
     scores: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
     for split, pairs in data.items():

@@ -1,6 +1,5 @@
 """Defaults of `generate` that come with a checkpoint."""
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +11,11 @@ from keras_t5gemma.generation.options import (
     id_tuple,
     options_of_sampler,
 )
-from keras_t5gemma.utils.checks import is_auto, json_object, whole_number
+from keras_t5gemma.utils.checks import is_auto, json_object, shown, whole_number
 
 _NAMES = ("stop_token_ids", "max_length")
+# What generation_config.json can hold, and does not change what `generate` returns.
+_KNOWN = (*_NAMES, *generation_config.OPTIONS)
 
 
 class GenerationDefaults:
@@ -25,12 +26,17 @@ class GenerationDefaults:
     """
 
     sampler: Any
+    is_auto_sampler: bool = True
     backbone: Any
     preprocessor: Any
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
         """Keywords of `generate`, e.g. `{"temperature": 0.7, "max_length": 65}`.
+
+        With `temperature`, `top_k` or `top_p`, as of a checkpoint with `do_sample`,
+        answers are random. `compile(sampler="greedy")` decodes greedily in spite of
+        them; `generation_defaults = None` removes all.
 
         Raises when they are set:
             ValueError: for an unknown name or a wrong value.
@@ -45,14 +51,15 @@ class GenerationDefaults:
             checked["stop_token_ids"] = stops
         if checked.get("max_length") is not None:
             checked["max_length"] = whole_number(checked["max_length"], "max_length", 2)
-        options = {k: v for k, v in checked.items() if k not in _NAMES}
-        known = [field.name for field in dataclasses.fields(GenerationOptions)]
-        if unknown := sorted(set(options) - set(known)):
+        if unknown := [name for name in checked if name not in _KNOWN]:
             raise ValueError(
-                f"`generation_defaults` has unknown keywords {unknown}; those of "
-                f"`generate` are {[*_NAMES, *known]}."
+                f"`generation_defaults` has unknown keywords {shown(unknown)}; known: "
+                f"{list(_KNOWN)}."
             )
-        GenerationOptions(**options)
+        names = [name for name in checked if name not in _NAMES]
+        options = GenerationOptions(**{name: checked[name] for name in names})
+        # As plain numbers and tuples, which can be saved.
+        checked |= {name: getattr(options, name) for name in names}
         # Bypasses Keras, which would wrap the dict.
         self.__dict__["_generation_defaults"] = checked
 
@@ -104,10 +111,12 @@ class GenerationDefaults:
         base = options_of_sampler(self.sampler)
         if base is None:  # A sampler that runs in KerasHub's code has no options.
             return max_length, stop_token_ids, options
-        # Beams and sampling exclude each other: what is asked for replaces the other.
+        # They exclude each other: what is asked for replaces the others.
         dropped: set[str] = set()
         beams = options.get("num_beams", 1)  # Not checked yet: it may be an array.
-        if base or not isinstance(beams, int) or beams != 1:
+        is_other = not isinstance(beams, int) or beams != 1
+        is_other |= options.get("speculate") is not None
+        if is_other or not self.is_auto_sampler:
             dropped |= {*SAMPLING, "num_beams"}
         if any(options.get(name) is not None for name in SAMPLING):
             dropped.add("num_beams")

@@ -143,7 +143,7 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
         loss: Any = "auto",
         *,
         weighted_metrics: Any = "auto",
-        sampler: Any = "greedy",
+        sampler: Any = "auto",
         rematerialize: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -159,7 +159,8 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
             weighted_metrics: `"auto"` is the accuracy of the next token, and the
                 perplexity.
             sampler: for `generate`: `"greedy"`, `"beam"`, `"random"`, `"top_k"`,
-                `"top_p"`, or a `keras_hub.samplers.Sampler`.
+                `"top_p"`, or a `keras_hub.samplers.Sampler`, in place of the sampling
+                and the beams of `generation_defaults`; `"auto"` is those, or greedy.
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
@@ -170,7 +171,8 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
             ValueError: for an optimizer that cannot update weights of this dtype, or
                 an unknown sampler.
         """
-        sampler = samplers.get(sampler)
+        self.is_auto_sampler = is_auto(sampler)
+        sampler = samplers.get("greedy" if self.is_auto_sampler else sampler)
         super().compile(
             optimizer=prepare_optimizer(optimizer, self.backbone.variable_dtype),
             loss=TokenCrossEntropy() if is_auto(loss) else loss,
@@ -193,11 +195,13 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()
         if config is not None:
-            config["sampler"] = samplers.serialize(self.sampler)
+            sampler = samplers.serialize(self.sampler)
+            config["sampler"] = "auto" if self.is_auto_sampler else sampler
         return config
 
     def _compile_arguments(self, config):
-        sampler = samplers.get(config.pop("sampler"))
+        if not is_auto(sampler := config.pop("sampler")):
+            sampler = samplers.get(sampler)
         return {**super()._compile_arguments(config), "sampler": sampler}
 
     def generate(
@@ -228,7 +232,8 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
                 share a batch, and results keep the input order.
             **options: those of `GenerationOptions`, e.g. `temperature`, `top_p`,
                 `num_beams`, `seed` and `speculate="source"`; they override the sampler
-                of `compile`.
+                of `compile`. A checkpoint may bring defaults of all, and of
+                `max_length` and the stop ids: see `generation_defaults`.
 
         Returns:
             A string for a string, a list for a list (`[]` for `[]`); for arrays

@@ -314,6 +314,7 @@ def test_info_of_a_published_name_needs_no_network(capsys):
     rows = dict(line.split("\t") for line in out.splitlines())
     assert rows["parameters"] == "12,292,375,296"
     assert rows["  cross-attention"] == "436,327,424"
+    assert rows["fits a card of 24 GB in"] == "int8, int4"
     assert "kaggle://keras/t5-gemma/keras/t5gemma_9b_2b_ul2/1" in rows["sources"]
 
 
