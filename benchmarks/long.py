@@ -4,14 +4,17 @@
 
 One row, a model of width 256: 4 encoder and 2 decoder layers, 8 query and 4 key/value
 heads of 64, window 4096, vocabulary 4,096. "read" encodes `length` tokens; "train" is a
-step of SGD on `length` -> 128 tokens. Each case is a process. "above start" is the peak
-of resident memory from when the model is built, programs compiled on the way; seconds
-are those of the fastest of `--calls` further calls. transformers and KerasHub build the
-same model; KerasHub's encoder has no window.
+step of SGD on `length` -> 128 tokens; "local" and "global" read with layers of one kind,
+the local ones with a window of 256, for ours only. Each case is a process. "above
+start" is the peak of resident memory from when the model is built, programs compiled on
+the way; seconds are those of the fastest of `--calls` further calls. transformers and
+KerasHub build the same model; KerasHub's encoder has no window.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +24,9 @@ from pathlib import Path
 TARGET = 128
 SIZES = {"width": 256, "inner": 1024, "heads": 8, "kv_heads": 4, "head_dim": 64}
 VOCABULARY, WINDOW = 4096, 4096
+# Tasks of ours: "read" with layers of one kind, the local ones with a short window.
+LAYERS = {"local": ("sliding_attention",), "global": ("full_attention",)}
+SHORT_WINDOW = 256
 KINDS = (
     "ours jax",
     "ours torch",
@@ -48,16 +54,23 @@ def make_ours(task, length, kernel):
 
     import keras_t5gemma as kt
 
+    window, kinds = WINDOW, None
+    if task in LAYERS:
+        window, kinds = SHORT_WINDOW, LAYERS[task]
     encoder, decoder = (
         kt.StackConfig(
-            layers, *list(SIZES.values())[:2], 8, 4, 64, sliding_window=WINDOW
+            layers,
+            *list(SIZES.values())[:2],
+            *(8, 4, 64),
+            sliding_window=window,
+            layer_types=kinds and kinds * layers,
         )
         for layers in (4, 2)
     )
     backbone = kt.Backbone(kt.T5GemmaConfig(encoder, decoder, VOCABULARY))
     backbone.attention_kernel = kernel
     source = ids(length)
-    if task == "read":
+    if task != "train":
         return reader(backbone, source)
     model = kt.Seq2SeqLM(backbone)
     model.compile(optimizer=keras.optimizers.SGD(1e-3))
@@ -262,6 +275,19 @@ def plot(rows, path):
     figure.savefig(path, dpi=90)
 
 
+def print_slopes(rows, lengths):
+    """From each length to the next: the exponent of the time, and memory a token."""
+    print("\n| case | task | tokens | time ~ tokens to the | bytes a token |")
+    print("|---|---|---|---|---|")
+    for kind, task in dict.fromkeys(key[:2] for key in rows):
+        for a, b in itertools.pairwise(lengths):
+            low, high = rows[kind, task, a], rows[kind, task, b]
+            if isinstance(low, dict) and isinstance(high, dict):
+                power = math.log(high["seconds"] / low["seconds"], b / a)
+                slope = (high["bytes"] - low["bytes"]) / (b - a)
+                print(f"| {kind} | {task} | {a} to {b} | {power:.2f} | {slope:,.0f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -288,6 +314,8 @@ def main():
                 if isinstance(found, dict):
                     words = f"{found['seconds']:.2f} | {found['bytes'] / 1e9:.2f}"
                 print(f"| {kind} | {task} | {length} | {words} |", flush=True)
+    if len(args.lengths) > 1:
+        print_slopes(rows, sorted(args.lengths))
     if args.plot:
         plot(rows, args.plot)
 
