@@ -158,9 +158,8 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
                 `Distillation`, is computed in chunks; any other loss gets the logits.
             weighted_metrics: `"auto"` is the accuracy of the next token, and the
                 perplexity.
-            sampler: for `generate`: `"greedy"`, `"beam"`, `"random"`, `"top_k"`,
-                `"top_p"`, or a `keras_hub.samplers.Sampler`, in place of the sampling
-                and the beams of `generation_defaults`; `"auto"` is those, or greedy.
+            sampler: for `generate`: `"auto"` is `generation_defaults`, or greedy;
+                `"greedy"`, `"beam"`, `"random"`, `"top_k"`, `"top_p"`, or a sampler.
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
@@ -200,9 +199,7 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
         return config
 
     def _compile_arguments(self, config):
-        if not is_auto(sampler := config.pop("sampler")):
-            sampler = samplers.get(sampler)
-        return {**super()._compile_arguments(config), "sampler": sampler}
+        return {"sampler": config.pop("sampler"), **super()._compile_arguments(config)}
 
     def generate(
         self,
@@ -232,8 +229,7 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
                 share a batch, and results keep the input order.
             **options: those of `GenerationOptions`, e.g. `temperature`, `top_p`,
                 `num_beams`, `seed` and `speculate="source"`; they override the sampler
-                of `compile`. A checkpoint may bring defaults of all, and of
-                `max_length` and the stop ids: see `generation_defaults`.
+                of `compile` and the checkpoint's `generation_defaults`.
 
         Returns:
             A string for a string, a list for a list (`[]` for `[]`); for arrays

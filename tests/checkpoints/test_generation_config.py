@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 from helpers.models import one_block_config, tiny_model
 
@@ -198,6 +199,7 @@ def test_info_shows_the_template_and_the_defaults(folder, capsys):
     ("defaults", "message"),
     [
         ({"beams": 3}, r"unknown keywords \['beams'\]"),
+        ({"seed": 3}, r"unknown keywords \['seed'\]"),  # No file can hold it.
         ({"top_p": 2}, "`top_p`"),
         ({"max_length": 1}, "`max_length`"),
         ({"stop_token_ids": 5}, "`stop_token_ids`"),
@@ -208,3 +210,54 @@ def test_wrong_defaults_are_refused(model, defaults, message):
     with pytest.raises(ValueError, match=message):
         model.generation_defaults = defaults
     assert model.generation_defaults == {}
+
+
+def test_what_is_asked_for_replaces_sampling_and_beams(model, tmp_path):
+    x = {"encoder_token_ids": [[5, 6, 7]]}
+
+    def ids(model, **options):
+        return model.generate(x, 16, stop_token_ids=None, **options)[
+            "decoder_token_ids"
+        ].tolist()
+
+    greedy = ids(model)
+    sampling = {"temperature": 9.0, "top_k": 300}
+    try:
+        for defaults in (sampling, {"num_beams": 3}):
+            model.generation_defaults = defaults
+            assert ids(model, speculate="source") == greedy
+            assert ids(model, seed=1) != greedy
+            model.compile(sampler="greedy")
+            assert ids(model, seed=1) == greedy
+            copied = kt.Seq2SeqLM.from_config(model.get_config())
+            copied.compile_from_config(model.get_compile_config())
+            assert not copied.is_auto_sampler
+            model.compile()
+            copied.compile_from_config(model.get_compile_config())
+            assert copied.is_auto_sampler
+    finally:
+        model.generation_defaults = None
+        model.compile()
+
+
+def test_defaults_of_numpy_are_saved(model, tmp_path):
+    model.generation_defaults = {
+        "temperature": np.float32(0.5),
+        "banned_token_ids": np.array([5, 6]),
+        "min_new_tokens": np.int32(3),
+    }
+    try:
+        expected = {"temperature": 0.5, "banned_token_ids": (5, 6), "min_new_tokens": 3}
+        assert model.generation_defaults == expected
+        model.save_to_preset(tmp_path)
+    finally:
+        model.generation_defaults = None
+    found = kt.Seq2SeqLM.from_preset(tmp_path).generation_defaults
+    assert expected.items() <= found.items()
+
+
+def test_a_model_that_is_not_compiled_is_greedy(model):
+    x = {"encoder_token_ids": [[5, 6, 7]]}
+    other = kt.Seq2SeqLM(model.backbone, model.preprocessor, compile=False)
+    found = other.generate(x, 9)["decoder_token_ids"]
+    assert (found == model.generate(x, 9)["decoder_token_ids"]).all()
