@@ -4,7 +4,7 @@
 
 One row, a model of width 256: 4 encoder and 2 decoder layers, 8 query and 4 key/value
 heads of 64, window 4096, vocabulary 4,096. "read" encodes `length` tokens; "train" is a
-step of SGD on `length` -> 128 tokens; "local" and "global" read with layers of one kind,
+step of SGD on `length` -> 128 tokens; "local" and "global" read with one kind of layer,
 the local ones with a window of 256, for ours only. Each case is a process. "above
 start" is the peak of resident memory from when the model is built, programs compiled on
 the way; seconds are those of the fastest of `--calls` further calls. transformers and

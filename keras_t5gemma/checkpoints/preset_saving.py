@@ -17,6 +17,7 @@ import numpy as np
 from keras_t5gemma.checkpoints import generation_config, integrity
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.utils.checks import path
+from keras_t5gemma.utils.files import read_bytes
 from keras_t5gemma.utils.sizes import UNITS, parse_shard_size
 
 # Keras restores neither from a preset; both depend on the machine.
@@ -106,7 +107,7 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     _write_json(tokenizer, Path(folder) / tokenizer.config_file)
     tokenizer.save_assets(os.fspath(assets))
     for name in tokenizer.file_assets:
-        integrity.record_vocabulary(Path(folder), (assets / name).read_bytes())
+        integrity.record_vocabulary(Path(folder), read_bytes(assets / name))
 
 
 def _write_json(value, path):

@@ -27,6 +27,12 @@ _WEIGHTS = (
 )
 # Of a task: the save of a model removes those that it does not write.
 _OF_TASKS = ("task.json", "task.weights.h5", "generation_config.json")
+# Files that only one of the formats has, or means something else by.
+_KERAS = (
+    *("preprocessor.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm"),
+    *("checksums.json", "metadata.json", "task.json", "task.weights.h5"),
+)
+_HUGGING_FACE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _INDICES = ("model.weights.json", "model.safetensors.index.json")
 _OURS: dict[str, str | None] = {"registered_name": "keras_t5gemma>"}
 # Keys of our JSON files; where the value is a string, its beginning.
@@ -98,7 +104,16 @@ def replaced(folder: Path, new: Set[str]) -> set[str]:
         return set()
     found = find(folder)
     of_task = found.intersection(_OF_TASKS if "config.json" in new else ())
-    return (_weights(found) | of_task) - new
+    return (_weights(found) | of_task | _of_other_format(found, new)) - new
+
+
+def _of_other_format(found, new):
+    """Files of an earlier save in another format than that of `new`."""
+    if any(name.endswith(".safetensors") for name in new):
+        is_keras = found & {"preprocessor.json", "checksums.json"}
+        return found.intersection(_KERAS if is_keras else ())
+    is_hugging_face = "tokenizer_config.json" in found
+    return found.intersection(_HUGGING_FACE if is_hugging_face else ())
 
 
 def manifest(folder: Path, new: Set[str], removed: Set[str]) -> str:

@@ -98,7 +98,7 @@ def estimated_costs(backbone: Any, options: GenerationOptions, width: int) -> Co
         width: length of the decoder's arrays.
     """
     config = backbone.config
-    rate = _RATES[on_cpu(backbone.variables[0].value)]
+    rate = _RATES[on_cpu(backbone.variables[0])]
     encoder, decoder = config.encoder, config.decoder
     table = config.vocabulary_size * decoder.hidden_dim
     decoder_token = 2 * (_weights(decoder, attentions=2) + table)

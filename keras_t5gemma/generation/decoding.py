@@ -108,7 +108,7 @@ def select(state: dict, chosen: np.ndarray, count: int) -> dict:
     """
 
     def take(array):
-        size = array.shape[0] if array.shape else 0
+        size = array.shape[0] if len(array.shape) else 0
         if size < count:  # A scalar, or all rows share one source.
             return array
         rows = np.arange(size).reshape(count, -1)[chosen]

@@ -149,7 +149,7 @@ def row_cost(backbone: Any) -> float:
     Args:
         backbone: a `Backbone`.
     """
-    if not on_cpu(backbone.decoder.final_norm.scale.value):
+    if not on_cpu(backbone.decoder.final_norm.scale):
         return _ACCELERATOR_ROW_COST
     mode = backbone.decoder.token_embedding.quantization_mode
     name = keras.config.backend()

@@ -7,9 +7,11 @@ import keras
 from keras_t5gemma.utils.types import Tensor
 
 
-def on_cpu(x: Tensor) -> bool:
-    """Whether a tensor, concrete or traced, is computed on a CPU."""
+def on_cpu(x: Tensor | keras.Variable) -> bool:
+    """Whether a tensor, concrete or traced, or a variable is computed on a CPU."""
     if keras.config.backend() == "torch":
+        # Elsewhere a variable may have no value: `fit` takes it on JAX.
+        x = x.value if isinstance(x, keras.Variable) else x
         return x.device.type == "cpu"
     if keras.config.backend() == "jax":
         import jax

@@ -223,3 +223,23 @@ def test_other_writers_refuse_foreign_files(tmp_path):
     (tmp_path / "results.json").write_text("[1]")
     with pytest.raises(ValueError, match="results.json that was not written by"):
         Runs(tmp_path, {})
+
+
+def test_a_save_in_another_format_leaves_nothing_of_the_first(tokenizer, tmp_path):
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 8, 8)
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()), preprocessor)
+
+    def files(name):
+        folder = tmp_path / name
+        return {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+
+    for writer in ("save_to_preset", "save_to_huggingface"):
+        getattr(model, writer)(tmp_path / writer)
+    for first, second in (
+        ("save_to_preset", "save_to_huggingface"),
+        ("save_to_huggingface", "save_to_preset"),
+    ):
+        shutil.copytree(tmp_path / first, tmp_path / "both", dirs_exist_ok=True)
+        getattr(model, second)(tmp_path / "both")
+        assert files("both") == files(second)
+        shutil.rmtree(tmp_path / "both")

@@ -57,7 +57,9 @@ def check_equal(one, two):
     moved = 0
     for start, a, b in zip(before, one, two, strict=True):
         start, a, b = (keras.ops.convert_to_numpy(v.value) for v in (start, a, b))
-        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(start.shape))
+        # AdamW moves each weight by about 1e-3 a step, and divides by gradients, of
+        # which the smallest are the rounding errors of a sum.
+        np.testing.assert_allclose(a, b, atol=1e-4, err_msg=str(start.shape))
         moved = max(moved, np.abs(a - start).max())
     assert moved > 1e-3
 
