@@ -266,7 +266,7 @@ def test_rows_that_fill_a_batch_up_are_left_behind():
     parts = list(_write(Engine(), {"prefix_count": 0}, real, 32, np.inf, True))
     assert [chosen.tolist() for chosen, _, _ in parts] == [[0, 3], [1, 2]]
     assert [numpy(s["row"]).tolist() for _, s, _ in parts] == [[0, 3], [1, 2]]
-    assert [end for _, _, end in parts] == [9, 32]
+    assert [ends.tolist() for _, _, ends in parts] == [[32, 32], [32, 32]]
 
 
 def test_max_time_returns_what_is_there(shared_model):
