@@ -49,6 +49,8 @@ def fork(work):
     if not child:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
+        # A shell starts what runs in the background with this signal ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(BaseException):
             work()
         os._exit(0)
