@@ -204,9 +204,11 @@ def _describe_memory(config: "T5GemmaConfig") -> list[tuple[str, str]]:
     found = inference_memory(config, config.max_positions, answer)
     sizes = [f"{name} {x.total / 1e9:,.2f} GB" for name, x in found.items()]
     fits = [name for name, x in found.items() if x.fits()]
-    answers = "" if config.decoder is None else f" and {answer:,} written"
+    tokens = f"{config.max_positions:,} tokens read"
+    if config.decoder is not None:
+        tokens += f" and {answer:,} written"
     return [
-        (f"memory, {config.max_positions:,} tokens read{answers}", ", ".join(sizes)),
+        (f"memory estimated, {tokens}", ", ".join(sizes)),
         (f"fits a card of {CARD // 10**9} GB in", ", ".join(fits) or "none of them"),
     ]
 

@@ -14,7 +14,7 @@ from keras_t5gemma.checkpoints import (
 )
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
-from keras_t5gemma.checkpoints.lazy_tensors import parse_dtype
+from keras_t5gemma.checkpoints.lazy_tensors import DTYPES
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
@@ -57,15 +57,17 @@ def convert(
     """
     folder = path(folder, "folder")
     one_of(to, "to", (presets.KERAS, presets.HUGGING_FACE))
+    if dtype is not None:
+        one_of(dtype, "dtype", (*DTYPES, *QUANTIZED))
     overwrite = flag(overwrite, "overwrite")
     shard_bytes = parse_shard_size(max_shard_size)
     atomic.check_overwrite(folder, overwrite)
     opened = open_checkpoint(preset)
     tensors = opened.checked_tensors()
-    if isinstance(dtype, str) and dtype in QUANTIZED:
+    if dtype in QUANTIZED:
         return _quantize(opened, tensors, folder, to, dtype, shard_bytes)
     stored = tensors["encoder/final_norm/scale"].dtype
-    written = stored if dtype is None else parse_dtype(dtype)
+    written = stored if dtype is None else DTYPES[dtype]
     total = written.itemsize * sum(math.prod(t.shape) for t in tensors.values())
     atomic.check_free_space(folder, total)
     preprocessor = _preprocessor(opened)

@@ -49,8 +49,7 @@ class Engine:
             step = decoding.plain_step(backbone)
             return decoding.advance(step, state, limit, *rest)
 
-        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
-        compile: Any = kinds.get(keras.config.backend(), EagerTorch)
+        compile = function_class()
         if compile is EagerTorch:
             advance = _torch_advance(
                 backbone, rest, compiled, {} if torch_steps is None else torch_steps
@@ -130,6 +129,12 @@ class EagerTorch:
     def count(self):
         """Nothing is compiled: 0."""
         return 0
+
+
+def function_class() -> Any:
+    """How the functions of an engine run on this backend."""
+    kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
+    return kinds.get(keras.config.backend(), EagerTorch)
 
 
 def torch_steps(

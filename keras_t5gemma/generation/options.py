@@ -132,9 +132,11 @@ class GenerationOptions:
                 f"`speculate` must be 'source' or None; got {shown(self.speculate)}."
             )
         if self.speculate and (self.is_sampling or self.num_beams > 1):
+            names = ("num_beams", "temperature", "top_k", "top_p")
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
             raise ValueError(
                 f"`speculate={self.speculate!r}` needs greedy decoding: `num_beams` 1, "
-                f"no `temperature`, `top_k` and `top_p`; got {self}."
+                f"no `temperature`, `top_k` and `top_p`; got {given}."
             )
 
     @property

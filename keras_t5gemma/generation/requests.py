@@ -235,8 +235,7 @@ def batches(
     decoder_ids = np.pad(decoder_ids, ((0, 0), (0, width - request.max_length)))
     copies = options.rows_per_source
     seeds = _row_seeds(options, len(lengths))
-    size = request.vocabulary_size
-    lists = options.token_lists(request.stop_ids, size, width)
+    lists = options.token_lists(request.stop_ids, request.vocabulary_size, width)
     traced_args = {**options.traced_args(), **lists}
     # Longest first: a batch that does not fit into memory fails at once.
     groups = np.frexp(lengths - 1)[1]  # Prompts that differ by less than a factor 2.

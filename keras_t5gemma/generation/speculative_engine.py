@@ -6,9 +6,8 @@ import keras
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
-from keras_t5gemma.distribution.prediction import JaxFunction, TensorFlowFunction
 from keras_t5gemma.generation import speculative
-from keras_t5gemma.generation.engine import EagerTorch, torch_steps
+from keras_t5gemma.generation.engine import EagerTorch, function_class, torch_steps
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.utils.backends import on_cpu
 
@@ -39,8 +38,7 @@ class SpeculativeEngine:
         known_tokens: int | None = None,
         steps: dict | None = None,
     ) -> None:
-        kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
-        compile: Any = kinds.get(keras.config.backend(), EagerTorch)
+        compile = function_class()
         make_step, run = (lambda: speculative.plain_step(backbone)), speculative.advance
         if compile is EagerTorch:
             make_step, run = _torch_step(backbone, steps), speculative.advance_on_host

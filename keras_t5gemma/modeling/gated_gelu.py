@@ -1,7 +1,7 @@
 """`gelu(gate) * up` whose backward pass keeps its two arguments only.
 
-Automatic differentiation also keeps the tanh, the GELU and what leads to them: as many
-arrays `(B, T, F)` again, the largest of a block on long sources.
+Automatic differentiation also keeps the tanh, the GELU and what leads to them: two or
+more arrays `(B, T, F)`, the largest of a block on long sources.
 """
 
 import functools

@@ -48,15 +48,15 @@ class CompiledTraining:
 def _compiler_options():
     """Options of XLA for a step in little memory.
 
-    On CPUs XLA starts operations as early as it can, to run several at once, which
-    keeps their results longer: 1.4 times the memory of the default order, for a step
-    on 4,096 tokens that is 0 to 6 % faster.
+    By default XLA starts operations on CPUs as early as it can, to run several at
+    once, which keeps their results longer: 1.5 times the temporary memory in a step on
+    4,096 tokens, in the same time.
     """
     import jax
 
     if jax.default_backend() != "cpu":
         return None
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:  # Another version of XLA.

@@ -150,8 +150,8 @@ def test_what_ends_a_response_in_training_always_stops(folder, tokenizer, tmp_pa
     forced = {"forced_token_ids": [9, end, 9, 9], "max_length": 6}
     x = {"encoder_token_ids": [[5, 6, 7]]}
     assert model.generate(x, **forced)["decoder_padding_mask"].sum() == 3
-    model.save_to_huggingface(tmp_path / "theirs")
-    fields = json.loads((tmp_path / "theirs/generation_config.json").read_text())
+    model.save_to_huggingface(tmp_path / "reference")
+    fields = json.loads((tmp_path / "reference/generation_config.json").read_text())
     assert fields["eos_token_id"] == [1, end]
     plain = kt.Seq2SeqLM.from_preset(folder)
     assert plain.generate(x, **forced)["decoder_padding_mask"].sum() > 3
@@ -166,8 +166,8 @@ def test_transformers_generates_the_same_from_the_export(model, tmp_path):
         ours = model.generate({"encoder_token_ids": [[5, 6, 7]]})["decoder_token_ids"]
     finally:
         model.generation_defaults = None
-    theirs = transformers.T5GemmaForConditionalGeneration.from_pretrained(tmp_path)
-    out = theirs.generate(torch.tensor([[5, 6, 7]])).numpy()
+    reference = transformers.T5GemmaForConditionalGeneration.from_pretrained(tmp_path)
+    out = reference.generate(torch.tensor([[5, 6, 7]])).numpy()
     assert (out == ours[:, : out.shape[1]]).all() and out.shape[1] <= 9
 
 

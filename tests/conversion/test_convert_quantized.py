@@ -35,3 +35,5 @@ def test_an_encoder_and_errors(model, tmp_path):
     with pytest.raises(ValueError, match="`dtype` 'int8' is for presets of this pack"):
         kt.convert(tmp_path / "float", tmp_path / "x", to="transformers", dtype="int8")
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="`dtype` must be .*bfloat16.*int8.*'int16'"):
+        kt.convert(tmp_path / "float", tmp_path / "x", dtype="int16")

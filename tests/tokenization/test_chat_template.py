@@ -154,9 +154,9 @@ def test_transformers_renders_the_export_to_our_text(tmp_path, tokenizer, templa
     model = tiny_model(tokenizer, template=template)
     model.preprocessor.encoder_sequence_length = 100
     model.save_to_huggingface(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": TEXT}]
-    rendered = theirs.apply_chat_template(
+    rendered = reference.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
     ours = chat_template.TEMPLATES.get(template, template).replace("{text}", TEXT)
@@ -172,13 +172,13 @@ def test_transformers_renders_the_export_to_our_text(tmp_path, tokenizer, templa
 def test_turns_of_a_conversation(tmp_path, tokenizer):
     transformers = pytest.importorskip("transformers")
     tiny_model(tokenizer, template="instruction").save_to_huggingface(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": role[0]} for role in roles]
     turn = "<start_of_turn>{}\n{}<end_of_turn>\n"
     names = (("user", "u"), ("model", "a"), ("user", "u"))
     expected = "".join(turn.format(*each) for each in names)
-    assert theirs.apply_chat_template(messages, tokenize=False) == expected
+    assert reference.apply_chat_template(messages, tokenize=False) == expected
 
 
 def test_without_a_template_no_chat_template_is_exported(tmp_path, tokenizer):

@@ -16,19 +16,19 @@ tokenizers = pytest.importorskip("tokenizers")
 
 @pytest.fixture(params=["control_symbols", "user_defined_symbols"], scope="module")
 def both(request):
-    """A vocabulary as a SentencePiece model, as tokenizer.json, and theirs of it."""
+    """A vocabulary as a SentencePiece model, as tokenizer.json, and reference of it."""
     tokenizer = kt.Tokenizer(make_proto(request.param))
     text = tokenizer.tokenizer_json()
-    theirs = tokenizers.Tokenizer.from_str(text)
-    return tokenizer, kt.Tokenizer(text.encode("utf-8")), theirs
+    reference = tokenizers.Tokenizer.from_str(text)
+    return tokenizer, kt.Tokenizer(text.encode("utf-8")), reference
 
 
 def test_ids_are_sentencepieces_and_the_librarys(both):
-    spm, ours, theirs = both
+    spm, ours, reference = both
     assert len(BLOCKS) == 27
     texts = list(random_texts(400))
     assert ours.tokenize(texts) == spm.tokenize(texts)
-    expected = [e.ids for e in theirs.encode_batch(texts, add_special_tokens=False)]
+    expected = [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
     assert ours.tokenize(texts, parse_control_tokens=True) == expected
     assert ours.detokenize(ours.tokenize(texts)) == spm.detokenize(spm.tokenize(texts))
     kinds = [
@@ -39,12 +39,12 @@ def test_ids_are_sentencepieces_and_the_librarys(both):
 
 
 def test_a_line_of_a_megabyte(both):
-    spm, ours, theirs = both
+    spm, ours, reference = both
     line = "".join(random_texts(200, seed=1, longest=40))
     line = (line * (1 + 1_000_000 // len(line.encode())))[:1_000_000]
     ids = ours.tokenize(line, parse_control_tokens=True)
     assert ids == spm.tokenize(line, parse_control_tokens=True)
-    assert ids == theirs.encode(line, add_special_tokens=False).ids
+    assert ids == reference.encode(line, add_special_tokens=False).ids
 
 
 def test_pieces_are_read_as_protobuf_reads_them(proto):
@@ -68,25 +68,25 @@ def saved(proto, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.model").write_bytes(proto)
-    theirs = transformers.GemmaTokenizer.from_pretrained(folder)
-    theirs.add_special_tokens({"additional_special_tokens": ["<scene>"]})
-    theirs.add_tokens(["qubit"])
-    theirs.save_pretrained(folder / "saved")
+    reference = transformers.GemmaTokenizer.from_pretrained(folder)
+    reference.add_special_tokens({"additional_special_tokens": ["<scene>"]})
+    reference.add_tokens(["qubit"])
+    reference.save_pretrained(folder / "saved")
     folder /= "saved"
     assert not (folder / "tokenizer.model").exists()
     config = {"model_type": "t5gemma", "eos_token_id": [1, 107], "pad_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
-    return folder, theirs
+    return folder, reference
 
 
 TEXT = "A <scene> of a qubit, qubits <end_of_turn> \U0001f98a\nh\xe9llo"
 
 
 def test_a_folder_of_transformers_5_with_added_tokens(saved, proto, tmp_path):
-    folder, theirs = saved
+    folder, reference = saved
     tokenizer = kt.Tokenizer.from_preset(folder)
-    assert tokenizer.vocabulary_size() == len(theirs) == 482
-    expected = theirs(TEXT, add_special_tokens=False)["input_ids"]
+    assert tokenizer.vocabulary_size() == len(reference) == 482
+    expected = reference(TEXT, add_special_tokens=False)["input_ids"]
     assert {480, 481, 107} <= set(expected)
     assert tokenizer.tokenize(TEXT, parse_control_tokens=True) == expected
     plain = tokenizer.tokenize(TEXT)  # Control tokens of a user are text.
@@ -103,9 +103,9 @@ def test_export_writes_both_files(saved, tmp_path):
     tokenizer = kt.Tokenizer.from_preset(saved[0])
     model = tiny_model(tokenizer, config=kt.T5GemmaConfig(STACK, STACK, 482))
     model.save_to_huggingface(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
     expected = tokenizer.tokenize(TEXT, parse_control_tokens=True)
-    assert theirs(TEXT)["input_ids"] == expected
+    assert reference(TEXT)["input_ids"] == expected
     for name in ("tokenizer.json", "tokenizer.model"):
         read = kt.Tokenizer(tmp_path / name)
         assert read.tokenize(TEXT, parse_control_tokens=True) == expected
@@ -189,11 +189,11 @@ def test_merges_of_added_tokens_are_not_used(proto):
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     fields["added_tokens"].append({**token, **flags})
     data = json.dumps(fields)
-    theirs = tokenizers.Tokenizer.from_str(data)
+    reference = tokenizers.Tokenizer.from_str(data)
     sentence = f"The {text} of a quick{text}x {text}{text}"
     ids = kt.Tokenizer(data.encode()).tokenize(sentence)
     assert token["id"] in ids
-    assert ids == theirs.encode(sentence, add_special_tokens=False).ids
+    assert ids == reference.encode(sentence, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
