@@ -2,6 +2,9 @@
 
     python benchmarks/long.py [--lengths 1024 4096 8192] [--plot benchmarks/long.png]
 
+A case that takes more than `--timeout` seconds or `--gigabytes` is ended; longer ones of
+its kind are not started.
+
 One row, a model of width 256: 4 encoder and 2 decoder layers, 8 query and 4 key/value
 heads of 64, window 4096, vocabulary 4,096. "read" encodes `length` tokens; "train" is a
 step of SGD on `length` -> 128 tokens; "local" and "global" read with one kind of layer,
@@ -18,6 +21,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,10 +40,10 @@ KINDS = (
 )
 
 
-def resident(field):
-    """VmRSS (current) or VmHWM (highest) of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(x.split()[1]) for x in lines if x.startswith(field))
+def resident(field, process="self"):
+    """VmRSS (current) or VmHWM (highest) of a process, bytes; 0 after its end."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((1024 * int(x.split()[1]) for x in lines if x.startswith(field)), 0)
 
 
 def ids(length):
@@ -232,16 +236,33 @@ def case(kind, task, length, args):
     environment = {**os.environ, **threads, "TF_CPP_MIN_LOG_LEVEL": "3"}
     words = ["--worker", kind, task, str(length), "--calls", str(args.calls)]
     command = [sys.executable, __file__, *words, "--kernel", args.kernel]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
+        worker = subprocess.Popen(command, env=environment, stdout=out, stderr=log)
+        why = wait(worker, args)
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, log)]
+    if why:
+        return why
     try:
-        done = subprocess.run(
-            command, env=environment, timeout=args.timeout, capture_output=True
-        )
-        return json.loads(done.stdout.decode().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return f"over {args.timeout:.0f} s"
+        return json.loads(texts[0].splitlines()[-1])
     except (IndexError, ValueError):
-        lines = done.stderr.decode().strip().splitlines() or [""]
+        lines = texts[1].strip().splitlines() or [""]
         return f"failed: {lines[-1][:80]}"
+
+
+def wait(worker, args):
+    """Wait for a process, or end it and say why."""
+    end = time.perf_counter() + args.timeout
+    why = None
+    while worker.poll() is None and not why:
+        time.sleep(0.05)
+        if time.perf_counter() > end:
+            why = f"over {args.timeout:.0f} s"
+        elif resident("VmRSS", worker.pid) > 1e9 * args.gigabytes:
+            why = f"over {args.gigabytes:.0f} GB"
+    if why:
+        worker.kill()
+        worker.wait()
+    return why
 
 
 def plot(rows, path):
@@ -298,6 +319,7 @@ def main():
     parser.add_argument("--calls", type=int, default=1)
     parser.add_argument("--kernel", default="auto", help="`attention_kernel` of ours")
     parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--gigabytes", type=float, default=14, help="most of a case")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.worker:
@@ -309,7 +331,12 @@ def main():
     for task in args.tasks:
         for length in args.lengths:
             for kind in args.kinds:
-                found = rows[kind, task, length] = case(kind, task, length, args)
+                before = [
+                    rows[kind, task, other] for other in args.lengths if other < length
+                ]
+                ended = [why for why in before if isinstance(why, str)]
+                found = ended[0] if ended else case(kind, task, length, args)
+                rows[kind, task, length] = found
                 words = f"{found} | "
                 if isinstance(found, dict):
                     words = f"{found['seconds']:.2f} | {found['bytes'] / 1e9:.2f}"
