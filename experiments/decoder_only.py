@@ -31,11 +31,8 @@ BATCH = 32
 
 def run(run, args):
     """Train the source of a run; return losses, ROUGE, latency and cost."""
-    keras.utils.set_random_seed(run.seed)
-    preset = Path(args.runs) / f"sources/{run.pair}/preset"
-    backbone = keras_hub.models.GemmaBackbone.from_preset(str(preset))
-    source = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
-    continue_pretraining(source, run, args)
+    source, copied = pretrained(run, args)
+    backbone = source.backbone
     pairs = Pairs(corpus.tokenizer())
     train = corpus.read_synopsis(args.data, "train")
     train = {key: column[: grid.ROWS] for key, column in train.items()}
@@ -54,6 +51,7 @@ def run(run, args):
     table = backbone.token_embedding.count_params()
     layers = backbone.count_params() - table
     return {
+        "copied": copied,
         "loss": float(loss),
         "val_loss": val_loss,
         "scores": kt.score_texts(answers, test["decoder_text"], "rouge"),
@@ -62,13 +60,48 @@ def run(run, args):
     }
 
 
+def pretrained(run, args):
+    """A source after the pairs' pretraining, and how well it copies."""
+    keras.utils.set_random_seed(run.seed)
+    preset = Path(args.runs) / f"sources/{run.pair}/preset"
+    backbone = keras_hub.models.GemmaBackbone.from_preset(str(preset))
+    source = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+    continue_pretraining(source, run, args)
+    return source, copied(source, args)
+
+
 def continue_pretraining(source, run, args):
     """Train on the pairs' pretraining texts, for the same number of steps."""
-    rows = corpus.chunks(corpus.mixture(args.data, ONCE, TWICE), ENCODER + DECODER)
+    texts = corpus.mixture(args.data, run.times * ONCE, run.times * TWICE)
+    rows = corpus.chunks(texts, ENCODER + DECODER)
     rows = np.random.default_rng(run.seed).permutation(rows)
-    x, y = sources.inputs(rows[: grid.STEPS * ROWS_A_STEP])
-    model = sources.trainer(source, 3e-3, grid.STEPS)
+    steps = run.times * grid.STEPS
+    x, y = sources.inputs(rows[np.arange(steps * ROWS_A_STEP) % len(rows)])
+    model = sources.trainer(source, 3e-3, steps)
     model.fit(x, y, batch_size=ROWS_A_STEP, shuffle=False, verbose=0)
+
+
+def copied(source, args):
+    """Token accuracy on the second halves of held-out repeated paragraphs.
+
+    The counterpart of `run.copied` for pairs, whose encoder reads the first half.
+    """
+    texts = corpus.doubled(corpus.held_out(args.data, 200))
+    hits, losses = [], []
+    pieces = corpus.tokenizer()
+    for ids in pieces.tokenize(texts):
+        row = np.zeros((1, SOURCE + TARGET + 1), "int32")
+        ids = [pieces.start_token_id, *ids, pieces.end_token_id][: row.shape[1]]
+        row[0, : len(ids)] = ids
+        logits = source.predict_on_batch(_inputs(row[:, :-1]))[0].astype("float32")
+        place = np.arange(len(ids) // 2, len(ids) - 1)
+        wanted = row[0, place + 1]
+        hits.append(logits[place].argmax(-1) == wanted)
+        top = logits[place].max(-1)
+        total = top + np.log(np.exp(logits[place] - top[:, None]).sum(-1))
+        losses.append(total - logits[place, wanted])
+    hits, losses = np.concatenate(hits), np.concatenate(losses)
+    return {"accuracy": float(hits.mean()), "loss": float(losses.mean())}
 
 
 def evaluate(model, x, y, weights):

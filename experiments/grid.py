@@ -1,7 +1,8 @@
 """The grid of runs, in the order in which `run.py` makes them.
 
 Names: `pretrain/PAIR/VARIANT/SEED`, `synopsis/PAIR/VARIANT/SEED`,
-`decoder-only/SIZE/SEED`.
+`decoder-only/SIZE/SEED`, `copying/SIZE/SEED`; the variant and size of runs with `LONGER`
+times the steps end in `-long`.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ PAIRS = {
 STEPS = 500  # Of continued pretraining, each 8 rows of 128 + 128 tokens.
 ROWS = 6_000  # Fine-tuning pairs, one epoch.
 SEEDS = (0, 1, 2)
+LONGER = 4  # As many steps, and texts, as in the other runs.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Run:
 
     Attributes:
         name: see above; it also names the file of results.
-        kind: `"pretrain"`, `"synopsis"` or `"decoder-only"`.
+        kind: `"pretrain"`, `"synopsis"`, `"decoder-only"`, or `"copying"` of a
+            decoder-only model.
         pair: of `PAIRS`, or a size.
         start: initial weights: `"adapted"`, `"scratch"`, `"random-cross"`, or the name
             of a run to continue.
         seed: of the training.
         options: of `pretrain`.
         causal_encoder: use causal attention in the encoder.
+        times: pretraining has `STEPS` times this.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Run:
     seed: int = 0
     options: dict = dataclasses.field(default_factory=dict)
     causal_encoder: bool = False
+    times: int = 1
 
 
 def sources_of(run):
@@ -49,9 +54,9 @@ def sources_of(run):
     return sorted(sizes | {run.options[n] for n in ("teacher",) if n in run.options})
 
 
-def _pretrain(pair, variant, seed, start="adapted", causal=False, **options):
+def _pretrain(pair, variant, seed, start="adapted", causal=False, times=1, **options):
     name = f"pretrain/{pair}/{variant}/{seed}"
-    return Run(name, "pretrain", pair, start, seed, options, causal)
+    return Run(name, "pretrain", pair, start, seed, options, causal, times)
 
 
 def _synopsis(before):
@@ -104,4 +109,10 @@ def make_grid():
             add(run, tuned=False)
     add(_pretrain("medium-medium", "prefixlm", 0))
     runs.append(Run("decoder-only/medium/0", "decoder-only", "medium"))
+    # b: when both have learned to copy.
+    for seed in SEEDS:
+        add(_pretrain("small-small", "prefixlm-long", seed, times=LONGER))
+        name = f"decoder-only/small-long/{seed}"
+        runs.append(Run(name, "decoder-only", "small", seed=seed, times=LONGER))
+        runs.append(Run(f"copying/small/{seed}", "copying", "small", seed=seed))
     return runs

@@ -29,14 +29,24 @@ TEST_ROWS = 500  # Synopsis test rows that generation is scored on.
 TIMED_ROWS = 50
 
 
-def write_texts(data, runs):
-    """Write the pretraining and held-out texts as JSON lines."""
+def write_texts(data, runs, times=1):
+    """Write the pretraining and held-out texts as JSON lines.
+
+    Args:
+        data: folder of the data.
+        runs: folder of the runs.
+        times: write this many times the pretraining texts.
+
+    Returns:
+        The paths of the pretraining texts and of the folder.
+    """
     import corpus
 
     folder = Path(runs) / "texts"
+    mixture = "mixture" if times == 1 else f"mixture-{times}"
     for name, make in (
         # All runs see the same texts, in different orders.
-        ("mixture", lambda: corpus.mixture(data, ONCE, TWICE)),
+        (mixture, lambda: corpus.mixture(data, times * ONCE, times * TWICE)),
         ("valid", lambda: corpus.held_out(data, 200)),
         ("doubled-valid", lambda: corpus.doubled(corpus.held_out(data, 200))),
     ):
@@ -47,7 +57,7 @@ def write_texts(data, runs):
             new = path.with_suffix(".new")
             new.write_text("".join(lines), encoding="utf-8")
             new.rename(path)
-    return folder
+    return folder / f"{mixture}.jsonl", folder
 
 
 def start_preset(run, runs):
@@ -96,7 +106,8 @@ def pretrain(run, args):
     """Continue pretraining; return held-out losses by tokens seen."""
     import keras_t5gemma as kt
 
-    texts = write_texts(args.data, args.runs)
+    mixture, texts = write_texts(args.data, args.runs, run.times)
+    steps = run.times * grid.STEPS
     options = dict(run.options)
     if "teacher" in options:
         teacher = Path(args.runs) / f"sources/{options['teacher']}/preset"
@@ -105,14 +116,14 @@ def pretrain(run, args):
     folder = Path(args.runs) / run.name
     scores = kt.pretrain(
         start_preset(run, args.runs),
-        texts / "mixture.jsonl",
+        mixture,
         folder,
         texts / "valid.jsonl",
         encoder_sequence_length=ENCODER,
         decoder_sequence_length=DECODER,
         batch_size=ROWS_A_STEP,
-        max_steps=grid.STEPS,
-        steps_per_epoch=grid.STEPS // 10,
+        max_steps=steps,
+        steps_per_epoch=steps // 10,
         learning_rate=3e-3,
         optimizer="adamw",
         seed=run.seed,
@@ -126,7 +137,7 @@ def pretrain(run, args):
             | {n: float(r[n]) for n in ("val_loss", "val_accuracy", "padding")}
             for r in csv.DictReader(file)
         ]
-    positions = grid.STEPS // 10 * ROWS_A_STEP * (ENCODER + DECODER)
+    positions = steps // 10 * ROWS_A_STEP * (ENCODER + DECODER)
     tokens = 0
     for row in log:
         tokens += round(positions * (1 - row["padding"]))
@@ -213,7 +224,19 @@ def decoder_only(run, args):
     return experiment.run(run, args)
 
 
-KINDS = {"pretrain": pretrain, "synopsis": synopsis, "decoder-only": decoder_only}
+def copying(run, args):
+    """Measure what a decoder-only source copies, without fine-tuning it."""
+    import decoder_only as experiment
+
+    return {"copied": experiment.pretrained(run, args)[1]}
+
+
+KINDS = {
+    "pretrain": pretrain,
+    "synopsis": synopsis,
+    "decoder-only": decoder_only,
+    "copying": copying,
+}
 
 
 def make(run, args):
