@@ -2,8 +2,8 @@
 
     python benchmarks/long.py [--lengths 1024 4096 8192] [--plot benchmarks/long.png]
 
-A case that takes more than `--timeout` seconds or `--gigabytes` is ended; longer ones of
-its kind are not started.
+A case that takes more than `--timeout` seconds or `--gigabytes` is ended; longer ones
+of its kind are not started.
 
 One row, a model of width 256: 4 encoder and 2 decoder layers, 8 query and 4 key/value
 heads of 64, window 4096, vocabulary 4,096. "read" encodes `length` tokens; "train" is a

@@ -1,8 +1,8 @@
 """The grid of runs, in the order in which `run.py` makes them.
 
 Names: `pretrain/PAIR/VARIANT/SEED`, `synopsis/PAIR/VARIANT/SEED`,
-`decoder-only/SIZE/SEED`, `copying/SIZE/SEED`; the variant and size of runs with `LONGER`
-times the steps end in `-long`.
+`decoder-only/SIZE/SEED`, `copying/SIZE/SEED`. In runs with `LONGER` times the steps,
+VARIANT or SIZE ends in `-long`.
 """
 
 import dataclasses
