@@ -2,6 +2,7 @@
 
     python benchmarks/load.py [--folder F] [--repeats 3]
     python benchmarks/load.py --encoder torch [--folder F]
+    python benchmarks/load.py --large torch jax [--folder F]
 
 Makes a transformers folder of 312,517,632 random float32 weights (1.25 GB) on first
 use, loads it in a fresh process per run, peers interleaved, and prints medians. Peak
@@ -11,14 +12,19 @@ only, with `encoder_only=True`: 46 % of the weights.
 
 `--encoder BACKEND` loads the encoder only from each format (next to the folder) in
 float32, bfloat16 and int8, and compares the memory above `base` with the weights kept.
+
+`--large BACKEND ...` does so with all of 2B-2B, of random bfloat16 weights (11 GB), in
+int8 and int4: loaded, and converted from file to file.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -56,6 +62,42 @@ def make_folder(folder):
     torch.manual_seed(0)
     config = transformers.T5GemmaConfig(encoder=stack, decoder=dict(stack))
     transformers.T5GemmaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def make_large_folder(folder, shard_bytes=2 * 10**9):
+    """Write random bfloat16 weights of 2B-2B's shapes, a shard in memory at a time."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    config = transformers.T5GemmaConfig(dtype="bfloat16")  # 2B-2B by default.
+    with torch.device("meta"):
+        model = transformers.T5GemmaForConditionalGeneration(config)
+    config.save_pretrained(folder)
+    block = 0.02 * torch.randn(2**24, generator=torch.Generator().manual_seed(0))
+    block = block.to(torch.bfloat16)
+    shards, size = [[]], 0
+    for name, tensor in model.state_dict().items():
+        if name.startswith("lm_head"):
+            continue  # The decoder's table.
+        if size + 2 * tensor.numel() > shard_bytes and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, tensor.shape))
+        size += 2 * tensor.numel()
+    places = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name, shape in shard:
+            repeats = -(-shape.numel() // len(block))
+            values = block.repeat(repeats)[: shape.numel()]
+            tensors[name] = values.reshape(shape).clone()
+            places[name] = file
+        save_file(tensors, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    text = json.dumps(index)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def peak():
@@ -107,7 +149,9 @@ def load(peer, folder, dtype):
         import keras_t5gemma
 
         def run():
-            only = bool(part)
+            if part == ["convert"]:
+                return keras_t5gemma.convert(folder, f"{folder}_{dtype}", dtype=dtype)
+            only = part == ["encoder"]
             return keras_t5gemma.Backbone.from_preset(
                 folder, encoder_only=only, dtype=dtype
             )
@@ -117,7 +161,11 @@ def load(peer, folder, dtype):
     model = run()
     seconds = time.perf_counter() - start
     result = {"seconds": seconds, "base": base, "peak": peak()}
-    if library == "keras_t5gemma":
+    if part == ["convert"]:
+        written = Path(f"{folder}_{dtype}")
+        result["kept"] = sum(f.stat().st_size for f in written.glob("*.h5"))
+        shutil.rmtree(written)
+    elif library == "keras_t5gemma":
         result["kept"] = kept_bytes(model)
     print(json.dumps(result))
 
@@ -149,12 +197,32 @@ def encoder_alone(backend, folder):
             )
 
 
+def large(backends, folder):
+    """Print time and memory of quantizing 2B-2B, one run each."""
+    print("| backend | dtype | | seconds | kept, GB | peak, GB | peak - base, GB |")
+    print("|---|---|---|---|---|---|---|")
+    for backend, dtype, what in itertools.product(
+        backends, ("int8", "int4"), ("load", "convert")
+    ):
+        peer = "keras_t5gemma convert" if what == "convert" else "keras_t5gemma"
+        result = measure(f"{peer} {backend}", folder, dtype)
+        if result is not None:
+            kept, top, base = (result[key] / 1e9 for key in ("kept", "peak", "base"))
+            above = top - base
+            print(
+                f"| {backend} | {dtype} | {what} | {result['seconds']:.0f} | "
+                f"{kept:.2f} | {top:.2f} | {above:.2f} ({above / kept:.2f} x) |",
+                flush=True,
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="part of the peers' names")
     parser.add_argument("--encoder", metavar="BACKEND", help="the encoder alone")
+    parser.add_argument("--large", metavar="BACKEND", nargs="+", help="2B-2B")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -165,13 +233,17 @@ def main():
         folder = args.folder or Path(scratch) / "checkpoint"
         if not (folder / "config.json").exists():
             # Elsewhere: Linux counts the memory of this process as the children's.
+            make = make_large_folder if args.large else make_folder
             process = multiprocessing.get_context("spawn").Process(
-                target=make_folder, args=(folder,)
+                target=make, args=(folder,)
             )
             process.start()
             process.join()
         if args.encoder:
             encoder_alone(args.encoder, folder)
+            return
+        if args.large:
+            large(args.large, folder)
             return
         weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         runs = {peer: [] for peer in PEERS if args.only in peer}
