@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py --data DATA/synopsis/test.jsonl.gz [--rows 1780]
 
-ROUGE F1 x 100 with stemmer and BLEU, with standard errors, and seconds for float32, bfloat16, int8 and int4, greedy and with beams. Rows are JSON objects with
-`text` and `summary`.
+ROUGE F1 x 100 with stemmer and BLEU, with standard errors, and seconds for float32,
+bfloat16, int8 and int4, greedy and with beams. Rows are JSON objects with `text` and
+`summary`.
 """
 
 import argparse
