@@ -1,22 +1,37 @@
-"""The compiled training step of a task on JAX."""
+"""Compiled steps of a task: training on JAX, long batches on TensorFlow."""
 
 import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from keras_t5gemma import _compat
+from keras_t5gemma.modeling.blockwise_attention import uses_blocks
+
+# Programs of a step on TensorFlow for batches of long texts, one a shape.
+_MOST_PROGRAMS = 32
 
 
 class CompiledTraining:
-    """Keras's compiled training step; on JAX in less memory.
+    """Keras's compiled steps, in less memory.
+
+    On JAX, for training:
 
     - Arrays of the variables can be donated to it.
     - It is traced again by every `make_train_function(force=True)`.
     - On a CPU, XLA orders its operations for memory.
+
+    On TensorFlow, for training, evaluation and prediction: see `_StepOfShapes`.
     """
 
     train_function: Any
+    test_function: Any
+    predict_function: Any
+    train_step: Any
+    test_step: Any
+    predict_step: Any
     run_eagerly: Any
     jit_compile: Any
     trainable_variables: Any
@@ -29,8 +44,12 @@ class CompiledTraining:
         """
         make = super().make_train_function  # type: ignore[misc]
         is_made = self.train_function is not None
-        if keras.config.backend() != "jax" or (is_made and not force):
+        if is_made and not force:
             return make(force)
+        if keras.config.backend() != "jax":
+            make(force)
+            self.train_function = _of_shapes(self, self.train_step, self.train_function)
+            return self.train_function
         if not is_made:
             for variable in self.trainable_variables:
                 # A loaded array is in NumPy's memory, which JAX cannot donate.
@@ -42,6 +61,109 @@ class CompiledTraining:
         # program although `CrossAttentionWarmUp` needs another.
         step = functools.partial(type(self).train_step, self)  # type: ignore
         return _compat.make_jax_train_function(self, step, _compiler_options())
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """As Keras's; see `make_train_function`."""
+        is_made = self.test_function is not None
+        super().make_test_function(force)  # type: ignore[misc]
+        if force or not is_made:
+            step, made = self.test_step, self.test_function
+            self.test_function = _of_shapes(self, step, made)
+        return self.test_function
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        """As Keras's; see `make_train_function`."""
+        is_made = self.predict_function is not None
+        super().make_predict_function(force)  # type: ignore[misc]
+        if force or not is_made:
+            step, made = self.predict_step, self.predict_function
+            self.predict_function = _of_shapes(self, step, made)
+        return self.predict_function
+
+
+def _of_shapes(model, step, function):
+    """Keras's `function` of a `step`; on TensorFlow one that knows long shapes."""
+    if keras.config.backend() != "tensorflow" or model.run_eagerly:
+        return function
+    is_split = model.distribute_strategy.num_replicas_in_sync > 1
+    if is_split or model.steps_per_execution > 1:
+        return function
+    return _StepOfShapes(step, function, model.jit_compile)
+
+
+class _StepOfShapes:
+    """A step on TensorFlow whose program for long texts knows their lengths.
+
+    Keras traces one program for batches of all lengths, unknown in it. Attention of
+    unknown lengths cannot be computed in blocks, see `attention_mask`. So batches that
+    need blocks have a program for each of their shapes, up to `_MOST_PROGRAMS`; others
+    share one, as with Keras.
+
+    Args:
+        step: of the model: function of a batch.
+        function: Keras's compiled function of it; called with an iterator over batches,
+            or for prediction with a list of them.
+        jit_compile: of the model.
+    """
+
+    def __init__(self, step: Callable, function: Callable, jit_compile: bool):
+        import tensorflow as tf
+
+        self.function = function
+        # Two: one function would use its program of unknown shapes for all.
+        self.exact, self.relaxed = (
+            tf.function(step, jit_compile=jit_compile, autograph=False)
+            for _ in range(2)
+        )
+        self.shapes: set[tuple] = set()
+        self.is_full = False
+
+    def __call__(self, batches: Any) -> Any:
+        import tensorflow as tf
+
+        if isinstance(batches, list):
+            is_long = self._needs_program(batches[0])
+            return self.exact(batches[0]) if is_long else self.function(batches)
+        if not isinstance(batches, tf.data.Iterator):
+            batch = next(batches)
+            is_long = self._needs_program(batch)
+            return self.exact(batch) if is_long else self.function([batch])
+        spec = batches.element_spec
+        is_plain = all(isinstance(x, tf.TensorSpec) for x in keras.tree.flatten(spec))
+        if not is_plain or not self._may_be_long(spec):
+            return self.function(batches)
+        batch = next(batches)
+        if self._needs_program(batch):
+            return self.exact(batch)
+        return self.relaxed.get_concrete_function(spec)(batch)
+
+    def _needs_program(self, batch):
+        """Whether a batch is long, and may have a program for its shapes."""
+        if not self._may_be_long(batch):
+            return False
+        leaves = [x for x in keras.tree.flatten(batch) if x is not None]
+        shapes = tuple(tuple(x.shape) for x in leaves)
+        if shapes not in self.shapes and len(self.shapes) == _MOST_PROGRAMS:
+            if not self.is_full:
+                self.is_full = True
+                warnings.warn(
+                    f"Long batches came in more than {_MOST_PROGRAMS} shapes, each of "
+                    "which TensorFlow compiles a program for. Batches of other shapes "
+                    "share a program that holds all queries x keys of attention: pad "
+                    "texts to fewer lengths.",
+                    stacklevel=3,
+                )
+            return False
+        self.shapes.add(shapes)
+        return True
+
+    @staticmethod
+    def _may_be_long(batch):
+        """Whether the inputs of a batch, or of its signature, need blocks."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        shapes = [x.shape for x in keras.tree.flatten(x) if x is not None]
+        lengths = [shape[1] for shape in shapes if len(shape) > 1]
+        return any(n is None or uses_blocks(n, n) for n in lengths)
 
 
 @functools.cache

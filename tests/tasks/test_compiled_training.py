@@ -1,14 +1,23 @@
-"""On JAX every task compiles its training step with XLA's order for little memory."""
+"""Compiled steps of tasks: memory on JAX, lengths of long batches on TensorFlow."""
+
+import functools
 
 import keras
+import numpy as np
 import pytest
-from helpers.models import random_inputs
+from helpers.models import one_block_config, random_inputs
 
 import keras_t5gemma as kt
 from keras_t5gemma import _compat
+from keras_t5gemma.modeling import blockwise_attention
+from keras_t5gemma.modeling.towers import Encoder
+from keras_t5gemma.tasks import compiled_training
 
-pytestmark = pytest.mark.skipif(
+only_jax = pytest.mark.skipif(
     keras.config.backend() != "jax", reason="JAX compiles the step"
+)
+only_tensorflow = pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="Keras traces unknown lengths there"
 )
 
 
@@ -26,6 +35,7 @@ def passed(monkeypatch):
     return found
 
 
+@only_jax
 def test_tasks_pass_the_options_and_they_save_memory(model, passed):
     import jax
 
@@ -52,3 +62,73 @@ def test_tasks_pass_the_options_and_they_save_memory(model, passed):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(passed[0]) < 0.95 * temporary_bytes(None)
+
+
+def batch(width):
+    x = random_inputs(2, source=width, target=12)
+    return x, x["decoder_token_ids"], np.ones((2, 12), "float32")
+
+
+class Widths(keras.utils.PyDataset):
+    """A batch of each width; Keras tells TensorFlow that it is unknown."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.widths = widths
+
+    num_batches = property(lambda self: len(self.widths))
+
+    def __getitem__(self, index):
+        return batch(self.widths[index])
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Widths of the sources of each program; from 20 on attention is in blocks."""
+    monkeypatch.setattr(blockwise_attention, "_LONG", 20**2)
+    monkeypatch.setattr(blockwise_attention, "block_sizes", lambda *_: (8, 16))
+    seen, call = [], Encoder.call
+
+    @functools.wraps(call)
+    def spy(self, token_ids, *args, **kwargs):
+        seen.append(token_ids.shape[1])
+        return call(self, token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "call", spy)
+    return seen
+
+
+@only_tensorflow
+def test_programs_for_long_batches_know_their_lengths(traced):
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
+    model.compile("sgd")
+    del traced[:]
+    model.fit(Widths(8, 16, 32, 44, 12), epochs=2, verbose=0, shuffle=False)
+    model.train_on_batch(*batch(32))
+    assert traced == [None, 32, 44]
+    graph = model.train_function.exact.get_concrete_function(batch(44)).graph
+    nodes = graph.as_graph_def(add_shapes=True)
+    functions = [node for f in nodes.library.function for node in f.node_def]
+    lengths = {
+        tuple(side.size for side in shape.dim[-2:])
+        for node in [*nodes.node, *functions]
+        for shape in node.attr["_output_shapes"].list.shape
+    }
+    assert (8 * 2, 16) in lengths  # Queries of two heads x keys of a block.
+    assert not lengths & {(44, 44), (48, 48), (12, 44)}
+    del traced[:]
+    for width in (16, 32, 12, 44, 32):
+        model.predict_on_batch(batch(width)[0])
+    assert traced == [16, 32, None, 44]
+
+
+@only_tensorflow
+def test_number_of_programs_for_long_batches_is_bounded(traced, monkeypatch):
+    monkeypatch.setattr(compiled_training, "_MOST_PROGRAMS", 1)
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
+    model.compile("sgd")
+    del traced[:]
+    with pytest.warns(UserWarning, match="in more than 1 shapes") as warned:
+        model.evaluate(Widths(32, 40, 48, 32), verbose=0)
+    assert sum("shapes" in str(w.message) for w in warned) == 1
+    assert traced == [32, None]
