@@ -61,7 +61,7 @@ def _mark(token_ids, keep, size):
     row = ops.broadcast_to(ops.arange(rows)[:, None], (rows, length))
     places = ops.reshape(ops.stack([row, token_ids], axis=-1), (rows * length, 2))
     weights = ops.reshape(ops.cast(keep, "float32"), (rows * length,))
-    return ops.scatter(ops.cast(places, "int32"), weights, (rows, size)) > 0
+    return _sums(ops.cast(places, "int32"), weights, (rows, size)) > 0
 
 
 def _completes_ngram(token_ids, index, n):
@@ -80,10 +80,16 @@ def _completes_ngram(token_ids, index, n):
     return ops.logical_and(follows, index >= n)
 
 
+def _sums(places, values, shape):
+    """`ops.scatter`, which on PyTorch is a loop in Python over the places."""
+    zeros = ops.zeros(shape, values.dtype)
+    return ops.scatter_update(zeros, places, values, reduction="add")
+
+
 def _is_one_of(ids, size):
     """Boolean `(1, V)`; ids outside the vocabulary mark nothing."""
     ids = ops.where(ops.logical_and(ids >= 0, ids < size), ids, size)
-    marks = ops.scatter(ids[:, None], ops.ones(ids.shape, "float32"), (size + 1,))
+    marks = _sums(ids[:, None], ops.ones(ids.shape, "float32"), (size + 1,))
     return marks[None, :size] > 0
 
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.models import numpy
 
 from keras_t5gemma.generation.options import GenerationOptions
-from keras_t5gemma.generation.sampling import sample, top_candidates
+from keras_t5gemma.generation.sampling import process, sample, top_candidates
 
 DRAWS = [23, 24, 37, 0, 3, 3, 31, 5, 15, 30]
 
@@ -99,3 +99,29 @@ def test_draws_are_the_same_on_every_backend():
 
 def test_a_row_without_numbers_ends():
     draw(np.full(40, np.nan), {"top_p": 0.9})
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="operations of PyTorch")
+def test_processing_takes_no_loop_over_the_tokens_of_an_answer():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **kwargs or {})
+
+    options = GenerationOptions(repetition_penalty=1.5, no_repeat_ngram_size=2)
+    counts = []
+    for length in (8, 64):
+        state = {
+            "token_ids": keras.ops.ones((3, length), "int32"),
+            "index": keras.ops.convert_to_tensor(4),
+            "prompt_lengths": keras.ops.ones((3,), "int32"),
+            "traced_args": {"repetition_penalty": 1.5},
+        }
+        with Counter() as counter:
+            process(keras.ops.ones((3, 16)), state, options)
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
