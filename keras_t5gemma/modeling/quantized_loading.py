@@ -1,8 +1,9 @@
 """Quantization of weights while they are read, layer by layer.
 
-A layer without its other layers is quantized by Keras; an embedding in blocks of rows,
-whose scales do not depend on each other. So the float weights of a model are never in
-memory together, and the result is that of `Backbone.quantize`.
+A layer without its other layers is quantized by Keras, an embedding in blocks of rows
+and a kernel in blocks of columns, whose scales do not depend on each other. So the
+float weights of a model are never in memory together, and the result is that of
+`Backbone.quantize`.
 """
 
 import contextlib
@@ -26,6 +27,8 @@ from keras_t5gemma.modeling.layer_iteration import (
 
 # Names in dtype policies of the default settings of `Backbone.quantize`.
 QUANTIZED = {"int8": "int8", "int4": "int4/128"}
+# Of a kernel, quantized at a time; takes about 28 bytes for each.
+_BLOCK_VALUES = 2**22
 _FLOAT_WEIGHTS = ("kernel", "embeddings")  # Of the layers that are quantized.
 
 
@@ -94,16 +97,30 @@ class _QuantizedLayer:
             )
             for variable in layer.weights
         }
-        row = 0
-        whole = () if is_embedding else (read_as(self.source, dtype),)
-        for block in whole or self.source.blocks():
-            rows = slice(row, row + len(block))
-            row = rows.stop
-            found = _quantize(layer, block.astype(dtype, copy=False), self.policy)
-            for name, value in found.items():
-                by_rows = is_embedding and name != "g_idx"  # Groups of columns.
-                values[name][rows if by_rows else ...] = value
+        places = dict.fromkeys(values, 0)  # Where the next block goes.
+        for block in self._blocks(dtype):
+            for name, value in _quantize(layer, block, self.policy).items():
+                if name == "g_idx":  # Groups of input features, alike in all blocks.
+                    values[name][...] = value
+                    continue
+                axis = 0 if is_embedding else -1
+                first = places[name]
+                places[name] += value.shape[axis]
+                part = slice(first, places[name])
+                values[name][part if is_embedding else (..., part)] = value
         return values
+
+    def _blocks(self, dtype):
+        """The float weight in parts that are quantized independently."""
+        if isinstance(self.layer, keras.layers.Embedding):
+            for block in self.source.blocks():
+                yield block.astype(dtype, copy=False)
+            return
+        whole = read_as(self.source, dtype)
+        # Columns, an even number: int4 has two of them in a byte.
+        step = 2 * max(1, _BLOCK_VALUES // (2 * len(whole)))
+        for first in range(0, whole.shape[1], step):
+            yield np.ascontiguousarray(whole[:, first : first + step])
 
 
 class _Part(LazyTensor):
