@@ -206,6 +206,24 @@ for old, new in zip(beams, int8, strict=True):
     print(f"float32: {old}\n   int8: {new}\n")
 
 # %% [markdown]
+# ## Several tokens a pass
+#
+# Speculative decoding proposes a few tokens, and verifies them in one pass of the
+# decoder. The answers are the same, token for token, greedy or sampled with a `seed`;
+# in bfloat16 up to rounding, as with another batch size. Tokens are proposed in two
+# ways:
+#
+# - `generate(texts, speculate="source")` copies what followed the last tokens in the
+#   source, or in the answer: for corrections, extracts, and translations of names or
+#   code.
+# - `generate(texts, draft=small)` asks a smaller model of the same vocabulary, e.g.
+#   `small = Seq2SeqLM.from_preset("t5gemma_s_s_prefixlm_it")` for a 2B-2B model.
+#
+# How many tokens are proposed follows what is accepted, down to none where it does not
+# pay. A model as small as this one gains nothing: its decoder takes less time than the
+# bookkeeping.
+
+# %% [markdown]
 # ## Larger models
 #
 # Change the name in `from_preset`. `keras_t5gemma.presets()` lists all names.
@@ -225,4 +243,5 @@ for old, new in zip(beams, int8, strict=True):
 # The instruction-tuned presets (`_it`) expect turns around the text. `from_preset`
 # knows that by their name and puts them there (`template="instruction"`).
 #
-# On the command line: `keras-t5gemma generate --preset NAME --sampler beam "A text"`.
+# On the command line: `keras-t5gemma generate --preset NAME --sampler beam "A text"`,
+# with `--speculate source` or `--draft NAME` for several tokens a pass.

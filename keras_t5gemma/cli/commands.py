@@ -75,6 +75,8 @@ def run_generate(o: options.Generate) -> None:
     model.compile(sampler=o.sampler)
     sampling = fields_of(o, options.Sampling)
     sampling = {name: value for name, value in sampling.items() if value is not None}
+    if o.draft:
+        sampling["draft"] = kt.Seq2SeqLM.from_preset(o.draft, dtype=o.dtype)
     if o.stream:
         for piece in model.stream(texts[0], o.max_length, **sampling):
             print(piece, end="", flush=True)

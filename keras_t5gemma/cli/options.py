@@ -42,6 +42,9 @@ class Sampling:
     """Seed of the sampling."""
     max_time: float | None = None
     """Seconds after which unfinished answers are returned as they are."""
+    speculate: str | None = None
+    """source: verify several tokens a pass, copied from the source or the answer. The
+    same answers, in less time where they repeat what was read."""
 
 
 @dataclasses.dataclass
@@ -71,6 +74,9 @@ class Generate(Sampling):
     """Data type of the model, e.g. bfloat16; None is Keras's default."""
     quantize: str | None = None
     """Quantize weights to int8 or int4."""
+    draft: str | None = None
+    """Name, folder or handle of a smaller preset of the same vocabulary, which proposes
+    tokens that the model verifies: the same answers, in less time."""
     compilation_cache: str = "auto"
     """Folder that keeps compiled programs for the next start, on JAX, up to 1 GiB: auto
     is keras-t5gemma in the user's cache folder, none keeps nothing."""

@@ -54,18 +54,30 @@ class Costs:
         Returns:
             For each different shape the one to use instead of it, or itself.
         """
-        shapes = list(shapes)
         counts = Counter(shapes)
         used = {shape: shape for shape in counts}
         program = self.encoder_program + self.decoder_program
+        # The shapes that each could be padded to; the cheapest is last.
+        others = {
+            small: sorted(
+                (
+                    large
+                    for large in counts
+                    if large != small and _contains(large, small)
+                ),
+                key=lambda shape: (-self.of_batch(shape), shape),
+            )
+            for small in counts
+        }
         while True:
-            gains = [
-                (program - counts[small] * added, small, large)
-                for small in counts
-                for large in counts
-                if small != large and _contains(large, small)
-                for added in [self.of_batch(large) - self.of_batch(small)]
-            ]
+            gains = []
+            for small, larger in others.items():
+                while larger and larger[-1] not in counts:
+                    larger.pop()
+                if small in counts and larger:
+                    added = self.of_batch(larger[-1]) - self.of_batch(small)
+                    gain = program - counts[small] * added
+                    gains.append((gain, small, larger[-1]))
             if not gains or max(gains)[0] <= 0:
                 return used
             _, small, large = max(gains)
@@ -99,16 +111,25 @@ def estimated_costs(backbone: Any, options: GenerationOptions, width: int) -> Co
     """
     config = backbone.config
     rate = _RATES[on_cpu(backbone.variables[0])]
-    encoder, decoder = config.encoder, config.decoder
-    table = config.vocabulary_size * decoder.hidden_dim
-    decoder_token = 2 * (_weights(decoder, attentions=2) + table)
-    layers = [stack.num_layers for stack in (encoder, decoder)]
+    layers = [stack.num_layers for stack in (config.encoder, config.decoder)]
     programs = [_COMPILE_SECONDS + _COMPILE_SECONDS_PER_LAYER * n for n in layers]
     return Costs(
-        2 * _weights(encoder) / rate,
-        options.rows_per_source * width * decoder_token / rate,
+        2 * _weights(config.encoder) / rate,
+        options.rows_per_source * width * decoder_token_seconds(backbone),
         *programs,
     )
+
+
+def decoder_token_seconds(backbone: Any) -> float:
+    """Estimated time of the decoder's arithmetic for one token of a row.
+
+    Args:
+        backbone: a `Backbone`.
+    """
+    decoder = backbone.config.decoder
+    table = backbone.config.vocabulary_size * decoder.hidden_dim
+    operations = 2 * (_weights(decoder, attentions=2) + table)
+    return operations / _RATES[on_cpu(backbone.variables[0])]
 
 
 def _weights(stack: StackConfig, attentions: int = 1) -> int:

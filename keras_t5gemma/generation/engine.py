@@ -77,7 +77,7 @@ def results(state: dict, options: GenerationOptions) -> tuple[np.ndarray, ...]:
     arrays = {
         name: mesh.to_numpy(value)  # All processes gather in the same order.
         for name, value in state.items()
-        if name not in ("cache", "traced_args")
+        if name not in ("cache", "draft_cache", "traced_args")
     }
     if options.num_beams > 1:
         return beam.results(arrays, options)

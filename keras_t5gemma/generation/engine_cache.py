@@ -15,7 +15,8 @@ class EngineCache:
     """The most recently used engines of a backbone, by static options.
 
     Threads may use it. LoRA and quantization replace variables: the engines made
-    before are then dropped.
+    before are then dropped. Engines with a draft keep it in memory, so those of one
+    draft only are kept, the last one used.
 
     Args:
         backbone: a `Backbone`.
@@ -25,12 +26,14 @@ class EngineCache:
         self._backbone = backbone
         self._engines: OrderedDict[tuple, Any] = OrderedDict()
         self._variables: tuple = ()
+        self._draft_variables: tuple = ()
         self._torch_steps: dict = {}
+        self._draft_steps: dict = {}
         self._lock = threading.Lock()
 
     def get(
         self, options: GenerationOptions, compiled: bool, known_tokens: int | None
-    ) -> Engine:
+    ) -> Engine | SpeculativeEngine:
         """The engine for some options, made when needed; see `Engine`."""
         variables = tuple(map(id, self._backbone.variables))
         key = (options.static_options(), compiled, known_tokens)
@@ -38,15 +41,29 @@ class EngineCache:
             if variables != self._variables:
                 self._engines.clear()
                 self._variables, self._torch_steps = variables, {}
+            if options.draft is not None:
+                self._keep_one_draft(options.draft.backbone)
             engine = self._engines.get(key)
             if engine is None:
-                kind: Any = SpeculativeEngine if options.speculate else Engine
-                engine = kind(self._backbone, *key, self._torch_steps)
+                arguments = (self._backbone, *key, self._torch_steps)
+                if options.speculates:
+                    engine = SpeculativeEngine(*arguments, self._draft_steps)
+                else:
+                    engine = Engine(*arguments)
                 self._engines[key] = engine
             self._engines.move_to_end(key)
             while len(self._engines) > _KEPT:
                 self._engines.popitem(last=False)
         return engine
+
+    def _keep_one_draft(self, backbone):
+        """Drop the engines of other drafts, or of other variables."""
+        variables = tuple(map(id, backbone.variables))
+        if variables == self._draft_variables:
+            return
+        for key in [key for key in self._engines if key[0].draft is not None]:
+            del self._engines[key]
+        self._draft_variables, self._draft_steps = variables, {}
 
     def compiled_programs(self) -> int:
         """Number of programs that the engines have compiled."""
@@ -57,7 +74,7 @@ class EngineCache:
         """Drop all engines."""
         with self._lock:
             self._engines.clear()
-            self._torch_steps = {}
+            self._torch_steps, self._draft_steps = {}, {}
 
     def __len__(self) -> int:
         return len(self._engines)

@@ -13,12 +13,13 @@ import numpy as np
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.generation.batch_shapes import estimated_costs
 from keras_t5gemma.generation.decoding import select
+from keras_t5gemma.generation.drafting import check_draft
 from keras_t5gemma.generation.engine import results
 from keras_t5gemma.generation.engine_cache import EngineCache
 from keras_t5gemma.generation.keras_hub_sampler import SamplerEngine
 from keras_t5gemma.generation.options import GenerationOptions, make_options
 from keras_t5gemma.generation.requests import Request, batches
-from keras_t5gemma.generation.speculative_engine import AdaptiveEngine
+from keras_t5gemma.generation.speculative_engine import AdaptiveEngine, DraftingEngine
 from keras_t5gemma.utils.buckets import bucket, power_of_two
 from keras_t5gemma.utils.progress import progress_bar
 
@@ -53,6 +54,8 @@ class Generator:
             return None
         size = known_tokens(self.task) or self.task.backbone.config.vocabulary_size
         options.check(size, request.max_length)
+        if options.draft is not None:
+            check_draft(options.draft, self.task, request)
         if options.no_repeat_ngram_size >= request.max_length:  # It cannot repeat.
             options = dataclasses.replace(options, no_repeat_ngram_size=0)
         if options.is_sampling and options.seed is None:
@@ -166,7 +169,9 @@ class Generator:
     def _engine(self, options):
         known = known_tokens(self.task)
         engine = self.engines.get(options, bool(self.task.jit_compile), known)
-        return AdaptiveEngine(engine) if options.speculate else engine
+        if options.draft is not None:
+            return DraftingEngine(engine)
+        return AdaptiveEngine(engine) if options.speculates else engine
 
 
 def known_tokens(task: Any) -> int | None:

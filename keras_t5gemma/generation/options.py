@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_t5gemma.generation.samplers import kind_of
+from keras_t5gemma.generation.samplers import SAMPLERS, kind_of
+from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.token_ids import check_range
 from keras_t5gemma.utils.buckets import power_of_two
 from keras_t5gemma.utils.checks import MAX_COUNT, flag, number, shown, whole_number
@@ -49,8 +50,11 @@ class GenerationOptions:
         max_time: seconds after which `generate` returns the tokens it has.
         speculate: `"source"` proposes tokens that followed the last ones in the source
             or in the answer, and verifies several in one pass of the decoder: the same
-            answers in less time where they repeat what was read. Greedy only. On
-            PyTorch the passes are not compiled.
+            answers, greedy or sampled, in less time where they repeat what was read. No
+            beams. On PyTorch the passes are not compiled.
+        draft: a smaller `Seq2SeqLM` of the same vocabulary that proposes the tokens, in
+            any data type; instead of `speculate`. The model keeps it until another
+            draft is used.
 
     Raises:
         ValueError: for a value out of range, or options that exclude each other.
@@ -78,6 +82,7 @@ class GenerationOptions:
     seed: int | None = None
     max_time: float | None = None
     speculate: str | None = None
+    draft: Any = None
 
     def __post_init__(self):
         def store(name, value):
@@ -131,13 +136,27 @@ class GenerationOptions:
             raise ValueError(
                 f"`speculate` must be 'source' or None; got {shown(self.speculate)}."
             )
-        if self.speculate and (self.is_sampling or self.num_beams > 1):
-            names = ("num_beams", "temperature", "top_k", "top_p")
-            given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        backbone = getattr(self.draft, "backbone", None)
+        is_model = isinstance(backbone, Backbone) and hasattr(self.draft, "generate")
+        if self.draft is not None and not is_model:
             raise ValueError(
-                f"`speculate={self.speculate!r}` needs greedy decoding: `num_beams` 1, "
-                f"no `temperature`, `top_k` and `top_p`; got {given}."
+                f"`draft` must be a Seq2SeqLM or None; got {shown(self.draft)}."
             )
+        if self.speculate and self.draft is not None:
+            raise ValueError(
+                f"`speculate` must be None with a `draft`; got {self.speculate!r}."
+            )
+        if self.speculates and self.num_beams > 1:
+            name = "speculate" if self.speculate else "draft"
+            raise ValueError(
+                f"`{name}` needs greedy decoding or sampling: `num_beams` must be 1; "
+                f"got {self.num_beams}."
+            )
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are proposed and then verified."""
+        return self.speculate is not None or self.draft is not None
 
     @property
     def is_sampling(self) -> bool:
@@ -152,6 +171,7 @@ class GenerationOptions:
             seed=self.seed,
             max_time=self.max_time,
             speculate=self.speculate,
+            draft=self.draft,
         )
 
     @property
@@ -321,7 +341,8 @@ def make_options(sampler: Any, given: dict) -> GenerationOptions | None:
         if given:
             raise ValueError(
                 f"The sampler {type(sampler).__name__} does not support options; got "
-                f"{sorted(given)}."
+                f"{sorted(given)}. Compile with sampler='auto', or the name of one of "
+                f"{list(SAMPLERS)}."
             )
         return None
     if "num_beams" in given and whole_number(given["num_beams"], "num_beams", 1) > 1:

@@ -142,7 +142,8 @@ def sample(logits: Tensor, state: dict, options: GenerationOptions) -> Tensor:
 
     Args:
         logits: float32 `(R, V)`.
-        state: of the decoding loop: `seeds` `(R,)`, `index`, `traced_args`.
+        state: of the decoding loop: `seeds` `(R,)`, `index`, a scalar or `(R,)`,
+            `traced_args`.
         options: a `GenerationOptions`.
 
     Returns:
@@ -180,7 +181,8 @@ def _draw(weights, sums, ids, state, attempt):
         The tokens and their weights, `(R, 1)` each.
     """
     blocks, width = weights.shape[1:]
-    counter = state["index"] + attempt * 2**16  # Above the bits of the position.
+    # Above the bits of the position.
+    counter = state["index"][..., None] + attempt * 2**16
 
     def noisy_argmax(weights, places):
         uniform = _uniform(state["seeds"][:, None], counter, places)

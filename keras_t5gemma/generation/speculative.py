@@ -1,10 +1,21 @@
-"""Speculative decoding: tokens copied from the source, verified several a pass.
+"""Speculative decoding: proposed tokens, verified several a pass.
 
 Summaries and corrections repeat what was read. After each pass the last tokens of a row
 are looked up in its source and in what it has written; the tokens that followed there
-are proposed, and one pass of the decoder over them and the last token verifies all
-(prompt lookup decoding; verification as in arXiv 2211.17192). A proposed token is
-accepted when it is the one that plain decoding chooses there: answers do not change.
+are proposed (prompt lookup decoding), or those that a small model drafts (`drafting`).
+One pass of the decoder over them and the last token verifies all.
+
+A proposed token is accepted when it is the one that plain decoding chooses there, so
+answers do not change. That includes sampling, whose noise is a function of the row's
+seed and the position (`sampling.sample`): the answer to a seed is the same, token for
+token, with and without speculation. Rejection sampling (arXiv 2211.17192) keeps the
+distribution alone. A copied token is accepted with the same probability in both; one
+that a model drafts at random slightly less often than there. As the draft draws with
+the noise of the same position, both models often choose alike (arXiv 2408.07978).
+
+Float32 and int8 give the answers of plain decoding, up to ties within the rounding of
+float32. In bfloat16 a pass over several positions may round otherwise than a pass over
+one: where two tokens are as likely up to that rounding, either may be chosen.
 
 Rows accept different numbers of tokens, so `index` is `(R,)` in the state. The cache
 has spare slots, and the next pass overwrites the keys of rejected tokens.
@@ -22,7 +33,7 @@ from keras import ops
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import decoding
 from keras_t5gemma.generation.options import GenerationOptions
-from keras_t5gemma.generation.sampling import process, top_candidates
+from keras_t5gemma.generation.sampling import process, sample, top_candidates
 from keras_t5gemma.utils.types import Tensor
 
 LENGTHS = (0, 3, 7)  # Numbers of proposed tokens; each is a program.
@@ -30,17 +41,33 @@ _NGRAM = 3
 
 
 def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
-    """See `decoding.start`; the state has an index of each row, and the sources."""
+    """See `decoding.start`; each row has its index, and the source to copy from."""
     state = decoding.start(backbone, inputs, options, spare=max(LENGTHS))
     rows = state["token_ids"].shape[0]
-    mask = ops.cast(inputs["encoder_padding_mask"], "bool")
-    source = ops.where(mask, ops.cast(inputs["encoder_token_ids"], "int32"), -1)
-    return {
-        **state,
-        "index": ops.broadcast_to(state["index"], (rows,)),
-        "source": ops.repeat(source, rows // source.shape[0], axis=0),
-        "counts": ops.zeros((4,), "int32"),
-    }
+    state["index"] = ops.broadcast_to(state["index"], (rows,))
+    state["counts"] = ops.zeros((4,), "int32")
+    if options.speculate == "source":
+        mask = ops.cast(inputs["encoder_padding_mask"], "bool")
+        source = ops.where(mask, ops.cast(inputs["encoder_token_ids"], "int32"), -1)
+        state["source"] = ops.repeat(source, rows // source.shape[0], axis=0)
+    return state
+
+
+def copy(state: dict, k: int, xp: Any = ops) -> tuple[Tensor, dict]:
+    """Propose tokens from the source and the answer; see `propose`.
+
+    Args:
+        state: of the loop.
+        k: number of tokens. With 0 one is proposed, to learn whether it would be
+            accepted.
+        xp: the namespace of the state's arrays, `keras.ops` or `numpy`.
+
+    Returns:
+        `(ids, state)`, int32 `(R, max(k, 1))`; from the first negative one on nothing
+        is proposed.
+    """
+    rest = (state["token_ids"], state["index"], max(k, 1), xp)
+    return propose(state["source"], *rest), state
 
 
 def advance(
@@ -51,6 +78,7 @@ def advance(
     k: int,
     options: GenerationOptions,
     known_tokens: int | None = None,
+    proposer: Callable = copy,
 ) -> dict:
     """Generate up to position `limit` or beyond, in at most `passes` passes.
 
@@ -60,8 +88,9 @@ def advance(
         limit: scalar int; generation ends when each row has that length or is done.
         passes: scalar int.
         k: number of proposed tokens.
-        options: a `GenerationOptions` without beams and sampling.
+        options: a `GenerationOptions` without beams.
         known_tokens: see `decoding.advance`.
+        proposer: function of `(state, k, xp)`, see `copy`.
 
     Returns:
         The state. Its `counts` are the row passes, the tokens written in them, and of
@@ -73,7 +102,7 @@ def advance(
         return ops.logical_and(left > 0, ops.any(waits))
 
     def body(state, left):
-        state = verify(step, state, k, options, known_tokens)
+        state = verify(step, state, k, options, known_tokens, proposer)
         return state, left - 1
 
     return ops.while_loop(unfinished, body, (state, passes))[0]
@@ -87,18 +116,20 @@ def advance_on_host(
     k: int,
     options: GenerationOptions,
     known_tokens: int | None = None,
+    proposer: Callable = copy,
 ) -> dict:
     """`advance` for a backend without a compiler.
 
     The bookkeeping is in NumPy, where operations on small arrays cost least, and a pass
     has no more positions than tokens were proposed. The arrays of the state stay there.
     """
+    kept = ("cache", "draft_cache", "traced_args")
     state = {
-        name: value if name in ("cache", "traced_args") else mesh.to_numpy(value)
+        name: value if name in kept else mesh.to_numpy(value)
         for name, value in state.items()
     }
     while passes > 0 and np.any((state["index"] < limit) & ~state["done"]):
-        state = verify(step, state, k, options, known_tokens, np)
+        state = verify(step, state, k, options, known_tokens, proposer, np)
         passes -= 1
     return state
 
@@ -109,6 +140,7 @@ def verify(
     k: int,
     options: GenerationOptions,
     known_tokens: int | None = None,
+    proposer: Callable = copy,
     xp: Any = ops,
 ) -> dict:
     """One pass: propose tokens, and write those that plain decoding would write.
@@ -119,27 +151,28 @@ def verify(
         k: number of proposed tokens.
         options: a `GenerationOptions`.
         known_tokens: see `decoding.advance`.
+        proposer: see `advance`.
         xp: the namespace of the state's arrays, `keras.ops` or `numpy`.
 
     Returns:
         The state.
     """
+    draft, state = proposer(state, k, xp)
     token_ids, index, done = state["token_ids"], state["index"], state["done"]
     length, prompt = token_ids.shape[1], state["prompt_lengths"][:, None]
     places = index[:, None] + xp.arange(max(k, 1), dtype="int32")[None]  # R k
-    draft = propose(state["source"], token_ids, index, max(k, 1), xp)
-    draft = xp.where(places < prompt, _at(token_ids, places, xp), draft)
+    draft = xp.where(places < prompt, at(token_ids, places, xp), draft)
     if xp is np:
         proposed = np.cumsum(draft < 0, axis=1) == 0
         k = min(k, int(proposed[~done].sum(axis=1).max(initial=0)))
     columns = max(k, 1)  # With k = 0 the first is tried, but not accepted.
-    tokens = xp.concatenate([_at(token_ids, index[:, None] - 1, xp), draft[:, :k]], 1)
+    tokens = xp.concatenate([at(token_ids, index[:, None] - 1, xp), draft[:, :k]], 1)
     tokens = xp.where(tokens < 0, 0, tokens)  # R T
     logits, cache = step(tokens, state["cache"], index - 1, not options.is_greedy)
-    chosen, log_probs = _choose(logits, state, tokens, options, known_tokens, xp)
+    chosen, log_probs = choose(logits, state, tokens, options, known_tokens, xp)
     steps = xp.arange(k + 1, dtype="int32")[None]
     places = index[:, None] + steps  # R T
-    chosen = xp.where(places < prompt, _at(token_ids, places, xp), chosen)
+    chosen = xp.where(places < prompt, at(token_ids, places, xp), chosen)
 
     wrong = xp.where(draft[:, :columns] == chosen[:, :columns], 0, 1)
     run = xp.sum(xp.where(xp.cumsum(wrong, axis=1) == 0, 1, 0), axis=1)  # R
@@ -156,7 +189,7 @@ def verify(
     inside = (offset >= 0) & (offset < count[:, None])
 
     def write(old, new):
-        return xp.where(inside, _at(new, offset, xp), old)
+        return xp.where(inside, at(new, offset, xp), old)
 
     if log_probs is not None:
         scores = write(state["token_log_probs"], log_probs)
@@ -203,7 +236,7 @@ def propose(
     matches = (places + 1 < end) & (places != size - 1)
     score = 0
     for back in range(_NGRAM):
-        last = _at(token_ids, index[:, None] - 1 - back, xp)
+        last = at(token_ids, index[:, None] - 1 - back, xp)
         earlier = xp.concatenate([text[:, :back], text[:, : text.shape[1] - back]], 1)
         matches = matches & (earlier == last)
         score = score + xp.where(matches, 1, 0)
@@ -212,12 +245,15 @@ def propose(
     in_answer = best >= size
     steps = xp.where(in_answer, steps % xp.where(in_answer, end - 1 - best, 1), steps)
     following = best + 1 + steps
-    found = (_at(score, best, xp) > 0) & (in_answer | (following < size))
-    return xp.where(found, _at(text, following, xp), -1)
+    found = (at(score, best, xp) > 0) & (in_answer | (following < size))
+    return xp.where(found, at(text, following, xp), -1)
 
 
-def _at(array, places, xp):
-    """`array[r, places[r, i]]`; places outside are moved to the nearest inside."""
+def at(array: Tensor, places: Tensor, xp: Any = ops) -> Tensor:
+    """`array[r, places[r, i]]` of `(R, L)` and `(R, n)`.
+
+    Places outside are moved to the nearest inside.
+    """
     places = xp.minimum(xp.maximum(places, 0), array.shape[1] - 1)
     if xp is np:  # Several times faster than the function.
         return array[np.arange(len(array))[:, None], places]
@@ -228,7 +264,14 @@ def _int32(x, xp):
     return x.astype("int32") if xp is np else ops.cast(x, "int32")
 
 
-def _choose(logits, state, tokens, options, known_tokens, xp):
+def choose(
+    logits: Tensor,
+    state: dict,
+    tokens: Tensor,
+    options: GenerationOptions,
+    known_tokens: int | None,
+    xp: Any = ops,
+) -> tuple[Tensor, Tensor | None]:
     """The next tokens, and their log-probabilities if wanted, `(R, T)` each.
 
     Args:
@@ -249,18 +292,22 @@ def _choose(logits, state, tokens, options, known_tokens, xp):
         length = token_ids.shape[1]
         offset = xp.arange(length, dtype="int32")[None] - index + 1  # R L
         inside = (offset >= 0) & (offset < positions)
-        token_ids = xp.where(inside, _at(tokens, offset, xp), token_ids)
+        token_ids = xp.where(inside, at(tokens, offset, xp), token_ids)
         index = index + xp.arange(positions, dtype="int32")[None]
         texts = {
             "token_ids": xp.repeat(token_ids, positions, axis=0),
             "index": xp.reshape(xp.clip(index, 0, length - 1), (-1,)),
-            "prompt_lengths": xp.repeat(state["prompt_lengths"], positions, axis=0),
         }
+        for name in ("prompt_lengths", "seeds"):
+            texts[name] = xp.repeat(state[name], positions, axis=0)
         texts = {name: ops.convert_to_tensor(value) for name, value in texts.items()}
         texts["traced_args"] = state["traced_args"]
         logits = ops.cast(logits, "float32")
         scores = process(logits[:, :known_tokens], texts, options)
-        chosen = top_candidates(scores, 1)[1]
+        if options.is_sampling:
+            chosen = sample(scores, texts, options)[:, None]
+        else:
+            chosen = top_candidates(scores, 1)[1]
         if options.return_scores:
             log_probs = ops.take_along_axis(logits, chosen, axis=1)
             log_probs = log_probs - ops.logsumexp(logits, axis=1, keepdims=True)

@@ -36,7 +36,8 @@ class GenerationDefaults:
 
         With `temperature`, `top_k` or `top_p`, as of a checkpoint with `do_sample`,
         answers are random. `compile(sampler="greedy")` decodes greedily in spite of
-        them; `generation_defaults = None` removes all.
+        them; `generation_defaults = None` removes all. `num_beams=1` in a call switches
+        off beams, and not sampling, as in transformers.
 
         Raises when they are set:
             ValueError: for an unknown name or a wrong value.
@@ -115,10 +116,10 @@ class GenerationDefaults:
         dropped: set[str] = set()
         beams = options.get("num_beams", 1)  # Not checked yet: it may be an array.
         is_other = not isinstance(beams, int) or beams != 1
-        is_other |= options.get("speculate") is not None
         if is_other or not self.is_auto_sampler:
             dropped |= {*SAMPLING, "num_beams"}
-        if any(options.get(name) is not None for name in SAMPLING):
+        names = (*SAMPLING, "speculate", "draft")
+        if any(options.get(name) is not None for name in names):
             dropped.add("num_beams")
         defaults = {k: v for k, v in defaults.items() if k not in dropped}
         return max_length, stop_token_ids, {**defaults, **options}

@@ -227,9 +227,9 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
             batch_size: maximum number of sources in a batch, for sources above 512
                 tokens also of `batch_size` x 512 tokens; sources of similar length
                 share a batch, and results keep the input order.
-            **options: those of `GenerationOptions`, e.g. `temperature`, `top_p`,
-                `num_beams`, `seed` and `speculate="source"`; they override the sampler
-                of `compile` and the checkpoint's `generation_defaults`.
+            **options: those of `GenerationOptions`, e.g. `top_p`, `num_beams`, `seed`,
+                `speculate="source"`, `draft=small_model`; they override the sampler of
+                `compile` and the checkpoint's `generation_defaults`.
 
         Returns:
             A string for a string, a list for a list (`[]` for `[]`); for arrays

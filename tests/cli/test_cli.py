@@ -97,6 +97,13 @@ def test_generate_takes_the_options_of_python(preset, capsys):
     assert out == sampled + "\n"
     _, out, _ = run(capsys, "generate", "A board", *options, *flags, "--stream")
     assert out == sampled + "\n"
+    flags += ["--draft", preset]
+    _, out, _ = run(capsys, "generate", "A board", *options, *flags)
+    assert out == sampled + "\n"
+    status, _, err = run(
+        capsys, "generate", "A board", *options, *flags, "--speculate", "source"
+    )
+    assert status == 1 and "`speculate` must be None with a `draft`" in err
     flags = ["--top-p", "2"]
     status, _, err = run(capsys, "generate", "A board", *options, *flags)
     assert status == 1 and "`top_p` must be a number above 0 and at most 1" in err
