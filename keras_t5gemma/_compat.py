@@ -407,3 +407,26 @@ def per_channel_int8(rows: Any, scales: Any) -> Any:
 
     zeros = torch.zeros(len(rows), dtype=torch.long)
     return torch._make_per_channel_quantized_tensor(rows, scales, zeros, 0)
+
+
+def torch_has_int8_products() -> bool:
+    """Whether `torch_int8_product` exists and runs on the processor's instructions.
+
+    Elsewhere it is a plain loop. There is no public way to ask for VNNI instructions.
+    """
+    import torch
+
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return hasattr(torch, "_int_mm") and bool(has_vnni())
+
+
+def torch_int8_product(left: Any, right: Any) -> Any:
+    """int32 product of two int8 matrices on PyTorch; public ones return int8.
+
+    Args:
+        left: `(R, in)`.
+        right: `(in, out)`.
+    """
+    import torch
+
+    return torch._int_mm(left, right)

@@ -421,6 +421,28 @@ def test_has_per_channel_int8():
 
 
 @only("torch")
+def test_torch_has_int8_products(monkeypatch):
+    import torch
+
+    require(torch.cpu, "_is_vnni_supported", "ask for the flags of the processor.")
+    assert _compat.torch_has_int8_products() == torch.cpu._is_vnni_supported()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not _compat.torch_has_int8_products()
+
+
+@only("torch")
+def test_torch_int8_product():
+    import torch
+
+    require(torch, "_int_mm", "return False in `torch_has_int8_products`.")
+    left = torch.full((1, 256), 127, dtype=torch.int8)
+    right = torch.full((256, 2), -128, dtype=torch.int8)
+    found = _compat.torch_int8_product(left, right)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [[256 * 127 * -128] * 2]
+
+
+@only("torch")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_per_channel_int8():
     import torch

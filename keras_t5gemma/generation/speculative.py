@@ -13,9 +13,9 @@ distribution alone. A copied token is accepted with the same probability in both
 that a model drafts at random slightly less often than there. As the draft draws with
 the noise of the same position, both models often choose alike (arXiv 2408.07978).
 
-Float32 and int8 give the answers of plain decoding, up to ties within the rounding of
-float32. In bfloat16 a pass over several positions may round otherwise than a pass over
-one: where two tokens are as likely up to that rounding, either may be chosen.
+In float32 and int8 tests hold the answers identical. A pass over several positions may
+round otherwise than a pass over one, and so decide a tie between two tokens: seen in
+bfloat16 only, where plain decoding differs likewise with the batch size.
 
 Rows accept different numbers of tokens, so `index` is `(R,)` in the state. The cache
 has spare slots, and the next pass overwrites the keys of rejected tokens.
@@ -34,6 +34,7 @@ from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import decoding
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.generation.sampling import process, sample, top_candidates
+from keras_t5gemma.modeling.int8_products import rounded_activations
 from keras_t5gemma.utils.types import Tensor
 
 LENGTHS = (0, 3, 7)  # Numbers of proposed tokens; each is a program.
@@ -326,6 +327,7 @@ def plain_step(backbone: Any) -> Callable:
     position `index` of each row on, to `(logits (R T, V), cache)`.
     """
 
+    @rounded_activations()
     def step(tokens, cache, index, capped):
         hidden, cache = backbone.decode(tokens, cache=cache, index=index)
         hidden = ops.reshape(hidden, (-1, hidden.shape[-1]))

@@ -7,7 +7,7 @@ so matrix products are written to read at memory bandwidth:
 
 - eager: as a batch of column blocks, which MKL distributes over threads;
 - compiled, one row: as multiply and sum, which Inductor fuses with its surroundings;
-- int8: by FBGEMM, with 7-bit activations scaled row by row.
+- int8: by FBGEMM, with activations of 7 or 8 bits scaled row by row.
 """
 
 import warnings
@@ -359,13 +359,14 @@ class _MultiplySum:
 class _Int8:
     """`x @ (rows / scale).T` by FBGEMM, of int8 `rows` `(out, in)`, `scale` `(out,)`.
 
-    Activations have 7 bits: without VNNI instructions the sum of two 8-bit products
-    overflows FBGEMM's 16 bits. Each row has its own scale, so that its result does not
-    depend on other rows.
+    Activations have 7 bits without VNNI instructions, where the sum of two 8-bit
+    products overflows FBGEMM's 16 bits. Each row has its own scale, so that its result
+    does not depend on other rows.
     """
 
     def __init__(self, rows, scale):
         ops = torch.ops.quantized
+        self.largest = 127 if _compat.torch_has_int8_products() else 63
         self.function = ops.linear_with_input_q_dq_qweight_dq_output_fp32
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
@@ -381,5 +382,7 @@ class _Int8:
 
     def __call__(self, x):
         largest = x.float().abs().amax(1, keepdim=True).clamp_min_(1e-30)
-        out = self.function(x.float() / largest, 1 / 63, 64, self.packed)
+        out = self.function(
+            x.float() / largest, 1 / self.largest, self.largest + 1, self.packed
+        )
         return out.mul_(largest).to(x.dtype)

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.modeling.gated_gelu import gated_gelu
+from keras_t5gemma.modeling.int8_products import int8_product, is_fast
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -53,7 +54,8 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     """Token embedding, tied to the logits; int8 quantizes the weights only.
 
     Keras also quantizes the activations: the gradient through its int8 logits has a
-    cosine of about 0 to that of float32, and LoRA learns nothing.
+    cosine of about 0 to that of float32, and LoRA learns nothing. Generation rounds
+    them where that is faster, see `int8_products`.
     """
 
     def quantize(self, mode=None, type_check=True, config=None):
@@ -69,10 +71,14 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     def int8_logits(self, states: Tensor) -> Tensor:
         """Logits `(B, V)` of states `(B, D)`, for generation, without the soft cap.
 
-        Computed in chunks of the table, so that XLA never dequantizes all of it: a
-        chunk of at most 8 MiB stays in the processor's cache.
+        In floats it is computed in chunks of the table, so that XLA never dequantizes
+        all of it: a chunk of at most 8 MiB stays in the processor's cache.
         """
         table = stored_weight(self, "embeddings")
+        if is_fast(states):
+            return int8_product(
+                states, table.value, self.embeddings_scale.value, axis=1
+            )
         size, width = table.shape
         parts = math.gcd(size, 1 << (size * width // 2**21).bit_length())
         table = ops.reshape(table, (parts, size // parts, width))
@@ -91,6 +97,7 @@ class Projection(keras.layers.Dense):
     """Dense layer without bias; int8 quantizes the weights only.
 
     They are dequantized for a float product: inputs and gradients stay exact.
+    Generation rounds the inputs where that is faster, see `int8_products`.
     """
 
     def quantize(self, mode=None, type_check=True, config=None):
@@ -99,9 +106,13 @@ class Projection(keras.layers.Dense):
     def quantized_call(self, inputs, training=None):
         if self.quantization_mode != "int8":
             return super().quantized_call(inputs, training=training)
-        kernel = ops.cast(stored_weight(self, "kernel"), self.compute_dtype)
-        kernel = kernel / ops.cast(self.kernel_scale, self.compute_dtype)
-        x = ops.matmul(inputs, kernel)
+        kernel = stored_weight(self, "kernel")
+        if is_fast(inputs):
+            x = int8_product(inputs, kernel.value, self.kernel_scale.value, axis=0)
+        else:
+            kernel = ops.cast(kernel, self.compute_dtype)
+            kernel = kernel / ops.cast(self.kernel_scale, self.compute_dtype)
+            x = ops.matmul(inputs, kernel)
         if self.lora_enabled:
             update = ops.matmul(inputs, self.lora_kernel_a)
             update = ops.matmul(update, self.lora_kernel_b)

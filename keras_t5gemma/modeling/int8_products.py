@@ -1,0 +1,114 @@
+"""Integer products of activations and int8 weights, for generation on a CPU.
+
+Each row of the activations is rounded to 8 bits with its own scale, so that its result
+does not depend on other rows. Training and everything but generation multiply with
+dequantized weights: rounding has no gradient.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
+import keras
+from keras import ops
+
+from keras_t5gemma import _compat
+from keras_t5gemma.utils.backends import on_cpu
+from keras_t5gemma.utils.types import Tensor
+
+_FEW_ROWS = 16
+_ROUNDED = contextvars.ContextVar("rounded_activations", default=False)
+
+
+@contextlib.contextmanager
+def rounded_activations() -> Iterator[None]:
+    """Context in which layers with int8 weights may round their activations."""
+    token = _ROUNDED.set(True)
+    try:
+        yield
+    finally:
+        _ROUNDED.reset(token)
+
+
+def is_fast(x: Tensor) -> bool:
+    """Whether `int8_product` may be used, and is faster than a float product.
+
+    Args:
+        x: the activations.
+    """
+    if not _ROUNDED.get() or keras.distribution.distribution() is not None:
+        return False
+    return on_cpu(x) and _has_kernels()
+
+
+@functools.cache
+def _has_kernels():
+    kernels = {"torch": _compat.torch_has_int8_products, "jax": xla_has_kernels}
+    has = kernels.get(keras.config.backend())
+    return has is not None and has()
+
+
+def xla_has_kernels() -> bool:
+    """Whether this XLA compiles products of int8 to kernels of the YNNPACK library.
+
+    Other versions widen the weights to 32 bits in memory and multiply in plain loops.
+    """
+    import jax
+
+    def product(a, b):
+        return jax.lax.dot(a, b, preferred_element_type="int32")
+
+    shapes = [jax.ShapeDtypeStruct(shape, "int8") for shape in ((8, 512), (512, 512))]
+    program = jax.jit(product).lower(*shapes).compile().as_text()
+    return "ynn_fusion" in (program or "")
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """`x @ (weight / scale)`, with rows of `x` rounded to 8 bits.
+
+    Args:
+        x: float `(..., in)`.
+        weight: int8 `(in, out)`, or `(out, in)`.
+        scale: float `(out,)`.
+        axis: of `weight` that is "in", 0 or 1.
+
+    Returns:
+        `(..., out)` in the dtype of `x`.
+    """
+    product = _torch_product if keras.config.backend() == "torch" else _xla_product
+    scale = ops.cast(scale, "float32")
+    out = product(x.reshape((-1, x.shape[-1])), weight, scale, axis)
+    return ops.cast(out.reshape((*x.shape[:-1], -1)), x.dtype)
+
+
+def _torch_product(rows, weight, scale, axis):
+    rows = rows.float()
+    step = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(127)
+    rounded = (rows / step).round_().char()
+    sums = _compat.torch_int8_product(rounded, weight if axis == 0 else weight.t())
+    return sums.float().mul_(step).div_(scale)
+
+
+def _xla_product(rows, weight, scale, axis):
+    from jax import lax
+
+    count = rows.shape[0]
+    rows = ops.cast(rows, "float32")
+    step = ops.max(ops.abs(rows), axis=-1, keepdims=True)
+    step = ops.maximum(step, 1e-30) / 127.0
+    rounded = ops.cast(ops.round(rows / step), "int8")
+    if count == 1:  # XLA computes products with a vector in 32 bits.
+        rounded = ops.pad(rounded, ((0, 1), (0, 0)))
+
+    def product(left, right, right_axis):
+        axes = ((1,), (right_axis,)), ((), ())
+        return lax.dot_general(left, right, axes, preferred_element_type="int32")
+
+    if axis == 0 or count > _FEW_ROWS:
+        sums = product(rounded, weight, axis)[:count]
+        return ops.cast(sums, "float32") * (step / scale)
+    # With the weight first, XLA reads its rows as they lie, without packing them. They
+    # are scaled before they are transposed: XLA would exchange the factors otherwise.
+    sums = ops.cast(product(weight, rounded, 1)[:, :count], "float32")
+    return (sums * (step.T / scale[:, None])).T
