@@ -12,6 +12,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from grid import LONGER, STEPS
+
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 NAMES = {
@@ -93,12 +95,38 @@ def tuning(results):
             losses = spread([run["val_loss"] for run in runs], 3)
             scores = spread([rouge(run) for run in runs], 1)
             rows.append([NAMES[variant], losses, scores])
-    decoders = [r for n, r in results.items() if n.startswith("decoder-only/small")]
-    if decoders:
+    if decoders := of_kind(results, "decoder-only/small"):
         losses = spread([run["val_loss"] for run in decoders], 3)
         row = ["the decoder-only source", losses]
         rows.append([*row, spread([rouge(run) for run in decoders], 1)])
     return table(["", "validation loss", "ROUGE-L"], rows)
+
+
+def of_kind(results, kind):
+    """Results of the seeds of `kind`, a name without the seed."""
+    return [r for name, r in results.items() if name.rpartition("/")[0] == kind]
+
+
+def longer(results):
+    """Copying and quality by steps of pretraining, small-small and its source."""
+    rows = []
+    for suffix, times in (("", 1), ("-long", LONGER)):
+        pairs = f"small-small/prefixlm{suffix}"
+        for label, before, after in (
+            ("encoder-decoder", f"pretrain/{pairs}", f"synopsis/{pairs}"),
+            (
+                "decoder-only",
+                "decoder-only/small-long" if suffix else "copying/small",
+                f"decoder-only/small{suffix}",
+            ),
+        ):
+            trained, tuned = of_kind(results, before), of_kind(results, after)
+            if trained and tuned:
+                losses = spread([run["val_loss"] for run in tuned], 3)
+                scores = spread([rouge(run) for run in tuned], 1)
+                rows.append([times * STEPS, label, copied(trained), losses, scores])
+    header = ["steps", "", "copy accuracy, %", "validation loss", "ROUGE-L"]
+    return table(header, rows)
 
 
 def sizes(results):
@@ -109,7 +137,7 @@ def sizes(results):
             [
                 label,
                 f"{runs[0]['flops']:.0f}",
-                f"{runs[0]['milliseconds']:.0f}",
+                f"{milliseconds(runs):.1f}",
                 spread([run["val_loss"] for run in runs], 3),
                 spread([rouge(run) for run in runs], 1),
             ]
@@ -118,10 +146,14 @@ def sizes(results):
     return table(header, rows)
 
 
+def milliseconds(runs):
+    """Latency of an answer: the least of the seeds, which is disturbed least."""
+    return min(run["milliseconds"] for run in runs)
+
+
 def _of_sizes(results):
     for size in ("small", "medium", "large"):
-        runs = [r for n, r in results.items() if n.startswith(f"decoder-only/{size}")]
-        if runs:
+        if runs := of_kind(results, f"decoder-only/{size}"):
             yield f"decoder-only, {size}", runs
     groups = by_variant(results, "synopsis")
     for pair in ("small-small", "large-small", "medium-medium", "large-large"):
@@ -177,7 +209,10 @@ def draw_frontier(results):
     ):
         for kind, marker in (("decoder-only", "s"), ("encoder-decoder", "o")):
             found = [row for row in _of_sizes(results) if row[0].startswith(kind)]
-            x = [runs[0][cost] for _, runs in found]
+            x = [
+                milliseconds(runs) if cost == "milliseconds" else runs[0][cost]
+                for _, runs in found
+            ]
             y = [statistics.fmean(map(rouge, runs)) for _, runs in found]
             error = [
                 statistics.fmean(r["scores"]["rougeL"]["standard_error"] for r in runs)
@@ -210,6 +245,7 @@ TABLES = {
     "pretraining": pretraining,
     "tuning": tuning,
     "sizes": sizes,
+    "longer": longer,
     "warm-up": warm_up,
 }
 
