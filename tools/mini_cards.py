@@ -1,10 +1,11 @@
 """Measure the embedded presets and write their model cards.
 
-    KERAS_BACKEND=torch python tools/mini_cards.py --data DATA --logs LOGS \\
+    KERAS_BACKEND=torch python tools/mini_cards.py --data DATA [--logs LOGS] \\
         --presets keras_t5gemma/_presets
 
 `LOGS` holds the logs of `tools/train_mini.py`: one folder with `log.json` a stage.
-With `--compare PRESET` another preset is measured the same way and printed.
+Without them only the scores of the fine-tuned preset's card are written again. With
+`--compare PRESET` another preset is measured the same way and printed.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from keras_t5gemma.recipes.model_card import (  # noqa: E402
 )
 
 METHODS = {"greedy": {}, "5 beams": {"num_beams": 5}}
+ANY_REPEATS = {"no_repeat_ngram_size": 0}
 METRICS = ["rouge", "bleu", "chrf"]
 SHOWN = 20  # Answers in the card: of every 89th row of the test set.
 
@@ -102,13 +104,19 @@ def unsupported(answers, sources):
     return 100 * counts[0] / max(counts[1], 1)
 
 
-def measure(preset, data):
-    """Scores and answers on the synopsis test set by decoding method."""
+def measure(preset, data, **defaults):
+    """Scores and answers on the synopsis test set by decoding method.
+
+    Args:
+        preset: name or folder.
+        data: folder of the data.
+        **defaults: options of `generate`.
+    """
     model = kt.Seq2SeqLM.from_preset(preset)
     test = corpus.read_synopsis(data, "test")
     scores, answers = {}, {}
     for method, options in METHODS.items():
-        answers[method] = model.generate(test["encoder_text"], **options)
+        answers[method] = model.generate(test["encoder_text"], **defaults, **options)
         scores[method] = kt.score_texts(answers[method], test["decoder_text"], METRICS)
         share = 100 * sum(map(repeats, answers[method])) / len(answers[method])
         scores[method]["repeated trigram, %"] = {"mean": share}
@@ -128,44 +136,83 @@ def score_table(scores):
     return "\n".join(lines)
 
 
-def write_card(folder, scores, logs, shown=()):
+def score_section(scores, repeating, shown):
+    """The card's section of scores.
+
+    Args:
+        scores: what `measure` returns first.
+        repeating: the same with `ANY_REPEATS`.
+        shown: `(package, answer)` pairs.
+    """
+    greedy, beams = repeating["greedy"], repeating["5 beams"]
+    before, share = "rougeL", "repeated trigram, %"
+    answers = "\n".join(f"- `{package}`: {answer}" for package, answer in shown)
+    return f"""{score_table(scores)}
+
+The preset's `generation_config.json` keeps an answer from repeating three tokens, as is
+usual for summaries (`no_repeat_ngram_size=3`). With `no_repeat_ngram_size=0`: ROUGE-L
+{greedy[before]["mean"]:.1f} and {beams[before]["mean"]:.1f}, repeated trigrams in \
+{greedy[share]["mean"]:.1f} % and {beams[share]["mean"]:.1f} % of the answers.
+
+{BASELINES}
+
+Greedy answers for every {1780 // SHOWN}th package of the test set:
+
+{answers}"""
+
+
+def score_metadata(scores):
+    """The measures for the card's metadata."""
+    return [
+        eval_result(
+            measure,
+            round(score["mean"], 1),
+            "Debian 12 package synopses",
+            "test",
+            "summarization",
+            variant=method,
+        )
+        for method, measured in scores.items()
+        for measure, score in measured.items()
+        if "%" not in measure
+    ]
+
+
+def card_options(tuned):
+    """Metadata of both cards."""
+    options = {"license": "apache-2.0", "language": "en"}
+    return options | ({"pipeline_tag": "summarization"} if tuned else {})
+
+
+def write_scores(folder, scores, section):
+    """Write the scores of an existing card again."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    body = card.split("---\n", 2)[2].lstrip("\n")
+    start = body.index("## Scores\n\n") + len("## Scores\n\n")
+    body = body[:start] + section + body[body.index("\n\n## Limits") :]
+    metadata = card_metadata(folder.name, score_metadata(scores), **card_options(True))
+    save_card(folder, metadata, body)
+
+
+def write_card(folder, scores, logs, section=""):
     """Write README.md of an embedded preset, its metadata included.
 
     Args:
         folder: of the preset; its name is the preset's.
         scores: what `measure` returns first, for the fine-tuned preset.
         logs: dict of the stages' logs, see `read_logs`.
-        shown: `(package, answer)` pairs for the fine-tuned preset.
+        section: of the scores, for the fine-tuned preset.
     """
     name = folder.name
     tuned = name.endswith("synopsis")
-    metadata = {"license": "apache-2.0", "language": "en"}
     tuning = ""
     pretraining, losses = logs["pretrained"], logs["losses"]
     if tuned:
-        metadata["pipeline_tag"] = "summarization"
-        results = [
-            eval_result(
-                measure,
-                round(score["mean"], 1),
-                "Debian 12 package synopses",
-                "test",
-                "summarization",
-                variant=method,
-            )
-            for method, measured in scores.items()
-            for measure, score in measured.items()
-            if "%" not in measure
-        ]
+        results, text = score_metadata(scores), section
         steps = " and of ".join(f"{part[-1]['steps']:,}" for part in logs["synopsis"])
         tuning = (
             f"\nFine-tuning: the mean of two, of {steps} steps of {logs['rows']} of "
             "the 38,471\nsynopses."
-        )
-        answers = "\n".join(f"- `{package}`: {answer}" for package, answer in shown)
-        text = (
-            f"{score_table(scores)}\n\n{BASELINES}\n\nGreedy answers for every "
-            f"{1780 // SHOWN}th package of the test set:\n\n{answers}"
         )
     else:
         dataset = "Debian 12 descriptions and documentation"
@@ -185,7 +232,7 @@ def write_card(folder, scores, logs, shown=()):
         tuning=tuning,
         scores=text,
     )
-    save_card(folder, card_metadata(name, results, **metadata), body)
+    save_card(folder, card_metadata(name, results, **card_options(tuned)), body)
 
 
 def read_logs(folder, rows):
@@ -229,13 +276,18 @@ def main():
     if args.compare:
         print(score_table(measure(args.compare, args.data)[0]))
         return
-    logs = read_logs(args.logs, args.rows)
     tuned = args.presets / "t5gemma_mini_synopsis"
     scores, answers = measure(tuned, args.data)
     print(score_table(scores))
     names = corpus.read_synopsis(args.data, "test", names=True)["name"]
     shown = list(zip(names, answers["greedy"], strict=True))[:: len(names) // SHOWN]
-    write_card(tuned, scores, logs, shown[:SHOWN])
+    repeating, _ = measure(tuned, args.data, **ANY_REPEATS)
+    section = score_section(scores, repeating, shown[:SHOWN])
+    if not args.logs:
+        write_scores(tuned, scores, section)
+        return
+    logs = read_logs(args.logs, args.rows)
+    write_card(tuned, scores, logs, section)
     write_card(args.presets / "t5gemma_mini", None, logs)
 
 

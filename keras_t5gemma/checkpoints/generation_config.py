@@ -190,3 +190,9 @@ def save(folder: Path, defaults: Mapping[str, Any], preprocessor: Any = None) ->
     """Write the file into a folder; see `write`."""
     text = json.dumps(write(defaults, preprocessor), indent=2, sort_keys=True)
     (folder / GENERATION_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def copy(source: Source, folder: Path, preprocessor: Any = None) -> None:
+    """Write the defaults of a checkpoint, if it has any, into a folder."""
+    if defaults := read(source).defaults:
+        save(folder, defaults, preprocessor)

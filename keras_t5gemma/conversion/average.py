@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_t5gemma.checkpoints import atomic, keras_format
+from keras_t5gemma.checkpoints import atomic, generation_config, keras_format
 from keras_t5gemma.checkpoints.atomic import atomic_folder
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
@@ -35,7 +35,8 @@ def average_presets(
     Args:
         presets: names, folders or handles, of any supported format; see
             `presets.resolve`.
-        folder: path to write. Tokenizer, lengths and dtype are the first preset's.
+        folder: path to write. Tokenizer, lengths, dtype and defaults of generation are
+            the first preset's.
         weights: one number for each preset, not negative; `None` weighs all equally.
         overwrite: replace a checkpoint in `folder`.
 
@@ -95,6 +96,7 @@ def average_presets(
                 preprocessor,
                 progress=progress,
             )
+            generation_config.copy(first.source, staging, preprocessor)
 
 
 def _check_weights(weights):

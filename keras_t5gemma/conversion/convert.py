@@ -71,7 +71,6 @@ def convert(
     total = written.itemsize * sum(math.prod(t.shape) for t in tensors.values())
     atomic.check_free_space(folder, total)
     preprocessor = _preprocessor(opened)
-    defaults = generation_config.read(opened.source).defaults
     kwargs: dict[str, Any] = {"max_shard_bytes": shard_bytes}
     with progress_bar("Writing", total, is_bytes=True) as progress:
         kwargs["progress"] = progress
@@ -86,9 +85,9 @@ def convert(
                     preprocessor,
                     **kwargs,
                 )
-                if defaults:
-                    generation_config.save(staging, defaults, preprocessor)
+                generation_config.copy(opened.source, staging, preprocessor)
             return
+        defaults = generation_config.read(opened.source).defaults
         kwargs |= {"preprocessor": preprocessor, "generation_defaults": defaults}
         huggingface.save(folder, opened.config, tensors, written, **kwargs)
 
@@ -111,8 +110,7 @@ def _quantize(opened, tensors, folder, to, mode, shard_bytes):
         preset_saving.write_backbone(backbone, staging, shard_bytes)
         if preprocessor is not None:
             preset_saving.save_preprocessor(preprocessor, staging)
-        if defaults := generation_config.read(opened.source).defaults:
-            generation_config.save(staging, defaults, preprocessor)
+        generation_config.copy(opened.source, staging, preprocessor)
 
 
 def _preprocessor(opened):

@@ -3,6 +3,7 @@ import pytest
 from helpers.models import numpy, tiny_config
 
 import keras_t5gemma as kt
+from keras_t5gemma.checkpoints import generation_config
 from keras_t5gemma.checkpoints.checkpoint import open_checkpoint
 from keras_t5gemma.conversion.average import average_presets
 from keras_t5gemma.conversion.convert import convert
@@ -49,6 +50,14 @@ def test_average_loads_with_the_first_ones_tokenizer(presets, tmp_path):
     for variable in model.backbone.weights:
         np.testing.assert_allclose(numpy(variable), expected[variable.path], rtol=3e-7)
     assert model.preprocessor.encoder_sequence_length == 24
+
+
+def test_average_has_the_first_ones_defaults_of_generation(presets, tmp_path):
+    convert(presets[0], tmp_path / "first")
+    generation_config.save(tmp_path / "first", {"no_repeat_ngram_size": 3})
+    average_presets([tmp_path / "first", presets[1]], tmp_path / "mean")
+    model = kt.Seq2SeqLM.from_preset(tmp_path / "mean")
+    assert model.generation_defaults["no_repeat_ngram_size"] == 3
 
 
 def test_dtype_is_the_firsts(presets, tmp_path):
