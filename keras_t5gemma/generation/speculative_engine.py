@@ -13,8 +13,9 @@ from keras_t5gemma.generation.engine import EagerTorch, function_class, torch_st
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.utils.backends import on_cpu
 
-_ACCELERATOR_ROW = 0.02  # Of the time of one row.
-_XLA_EXPONENT = 0.55
+# Of the time of one row.
+_ACCELERATOR_ROW = 0.02
+_XLA_ROW = 0.1
 _TORCH_SECONDS_PER_LAYER = 5e-4  # Of calling operations, whatever their size.
 _REMEMBERED = 32  # Tried tokens.
 _PASSES_UNSURE, _PASSES = 4, 8  # In one call.
@@ -225,9 +226,9 @@ def relative_time(backbone: Any) -> Callable[[int], float]:
     """Time of a pass of the decoder, as a multiple of that of one row and position.
 
     Rounded from measurements, see benchmarks/speculate.py. The first row takes the time
-    of reading the weights, further ones that of the arithmetic; XLA's products of
-    several rows use the processor better. PyTorch's calls take the most time of a small
-    model, whatever the number of rows.
+    of reading the weights, further ones that of the arithmetic. On CPUs, XLA copies the
+    weights of a float product of several rows, which doubles the time; PyTorch's calls
+    take the most time of a small model, whatever the number of rows.
 
     Args:
         backbone: a `Backbone`.
@@ -237,10 +238,12 @@ def relative_time(backbone: Any) -> Callable[[int], float]:
     """
     if not on_cpu(backbone.decoder.final_norm.scale):
         return lambda rows: 1 + _ACCELERATOR_ROW * (rows - 1)
+    is_quantized = bool(backbone.decoder.token_embedding.quantization_mode)
     if keras.config.backend() != "torch":
-        return lambda rows: rows**_XLA_EXPONENT
+        copies = 0 if is_quantized else 1
+        return lambda rows: 1 + (rows > 1) * copies + _XLA_ROW * (rows - 1)
     row = decoder_token_seconds(backbone)
-    if backbone.decoder.token_embedding.quantization_mode:
+    if is_quantized:
         row /= 4
     calls = _TORCH_SECONDS_PER_LAYER * backbone.config.decoder.num_layers
     share = row / (calls + 4.5 * row)

@@ -404,6 +404,8 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
     assert model.generate(pairs, LENGTH) == expected
     with pytest.raises(ValueError, match=r"sampler Own.*not support.*\['num_beams'\]"):
         model.generate(pairs, LENGTH, num_beams=2)
+    with pytest.raises(ValueError, match=r"\['draft'\]. Compile.*'auto'.*'top_p'"):
+        model.generate(pairs, LENGTH, draft=model)
     with pytest.raises(ValueError, match="`stream`.*got .*Own"):
         model.stream("a", LENGTH)
 
