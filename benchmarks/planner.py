@@ -30,7 +30,6 @@ import numpy as np
 import keras_t5gemma as kt
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 from keras_t5gemma.planning.costs import Job, evaluate
-from keras_t5gemma.utils.buckets import LOGITS_ON_CPU
 
 SAME = StackConfig(2, 128, 512, 4, 2, 32)
 NARROW = StackConfig(3, 192, 384, 4, 4, 48)
@@ -41,6 +40,7 @@ ONE = {
     "equal": (SAME, SAME, 2048, 4, (256, 256), {}),
     "long source": (NARROW, SAME, 2048, 4, (384, 128), {}),
     "long target": (SAME, NARROW, 4096, 4, (128, 384), {}),
+    "in blocks": (SAME, SAME, 2048, 1, (2048, 128), {}),
     "vocabulary": (SAME, SAME, 32768, 2, (128, 128), {}),
     "weights": (WIDE, WIDE, 2048, 1, (64, 64), {}),
     "weights, clipped": (WIDE, WIDE, 2048, 1, (64, 64), {"clip": 1.0}),
@@ -72,7 +72,7 @@ def make_job(case, rematerialize, devices=1):
         optimizer,
         **{"dtype": "float32", **more},
         rematerialize=rematerialize,
-        at_once=LOGITS_ON_CPU,
+        cpu=True,
     )
 
 

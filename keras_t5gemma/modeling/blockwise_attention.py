@@ -23,24 +23,37 @@ from keras_t5gemma.modeling import flex_attention, splash_attention
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator
 from keras_t5gemma.modeling.masks import Visibility
 from keras_t5gemma.utils.backends import on_cpu
-from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR, LOGITS_ON_CPU
+from keras_t5gemma.utils.buckets import (
+    LOGITS_ON_ACCELERATOR,
+    LOGITS_ON_CPU,
+    power_of_two,
+)
 from keras_t5gemma.utils.checks import one_of
 from keras_t5gemma.utils.types import Tensor
 
 _ACCELERATORS = {"flex": flex_attention, "splash": splash_attention}
 KERNELS = ("auto", "portable", "flex", "splash", "plain")
-# Queries x keys from which on blocks are used.
+# Queries x keys whose logits are too much memory.
 _LONG = 2**20
+# Queries x keys from which on blocks are faster on a CPU: see benchmarks/RESULTS.md.
+_FASTER_ON_CPU = {"jax": 2**18, "tensorflow": 2**20, "torch": 2**18}
 _KEYS = 512
 _FEWEST_QUERIES = 64
 
 
-def uses_blocks(queries: int, keys: int) -> bool:
+def uses_blocks(queries: int, keys: int, cpu: bool = False) -> bool:
     """Whether attention of these lengths is computed in blocks.
 
-    Below, one product of all queries and keys is faster, and its logits are small.
+    Otherwise one product of all queries and keys is faster, and its logits are small.
+
+    Args:
+        queries: T.
+        keys: S.
+        cpu: whether a CPU computes it.
     """
-    return queries * keys >= _LONG
+    logits = queries * keys
+    is_fast = cpu and logits >= _FASTER_ON_CPU[keras.config.backend()]
+    return logits >= _LONG or (is_fast and min(queries, keys) >= _FEWEST_QUERIES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,13 +76,14 @@ def attention_mask(visibility: Visibility, kernel: str = "auto") -> Any:
         visibility: which keys a query attends to.
         kernel: see `attend`; `"plain"` always makes the mask.
     """
-    lengths = [x.shape[1] for x in (visibility.queries, visibility.keys)]
+    queries, keys = (x.shape[1] for x in (visibility.queries, visibility.keys))
     if kernel == "plain":
         return visibility.mask()
     # Exporters of PyTorch have symbols for lengths, and write plain operations.
-    # TensorFlow traces `fit` with unknown lengths, and has no gradient of a choice
-    # between the two in a program: there the mask is made.
-    if all(isinstance(x, int) for x in lengths) and uses_blocks(*lengths):
+    # Where TensorFlow traces unknown lengths the mask is made, too: it has no gradient
+    # of a choice between the two in a program. `tasks.compiled_training` tells it.
+    is_known = isinstance(queries, int) and isinstance(keys, int)
+    if is_known and uses_blocks(queries, keys, on_cpu(visibility.queries)):
         return BlockwiseMask(visibility, kernel)
     return visibility.mask()
 
@@ -141,7 +155,11 @@ def attend(
         from keras_t5gemma.modeling import blockwise_torch as portable
     else:
         from keras_t5gemma.modeling import blockwise_xla as portable  # type: ignore
-    blocks = blocks or block_sizes(query.shape[2], on_cpu(query))
+    if blocks is None:
+        # Not larger than the lengths, which are padded to them.
+        queries, keys = block_sizes(query.shape[2], on_cpu(query))
+        most = power_of_two(query.shape[1]), power_of_two(key.shape[2])
+        blocks = min(queries, most[0]), min(keys, most[1])
     check_blocks(blocks)
     arguments = visibility, soft_cap, dropout, seed, blocks
     return portable.attend(query, key, value, *arguments)

@@ -85,7 +85,9 @@ class Visibility:
 
     Queries and keys are at positions 0, 1, 2, ... of their sequences. A query attends
     to the keys of its segment, see `segment_mask`, that pass the causal mask and the
-    window.
+    window. Segments may come in any order, and in several pieces, which attend to each
+    other: every implementation computes the same function. In ascending order, as
+    packing writes them, blocks that hold other segments are skipped.
 
     Args:
         queries: padding mask or segment ids `(B, T)`, 0 for padding.

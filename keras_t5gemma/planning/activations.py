@@ -26,7 +26,11 @@ from collections.abc import Mapping, Sequence
 
 from keras_t5gemma.config import SLIDING, StackConfig, T5GemmaConfig
 from keras_t5gemma.modeling.blockwise_attention import block_sizes, uses_blocks
-from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR, vocabulary_chunks
+from keras_t5gemma.utils.buckets import (
+    LOGITS_ON_ACCELERATOR,
+    LOGITS_ON_CPU,
+    vocabulary_chunks,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Shape:
         split: number of devices over which heads and feed-forward are split.
         learns: whether all weights have gradients, not only adapters on queries and
             values.
+        cpu: whether the device is a CPU, whose blocks of logits are smaller.
     """
 
     batch: int
@@ -49,6 +54,7 @@ class Shape:
     itemsize: int
     split: int = 1
     learns: bool = True
+    cpu: bool = False
 
 
 def _kv_split(stack: StackConfig, split: int) -> int:
@@ -59,7 +65,7 @@ def _attention(stack: StackConfig, s: Shape, queries: int, keys: int) -> float:
     heads = stack.num_query_heads * stack.head_dim / s.split  # N H
     memory = stack.num_key_value_heads * stack.head_dim / _kv_split(stack, s.split)
     states = queries * heads * (2 if s.learns else 1) + 2 * keys * memory
-    if uses_blocks(queries, keys):
+    if uses_blocks(queries, keys, s.cpu):
         log_sum_exp = 4 * stack.num_query_heads / s.split * queries
         return s.batch * (s.itemsize * (states + queries * heads) + log_sum_exp)
     weights = 8 + (s.itemsize if s.itemsize < 4 else 0)
@@ -100,8 +106,8 @@ def working_of_block(
     keys = max(length, memory_length or 0)
     heads = stack.num_query_heads / s.split
     logits = 8 * heads * length * keys
-    if uses_blocks(length, keys):
-        block = math.prod(block_sizes(math.ceil(heads), False))
+    if uses_blocks(length, keys, s.cpu):
+        block = math.prod(block_sizes(math.ceil(heads), s.cpu))
         memory = stack.num_key_value_heads / _kv_split(stack, s.split)
         logits = 12 * heads * block + 8 * keys * memory * stack.head_dim
     rows = stack.intermediate_dim / s.split + 5 * stack.hidden_dim
@@ -113,7 +119,6 @@ def logits_chunk(
     s: Shape,
     shards: int = 1,
     pieces: int = 1,
-    at_once: int = LOGITS_ON_ACCELERATOR,
 ) -> float:
     """Bytes of one chunk of the logits: logits, their tanh, their gradient.
 
@@ -125,9 +130,9 @@ def logits_chunk(
         s: sizes on the device.
         shards: number of devices over which the rows of the table are split.
         pieces: number of devices over which its width is split.
-        at_once: maximum number of logits in a chunk.
     """
     size, tokens = config.vocabulary_size // shards, s.batch * s.target
+    at_once = LOGITS_ON_CPU if s.cpu else LOGITS_ON_ACCELERATOR
     rows = size / vocabulary_chunks(size, tokens, at_once, pieces)
     gathered = 0.0
     if pieces > 1 and config.decoder is not None:

@@ -38,7 +38,6 @@ from keras_t5gemma.planning.abstract_variables import (
     model_variables,
     optimizer_variables,
 )
-from keras_t5gemma.utils.buckets import LOGITS_ON_ACCELERATOR
 
 COMPUTE_BYTES = {"float32": 4, "mixed_bfloat16": 2, "bfloat16": 2}
 # Mesh axes over which a variable is split: in memory, and while it is used.
@@ -119,7 +118,7 @@ class Job:
     rematerialize: bool = True
     lora_rank: int | None = None
     quantize: str | None = None
-    at_once: int = LOGITS_ON_ACCELERATOR
+    cpu: bool = False
 
     def variables(self) -> tuple[Variable, ...]:
         """Variables of the model; see `model_variables`."""
@@ -141,6 +140,7 @@ def evaluate(job: Job, mesh: Mapping[str, int], strategy: str) -> Plan:
         COMPUTE_BYTES[job.dtype],
         model,
         job.lora_rank is None,
+        job.cpu,
     )
     parts = [
         dataclasses.replace(
@@ -152,7 +152,7 @@ def evaluate(job: Job, mesh: Mapping[str, int], strategy: str) -> Plan:
     if job.config.decoder is not None:
         shards = 1 if strategy == "data" else model
         pieces = data if strategy == "fsdp" else 1
-        chunk = activations.logits_chunk(job.config, s, shards, pieces, job.at_once)
+        chunk = activations.logits_chunk(job.config, s, shards, pieces)
     optimizer = job.optimizer
     holds_all = bool(optimizer.global_clipnorm or optimizer.gradient_accumulation_steps)
     step = activations.peak(

@@ -9,6 +9,7 @@ import keras
 
 from keras_t5gemma import _compat
 from keras_t5gemma.modeling.blockwise_attention import uses_blocks
+from keras_t5gemma.utils.backends import on_cpu
 
 # Programs of a step on TensorFlow for batches of long texts, one a shape.
 _MOST_PROGRAMS = 32
@@ -110,6 +111,7 @@ class _StepOfShapes:
         import tensorflow as tf
 
         self.function = function
+        self.cpu = on_cpu(None)  # Of any tensor on TensorFlow.
         # Two: one function would use its program of unknown shapes for all.
         self.exact, self.relaxed = (
             tf.function(step, jit_compile=jit_compile, autograph=False)
@@ -157,13 +159,12 @@ class _StepOfShapes:
         self.shapes.add(shapes)
         return True
 
-    @staticmethod
-    def _may_be_long(batch):
+    def _may_be_long(self, batch):
         """Whether the inputs of a batch, or of its signature, need blocks."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
         shapes = [x.shape for x in keras.tree.flatten(x) if x is not None]
         lengths = [shape[1] for shape in shapes if len(shape) > 1]
-        return any(n is None or uses_blocks(n, n) for n in lengths)
+        return any(n is None or uses_blocks(n, n, self.cpu) for n in lengths)
 
 
 @functools.cache

@@ -155,11 +155,15 @@ def test_flex_attention_is_the_same_function(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     flex_attention._compiled.cache_clear()
-    ids = np.pad(np.repeat(PACKED, 10, axis=1), ((0, 0), (0, 30)))
-    for causal, window, keys in (
-        (False, 150, 400),
-        (True, None, 400),
-        (False, None, 290),
+    packed, unordered = (
+        np.pad(np.repeat(ids, 10, axis=1), ((0, 0), (0, 30)))
+        for ids in (PACKED, UNORDERED)
+    )
+    for ids, causal, window, keys in (
+        (packed, False, 150, 400),
+        (packed, True, None, 400),
+        (packed, False, None, 290),
+        (unordered, False, 300, 400),
     ):
         *arrays, _ = random_arrays(3, 400, keys, 4, 2, 16)
         visibility = Visibility(ids, ids[:, :keys], causal, window)
@@ -168,7 +172,8 @@ def test_flex_attention_is_the_same_function(monkeypatch):
         expected = plain_attention(*arguments)
         assert max_difference(found, expected) < 1e-5
         blocks = flex_attention.block_mask(visibility)
-        assert blocks.sparsity() > 40  # Percent of blocks that are skipped.
+        if ids is packed:
+            assert blocks.sparsity() > 40  # Percent of blocks that are skipped.
     flex_attention._compiled.cache_clear()
 
 
@@ -180,7 +185,7 @@ def short_is_long(monkeypatch):
 
 
 def weights_after(kernel, dropout=0.0, **options):
-    """Of three steps on packed rows, from lengths that TensorFlow does not know."""
+    """Of three steps on packed rows."""
     keras.utils.set_random_seed(3)
     model = kt.Seq2SeqLM(kt.Backbone(one_block_config(dropout=dropout)))
     enlarge(model.backbone, 3.0)
@@ -267,10 +272,17 @@ def test_no_array_of_queries_times_keys_in_pytorch(short_is_long):
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("queries", "keys", "blocks"),
-    [(512, 512, False), (2048, 2048, True), (64, 8192, False), (1, 32768, False)],
+    [
+        (511, 511, False),
+        (512, 512, True),
+        (128, 4096, True),
+        (2048, 2048, True),
+        (32, 16384, False),
+    ],
 )
 def test_short_sequences_are_attended_to_at_once(queries, keys, blocks):
-    assert blockwise_attention.uses_blocks(queries, keys) == blocks
+    assert blockwise_attention.uses_blocks(queries, keys, cpu=True) == blocks
+    assert blockwise_attention.uses_blocks(queries, keys) == (keys == 2048)
     mask = blockwise_attention.attention_mask(
         Visibility(np.ones((1, queries)), np.ones((1, keys)))
     )

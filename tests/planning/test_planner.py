@@ -133,6 +133,16 @@ def test_cache_has_two_arrays_a_layer_of_own_and_of_source_tokens():
     assert activations.cache_bytes(config, shape) == expected
 
 
+@pytest.mark.one_backend
+def test_attention_in_blocks_grows_with_the_length():
+    def kept(length, cpu=False):
+        shape = activations.Shape(1, length, 64, itemsize=4, cpu=cpu)
+        return activations.kept_by_block(STACK, shape, length)
+
+    assert kept(4096) == 2 * kept(2048)
+    assert kept(1000) > 4 * kept(1000, cpu=True)  # There in blocks already.
+
+
 def test_rematerialization_and_split_heads_take_less():
     config = T5GemmaConfig(STACK, STACK, 64)
     kept = plan(config, 1, "1GB", 4, (64, 32), rematerialize=False)
