@@ -97,8 +97,8 @@ def compare(args):
             (plain, found), (slow, fast) = timed(both, args.repeats)
             if count := different(plain, found):
                 raise SystemExit(f"{count} of {args.rows} answers differ.")
-            checked = GenerationOptions(speculate="source", **options)
-            engine = model._generator()._engine(checked).engine
+            engines = model._generator().engines._engines.values()
+            (engine,) = (e for e in engines if isinstance(e, SpeculativeEngine))
             rate = engine.tokens_written / engine.row_passes
             engine.tokens_written = engine.row_passes = 0
             print(
