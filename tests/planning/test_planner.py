@@ -140,7 +140,8 @@ def test_attention_in_blocks_grows_with_the_length():
         return activations.kept_by_block(STACK, shape, length)
 
     assert kept(4096) == 2 * kept(2048)
-    assert kept(1000) > 4 * kept(1000, cpu=True)  # There in blocks already.
+    if keras.config.backend() != "tensorflow":
+        assert kept(1000) > 4 * kept(1000, cpu=True)  # There in blocks already.
 
 
 def test_rematerialization_and_split_heads_take_less():
