@@ -11,7 +11,9 @@ random sources of 128 tokens, 64 new tokens, which soon repeat themselves; with
 `--no-repeat` no token occurs twice in an answer.
 
 Both print CPU seconds after a first run, best of `--repeats`, plain and speculative
-decoding by turns, and the tokens written a row and pass. Answers have to be equal.
+decoding by turns, the tokens written a row and pass, and how many answers differ. In
+float32 none may; int8 rounds activations, so that a difference of one rounding error
+between passes of one and of several positions may grow and decide between two tokens.
 
 `passes`: ms of a decoder pass by `--positions` and rows, with 128 tokens of source;
 without `--preset` of the S-S shapes with random weights.
@@ -84,8 +86,8 @@ def different(plain, found):
 
 def compare(args):
     """Print plain and speculative decoding for every precision and batch size."""
-    print("| weights | batch | plain s | speculative s | x faster | tokens a pass |")
-    print("|---|---|---|---|---|---|", flush=True)
+    head = "weights | batch | plain s | speculative s | x faster | tokens a pass"
+    print(f"| {head} | different |\n|---|---|---|---|---|---|---|", flush=True)
     for precision in args.precisions:
         model, inputs, request = make_task(precision, args)
         options = {"no_repeat_ngram_size": 1} if args.no_repeat else {}
@@ -95,7 +97,8 @@ def compare(args):
             )
             both = generate, functools.partial(generate, speculate="source")
             (plain, found), (slow, fast) = timed(both, args.repeats)
-            if count := different(plain, found):
+            count = different(plain, found)
+            if count and precision == "float32":
                 raise SystemExit(f"{count} of {args.rows} answers differ.")
             engines = model._generator().engines._engines.values()
             (engine,) = (e for e in engines if isinstance(e, SpeculativeEngine))
@@ -103,7 +106,7 @@ def compare(args):
             engine.tokens_written = engine.row_passes = 0
             print(
                 f"| {precision} | {batch} | {slow:.2f} | {fast:.2f} "
-                f"| {slow / fast:.2f} | {rate:.2f} |",
+                f"| {slow / fast:.2f} | {rate:.2f} | {count} |",
                 flush=True,
             )
 
