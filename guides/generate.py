@@ -210,8 +210,8 @@ for old, new in zip(beams, int8, strict=True):
 #
 # Speculative decoding proposes a few tokens, and verifies them in one pass of the
 # decoder. The answers are the same, token for token, greedy or sampled with a `seed`;
-# in bfloat16 up to rounding, as with another batch size. Tokens are proposed in two
-# ways:
+# up to rounding in bfloat16 and int8, as with another batch size. Tokens are proposed
+# in two ways:
 #
 # - `generate(texts, speculate="source")` copies what followed the last tokens in the
 #   source, or in the answer: for corrections, extracts, and translations of names or

@@ -50,8 +50,9 @@ class GenerationOptions:
         max_time: seconds after which `generate` returns the tokens it has.
         speculate: `"source"` proposes tokens that followed the last ones in the source
             or in the answer, and verifies several in one pass of the decoder: the same
-            answers, greedy or sampled (in bfloat16 up to rounding), in less time where
-            they repeat what was read. No beams. On PyTorch the passes are not compiled.
+            answers, greedy or sampled (up to rounding in bfloat16 and int8), in less
+            time where they repeat what was read. No beams. On PyTorch the passes are
+            not compiled.
         draft: a smaller `Seq2SeqLM` of the same vocabulary that proposes the tokens, in
             any data type; instead of `speculate`. The model keeps it until another
             draft is used.

@@ -227,8 +227,9 @@ def relative_time(backbone: Any) -> Callable[[int], float]:
 
     Rounded from measurements, see benchmarks/speculate.py. The first row takes the time
     of reading the weights, further ones that of the arithmetic. On CPUs, XLA copies the
-    weights of a float product of several rows, which doubles the time; PyTorch's calls
-    take the most time of a small model, whatever the number of rows.
+    weights of a product of several rows, which doubles the time, but not those of JAX's
+    int8 products; PyTorch's calls take the most time of a small model, for any number
+    of rows.
 
     Args:
         backbone: a `Backbone`.
@@ -240,7 +241,7 @@ def relative_time(backbone: Any) -> Callable[[int], float]:
         return lambda rows: 1 + _ACCELERATOR_ROW * (rows - 1)
     is_quantized = bool(backbone.decoder.token_embedding.quantization_mode)
     if keras.config.backend() != "torch":
-        copies = 0 if is_quantized else 1
+        copies = not is_quantized or keras.config.backend() == "tensorflow"
         return lambda rows: 1 + (rows > 1) * copies + _XLA_ROW * (rows - 1)
     row = decoder_token_seconds(backbone)
     if is_quantized:
