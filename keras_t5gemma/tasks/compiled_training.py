@@ -86,8 +86,12 @@ def _of_shapes(model, step, function):
     """Keras's `function` of a `step`; on TensorFlow one that knows long shapes."""
     if keras.config.backend() != "tensorflow" or model.run_eagerly:
         return function
-    is_split = model.distribute_strategy.num_replicas_in_sync > 1
-    if is_split or model.steps_per_execution > 1:
+    import tensorflow as tf
+
+    has_strategy = tf.distribute.has_strategy()
+    if has_strategy or model.distribute_strategy is not tf.distribute.get_strategy():
+        return function
+    if model.steps_per_execution > 1:
         return function
     return _StepOfShapes(step, function, model.jit_compile)
 
@@ -131,7 +135,9 @@ class _StepOfShapes:
             is_long = self._needs_program(batch)
             return self.exact(batch) if is_long else self.function([batch])
         spec = batches.element_spec
-        is_plain = all(isinstance(x, tf.TensorSpec) for x in keras.tree.flatten(spec))
+        leaves = keras.tree.flatten(spec)
+        is_plain = all(isinstance(leaf, tf.TensorSpec) for leaf in leaves)
+        is_plain = is_plain and all(leaf.shape.rank is not None for leaf in leaves)
         if not is_plain or not self._may_be_long(spec):
             return self.function(batches)
         batch = next(batches)
@@ -143,8 +149,8 @@ class _StepOfShapes:
         """Whether a batch is long, and may have a program for its shapes."""
         if not self._may_be_long(batch):
             return False
-        leaves = [x for x in keras.tree.flatten(batch) if x is not None]
-        shapes = tuple(tuple(x.shape) for x in leaves)
+        leaves = keras.tree.flatten(batch)
+        shapes = tuple(tuple(getattr(leaf, "shape", ())) for leaf in leaves)
         if shapes not in self.shapes and len(self.shapes) == _MOST_PROGRAMS:
             if not self.is_full:
                 self.is_full = True
@@ -162,7 +168,7 @@ class _StepOfShapes:
     def _may_be_long(self, batch):
         """Whether the inputs of a batch, or of its signature, need blocks."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        shapes = [x.shape for x in keras.tree.flatten(x) if x is not None]
+        shapes = [getattr(leaf, "shape", ()) for leaf in keras.tree.flatten(x)]
         lengths = [shape[1] for shape in shapes if len(shape) > 1]
         return any(n is None or uses_blocks(n, n, self.cpu) for n in lengths)
 
