@@ -13,7 +13,7 @@ from keras_t5gemma.cli import options
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
-from keras_t5gemma.utils.files import read_text
+from keras_t5gemma.utils.files import named_values, read_text
 
 if TYPE_CHECKING:
     from keras_t5gemma.checkpoints.presets import Source
@@ -70,13 +70,14 @@ def run_generate(o: options.Generate) -> None:
     kt = load_package()
     _cache_programs(kt, o.compilation_cache)
     model = kt.Seq2SeqLM.from_preset(o.preset, dtype=o.dtype)
-    if o.quantize:
+    if o.quantize is not None:
         model.quantize(o.quantize)
     model.compile(sampler=o.sampler)
     sampling = fields_of(o, options.Sampling)
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    if o.draft:
-        sampling["draft"] = kt.Seq2SeqLM.from_preset(o.draft, dtype=o.dtype)
+    if o.draft is not None:
+        with named_values("--draft"):
+            sampling["draft"] = kt.Seq2SeqLM.from_preset(o.draft, dtype=o.dtype)
     if o.stream:
         for piece in model.stream(texts[0], o.max_length, **sampling):
             print(piece, end="", flush=True)

@@ -96,9 +96,7 @@ class Generator:
         costs = self._costs(options, width)
         planned = list(batches(request, options, batch_size, width, costs))
         shapes = Counter(_shape(inputs) for _, inputs in planned)
-        deadline = math.inf
-        if options.max_time is not None:
-            deadline = time.monotonic() + options.max_time
+        deadline = _deadline(options)
         with progress_bar("Generating", len(prompts)) as advance:
             for rows, inputs in planned:
                 size = len(inputs["prompt_lengths"]) // options.rows_per_source
@@ -124,7 +122,7 @@ class Generator:
 
     def stream(self, request: Request, options: GenerationOptions) -> Iterator[str]:
         """Yield the answer to a request of one row in pieces of text."""
-        engine = self._engine(options)
+        engine, deadline = self._engine(options), _deadline(options)
         width = self._width(request.max_length)
         costs = self._costs(options, width)
         (_, inputs) = next(batches(request, options, 1, width, costs))
@@ -137,7 +135,7 @@ class Generator:
             limit = max(limit + 1, _index(state))
             ids = mesh.to_numpy(state["token_ids"])[0, :limit].tolist()
             is_last = limit == request.max_length
-            is_last |= bool(mesh.to_numpy(state["done"])[0])
+            is_last |= bool(mesh.to_numpy(state["done"])[0]) or _is_late(deadline)
             written = tokenizer.detokenize(ids)
             whole = is_last or not written.endswith("\ufffd")
             if whole and len(written) > len(shown):
@@ -199,6 +197,12 @@ def _shape(inputs):
     """What distinguishes the programs of a request's batches."""
     names = ("encoder_token_ids", "prefix_token_ids", "prompt_lengths")
     return tuple(inputs[name].shape for name in names)
+
+
+def _deadline(options):
+    if options.max_time is None:
+        return math.inf
+    return time.monotonic() + options.max_time
 
 
 def _is_late(deadline):

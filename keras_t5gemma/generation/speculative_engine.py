@@ -258,7 +258,10 @@ def _step_maker(backbone, is_torch, steps):
     import torch
 
     made = torch_steps(backbone, False, {} if steps is None else steps)
-    window = backbone.config.decoder.sliding_window
+    # One token at one position needs no mask until a ring is full. Beyond the last
+    # position, where a draft proposes too, only the path of several tokens has angles.
+    config = backbone.config
+    simple = min(config.decoder.sliding_window, config.max_positions)
 
     def make_step():
         fast, plain = made(False), speculative.plain_step(backbone)
@@ -266,8 +269,7 @@ def _step_maker(backbone, is_torch, steps):
 
         def run(tokens, cache, index, capped):
             first = int(index[0])
-            # One token at one position needs no mask until a ring is full.
-            is_simple = tokens.shape[1] == 1 and first < window
+            is_simple = tokens.shape[1] == 1 and first < simple
             tokens = torch.as_tensor(tokens, device=device)
             if fast and is_simple and (index == first).all():
                 return fast(tokens[:, 0], cache, first, capped)

@@ -104,6 +104,10 @@ def test_generate_takes_the_options_of_python(preset, capsys):
         capsys, "generate", "A board", *options, *flags, "--speculate", "source"
     )
     assert status == 1 and "`speculate` must be None with a `draft`" in err
+    for name in ("", "none"):
+        status, _, err = run(capsys, "generate", "A", *options, "--draft", name)
+        assert status == 1 and "--draft: `preset` must be" in err
+        assert f"got {name!r}" in err
     flags = ["--top-p", "2"]
     status, _, err = run(capsys, "generate", "A board", *options, *flags)
     assert status == 1 and "`top_p` must be a number above 0 and at most 1" in err

@@ -283,6 +283,8 @@ def test_max_time_returns_what_is_there(shared_model):
         )
         assert all(len(row) < LENGTH for row in rows)
         assert [row[0] for row in rows] == [2, 2, 2]
+    options = {"stop_token_ids": None, "max_time": 1e-6}
+    assert len(list(shared_model.stream(SOURCES[0], LENGTH, **options))) <= 1
     start = time.monotonic()
     rows = generated_ids(
         shared_model, SOURCES, LENGTH, stop_token_ids=None, max_time=600

@@ -222,3 +222,16 @@ def test_bad_drafts(shared_model, draft, tokenizer):
     long = {"encoder_token_ids": np.full((1, 9), 5)}
     with pytest.raises(ValueError, match="8 positions, fewer than the 9 of the source"):
         shared_model.generate(long, max_length=8, draft=short)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("length", [36, 40])
+def test_proposals_beyond_the_last_position(target, length):
+    stack = kt.StackConfig(2, 24, 48, 4, 1, 8, sliding_window=64)
+    config = kt.T5GemmaConfig(stack, stack, 480, max_positions=40)
+    model = tiny_model(target.preprocessor.tokenizer, config=config)
+    copied = tiny_model(target.preprocessor.tokenizer, config=config)
+    for variable, own in zip(copied.weights, model.weights, strict=True):
+        variable.assign(own.value * 1.01)
+    plain = generated_ids(model, SOURCES[:1], length, **FULL)
+    assert generated_ids(model, SOURCES[:1], length, **FULL, draft=copied) == plain
