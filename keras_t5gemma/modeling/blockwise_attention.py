@@ -83,6 +83,11 @@ def attention_mask(visibility: Visibility, kernel: str = "auto") -> Any:
     # Where TensorFlow traces unknown lengths the mask is made, too: it has no gradient
     # of a choice between the two in a program. `tasks.compiled_training` tells it.
     is_known = isinstance(queries, int) and isinstance(keys, int)
+    if keras.config.backend() == "torch":
+        import torch
+
+        # It cannot export blocks, which depend on the values of the masks.
+        is_known = is_known and not torch.compiler.is_exporting()
     if is_known and uses_blocks(queries, keys, on_cpu(visibility.queries)):
         return BlockwiseMask(visibility, kernel)
     return visibility.mask()
@@ -158,8 +163,9 @@ def attend(
     if blocks is None:
         # Not larger than the lengths, which are padded to them.
         queries, keys = block_sizes(query.shape[2], on_cpu(query))
-        most = power_of_two(query.shape[1]), power_of_two(key.shape[2])
-        blocks = min(queries, most[0]), min(keys, most[1])
+        # TensorFlow may know those of the visibility alone.
+        most = (power_of_two(x.shape[1]) for x in (visibility.queries, visibility.keys))
+        blocks = min(queries, next(most)), min(keys, next(most))
     check_blocks(blocks)
     arguments = visibility, soft_cap, dropout, seed, blocks
     return portable.attend(query, key, value, *arguments)

@@ -141,8 +141,9 @@ class _StepOfShapes:
         if not is_plain or not self._may_be_long(spec):
             return self.function(batches)
         batch = next(batches)
-        if self._needs_program(batch):
-            return self.exact(batch)
+        # Concrete functions: calls of others warn of each program they trace.
+        if None in _lengths(spec) and self._needs_program(batch):
+            return self.exact.get_concrete_function(batch)(batch)
         return self.relaxed.get_concrete_function(spec)(batch)
 
     def _needs_program(self, batch):
@@ -167,10 +168,15 @@ class _StepOfShapes:
 
     def _may_be_long(self, batch):
         """Whether the inputs of a batch, or of its signature, need blocks."""
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        shapes = [getattr(leaf, "shape", ()) for leaf in keras.tree.flatten(x)]
-        lengths = [shape[1] for shape in shapes if len(shape) > 1]
-        return any(n is None or uses_blocks(n, n, self.cpu) for n in lengths)
+        return any(n is None or uses_blocks(n, n, self.cpu) for n in _lengths(batch))
+
+
+def _lengths(batch):
+    """Those of the inputs of a batch, or of its signature: `None` if unknown."""
+    # A subclass may have a step of more than x, y and sample weights.
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    shapes = [getattr(leaf, "shape", ()) for leaf in keras.tree.flatten(x)]
+    return [shape[1] for shape in shapes if len(shape) > 1]
 
 
 @functools.cache

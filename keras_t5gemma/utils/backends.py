@@ -26,9 +26,19 @@ def compiled(function: Callable) -> Callable:
     """Compile with XLA on TensorFlow, whose other CPU kernels take twice as long.
 
     Keras asks for XLA itself on JAX, and on TensorFlow only with a GPU.
+
+    Args:
+        function: of tensors. On TensorFlow no gradient passes through it: whoever
+            differentiates it defines its gradient.
     """
     if keras.config.backend() != "tensorflow":
         return function
     import tensorflow as tf
 
-    return tf.function(function, jit_compile=True, autograph=False)
+    program = tf.function(function, jit_compile=True, autograph=False)
+
+    # An eager tape would record it, and XLA cannot compile the records of a loop.
+    def call(*tensors):
+        return program(*map(tf.stop_gradient, tensors))
+
+    return call

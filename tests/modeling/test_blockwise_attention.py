@@ -344,3 +344,23 @@ def test_rows_and_heads_on_a_mesh_are_never_gathered():
     for result, kind in report["communication"]:
         assert kind == "all-reduce"
         assert not re.search(r"f32\[\d", result), result
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="An exporter of PyTorch.")
+def test_long_sequences_are_exported(short_is_long):
+    import torch
+
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
+    inputs = {k: torch.from_numpy(x) for k, x in random_inputs(1, 64, 48).items()}
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs):
+            return self.model(inputs)
+
+    exported = torch.export.export(Module().eval(), (inputs,), strict=False).module()
+    expected = keras.ops.convert_to_numpy(model(inputs))
+    np.testing.assert_allclose(exported(inputs).detach(), expected, atol=1e-5)

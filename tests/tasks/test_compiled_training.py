@@ -132,3 +132,61 @@ def test_number_of_programs_for_long_batches_is_bounded(traced, monkeypatch):
         model.evaluate(Widths(32, 40, 48, 32), verbose=0)
     assert sum("shapes" in str(w.message) for w in warned) == 1
     assert traced == [32, None]
+
+
+@only_tensorflow
+def test_a_short_last_batch_shares_the_program(traced):
+    import tensorflow as tf
+
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
+    model.compile("sgd")
+    rows = keras.tree.map_structure(lambda x: np.concatenate([x, x[:1]]), batch(32))
+    del traced[:]
+    model.evaluate(tf.data.Dataset.from_tensor_slices(rows).batch(2), verbose=0)
+    assert traced == [32]
+
+
+@only_tensorflow
+def test_eager_training_is_the_same(traced):
+    losses = []
+    for run_eagerly in (False, True):
+        keras.utils.set_random_seed(0)
+        model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
+        model.compile("sgd", run_eagerly=run_eagerly)
+        model.fit(Widths(8, 32), verbose=0, shuffle=False)
+        losses.append(model.evaluate(Widths(8, 32), verbose=0))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@only_tensorflow
+def test_steps_of_subclasses_take_more_than_three_parts(traced):
+    import tensorflow as tf
+
+    class Weighted(kt.Seq2SeqLM):
+        def train_step(self, data):
+            x, y, sample_weight, factor = data
+            return super().train_step((x, y, factor * sample_weight))
+
+    model = Weighted(kt.Backbone(one_block_config()))
+    model.compile("sgd")
+    data = tf.data.Dataset.from_tensors((*batch(32), np.float32(0.5)))
+    history = keras.Model.fit(model, data, verbose=0, shuffle=False)
+    assert np.isfinite(history.history["loss"][0])
+
+
+@only_tensorflow
+def test_only_the_length_of_the_mask_is_known(traced):
+    import tensorflow as tf
+
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()))
+    model.compile("sgd", steps_per_execution=2)
+    parts = batch(32)
+    spec = keras.tree.map_structure(
+        lambda x: tf.TensorSpec([None, None], tf.as_dtype(x.dtype)), parts
+    )
+    spec[0]["encoder_padding_mask"] = tf.TensorSpec([None, 32], tf.int32)
+    data = tf.data.Dataset.from_generator(
+        lambda: iter([parts] * 2), output_signature=spec
+    ).apply(tf.data.experimental.assert_cardinality(2))
+    history = keras.Model.fit(model, data, verbose=0, shuffle=False)
+    assert np.isfinite(history.history["loss"][0])
