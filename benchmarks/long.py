@@ -302,7 +302,7 @@ def print_slopes(rows, lengths):
     print("|---|---|---|---|---|")
     for kind, task in dict.fromkeys(key[:2] for key in rows):
         for a, b in itertools.pairwise(lengths):
-            low, high = rows[kind, task, a], rows[kind, task, b]
+            low, high = (rows.get((kind, task, length)) for length in (a, b))
             if isinstance(low, dict) and isinstance(high, dict):
                 power = math.log(high["seconds"] / low["seconds"], b / a)
                 slope = (high["bytes"] - low["bytes"]) / (b - a)
@@ -319,6 +319,7 @@ def main():
     parser.add_argument("--calls", type=int, default=1)
     parser.add_argument("--kernel", default="auto", help="`attention_kernel` of ours")
     parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--longest-training", type=int, default=2**20, help="tokens")
     parser.add_argument("--gigabytes", type=float, default=14, help="most of a case")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -329,7 +330,8 @@ def main():
     rows = {}
     print("| case | task | tokens | seconds | GB above start |\n|---|---|---|---|---|")
     for task in args.tasks:
-        for length in args.lengths:
+        longest = math.inf if task != "train" else args.longest_training
+        for length in (length for length in args.lengths if length <= longest):
             for kind in args.kinds:
                 before = [
                     rows[kind, task, other] for other in args.lengths if other < length
