@@ -86,7 +86,7 @@ def make_ours(task, length, kernel):
         "decoder_padding_mask": np.ones_like(target),
     }
     weights = np.ones(target.shape, "float32")
-    return lambda: float(model.train_on_batch(x, target, weights))
+    return lambda: list(map(float, model.train_on_batch(x, target, weights)))
 
 
 def reader(backbone, source):
@@ -204,7 +204,7 @@ def make_keras_hub(task, length, _):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     keras.Model.compile(model, optimizer=keras.optimizers.SGD(1e-3), loss=loss)
     # Read, since JAX may report an error with the value only.
-    return lambda: float(keras.Model.train_on_batch(model, x, target))
+    return lambda: list(map(float, keras.Model.train_on_batch(model, x, target)))
 
 
 def measure(kind, task, length, calls, kernel):
