@@ -18,7 +18,7 @@ PAIRS = {
 STEPS = 500  # Of continued pretraining, each 8 rows of 128 + 128 tokens.
 ROWS = 6_000  # Fine-tuning pairs, one epoch.
 SEEDS = (0, 1, 2)
-LONGER = 4  # As many steps, and texts, as in the other runs.
+LONGER = 4  # Times the steps, and texts, of the other runs.
 
 
 @dataclasses.dataclass(frozen=True)

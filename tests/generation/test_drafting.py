@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers.models import one_block_config, tiny_config, tiny_model
 from helpers.oracles import SOURCES, generated_ids
+from sentencepiece import sentencepiece_model_pb2
 
 import keras_t5gemma as kt
 from keras_t5gemma.generation import drafting, speculative, speculative_engine
@@ -217,6 +218,11 @@ def test_bad_drafts(shared_model, draft, tokenizer):
     refused("`speculate` must be None with a `draft`", draft=draft, speculate="source")
     other = kt.Seq2SeqLM(kt.Backbone(tiny_config(512)), None)
     refused("`draft` must have the vocabulary.*480 ids; got.* 512", draft=other)
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    for piece, next_one in ((300, 301), (301, 300)):
+        pieces.pieces[piece].piece = tokenizer.id_to_token(next_one)
+    other = tiny_model(kt.Tokenizer(pieces.SerializeToString()))
+    refused("`draft` must have the tokenizer of the model", draft=other)
     short = kt.Seq2SeqLM(kt.Backbone(tiny_config(max_positions=8)), None)
     refused("`draft` has 8 positions, fewer than the 16 of the `max_len", draft=short)
     long = {"encoder_token_ids": np.full((1, 9), 5)}
