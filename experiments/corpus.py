@@ -45,16 +45,18 @@ def _together(lines):
         yield "\n".join(document)
 
 
-def for_sources(data, seed=0):
+def for_sources(data, seed=0, everything=False):
     """Documents to train decoder-only models on, in training order.
 
-    All descriptions, and documentation of the same number of characters.
+    All descriptions, and documentation of the same number of characters, or all
+    documentation if `everything`.
     """
     train, _ = read_documents(data)
     rng = np.random.default_rng(seed)
     docs = [train["docs"][i] for i in rng.permutation(len(train["docs"]))]
-    ends = np.cumsum([len(d) for d in docs])
-    docs = docs[: np.searchsorted(ends, sum(map(len, train["descriptions"])))]
+    if not everything:
+        ends = np.cumsum([len(d) for d in docs])
+        docs = docs[: np.searchsorted(ends, sum(map(len, train["descriptions"])))]
     documents = train["descriptions"] + docs
     return [documents[i] for i in rng.permutation(len(documents))]
 

@@ -1,4 +1,4 @@
-"""Decoder-only Gemma 2 models of three sizes, trained with KerasHub's GemmaCausalLM.
+"""Decoder-only Gemma 2 models of five sizes, trained with KerasHub's GemmaCausalLM.
 
     KERAS_BACKEND=jax python experiments/sources.py small --data DATA --runs RUNS
 
@@ -18,11 +18,20 @@ import numpy as np
 
 from keras_t5gemma.training.chunked_cross_entropy import token_losses
 
-WIDTHS = {"small": 64, "medium": 128, "large": 192}
-LAYERS = {"small": 2, "medium": 3, "large": 3}
-FEED_FORWARD = {"small": 192, "medium": 384, "large": 512}
+WIDTHS = {"small": 64, "medium": 128, "large": 192, "shallow": 64, "deep": 64}
+LAYERS = {"small": 2, "medium": 3, "large": 3, "shallow": 2, "deep": 8}
+FEED_FORWARD = {"small": 192, "medium": 384, "large": 512, "shallow": 192, "deep": 192}
 HEAD_DIM = 32
-LEARNING_RATES = {"small": 4e-3, "medium": 3e-3, "large": 2e-3}
+LEARNING_RATES = {
+    "small": 4e-3,
+    "medium": 3e-3,
+    "large": 2e-3,
+    "shallow": 4e-3,
+    "deep": 3e-3,
+}
+# Trained on all texts once, in mixed precision; the others on 3.7 million tokens.
+ALL_TEXTS = ("shallow", "deep")
+RESULTS = Path(__file__).parent / "sources"
 LENGTH, ROWS, ROUND = 256, 8, 200  # Tokens a row, rows a step, steps a round.
 
 
@@ -124,17 +133,28 @@ class Rounds:
         os.replace(new, self.file)
 
 
-def pretrain(size, data, runs, million_tokens):
-    """Train a source; write a KerasHub preset and `log.json` to `runs/sources/SIZE`."""
+def pretrain(size, data, runs, million_tokens=None):
+    """Train a source; write a KerasHub preset and `log.json` to `runs/sources/SIZE`.
+
+    Args:
+        size: of `WIDTHS`.
+        data: folder of the data.
+        runs: folder of the runs.
+        million_tokens: length of the training; by default all rows once for sizes of
+            `ALL_TEXTS`, 4 million for others.
+    """
     folder = Path(runs) / f"sources/{size}"
     if (folder / "log.json").exists():
         return
     keras.utils.set_random_seed(0)
-    rows = corpus.chunks(corpus.for_sources(data), LENGTH)
+    everything = size in ALL_TEXTS
+    rows = corpus.chunks(corpus.for_sources(data, everything=everything), LENGTH)
     held_out = inputs(corpus.chunks(corpus.held_out(data), LENGTH))
     a_round = ROUND * ROWS
+    if million_tokens is None:
+        million_tokens = len(rows) * LENGTH / 1e6 if everything else 4
     rounds = int(million_tokens * 1e6) // (a_round * LENGTH)
-    source = make_source(size)
+    source = make_source(size, "mixed_bfloat16" if everything else "float32")
     model = trainer(source, LEARNING_RATES[size], rounds * ROUND)
     state = Rounds(folder, model)
     print(f"{size}: {model.count_params():,} parameters, {len(rows) * LENGTH:,} tokens")
@@ -153,11 +173,16 @@ def pretrain(size, data, runs, million_tokens):
         }
         state.keep(entry)
         print(size, json.dumps(entry), flush=True)
-    source.backbone.save_to_preset(str(folder / "preset"))
+    saved = make_source(size).backbone
+    saved.set_weights(source.backbone.get_weights())
+    saved.save_to_preset(str(folder / "preset"))
     assets = folder / "preset/assets/tokenizer"
     assets.mkdir(parents=True, exist_ok=True)
     (assets / "vocabulary.spm").write_bytes(corpus.tokenizer().proto)
-    (folder / "log.json").write_text(json.dumps(state.log, indent=1) + "\n")
+    log = json.dumps(state.log, indent=1) + "\n"
+    (folder / "log.json").write_text(log)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{size}.json").write_text(log)
 
 
 if __name__ == "__main__":
@@ -165,6 +190,6 @@ if __name__ == "__main__":
     parser.add_argument("size", choices=WIDTHS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--million-tokens", type=float, default=4)
+    parser.add_argument("--million-tokens", type=float)
     args = parser.parse_args()
     pretrain(args.size, args.data, args.runs, args.million_tokens)

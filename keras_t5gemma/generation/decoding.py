@@ -24,9 +24,25 @@ from keras_t5gemma.modeling.int8_products import rounded_activations
 from keras_t5gemma.utils.types import Tensor
 
 
+def read_source(
+    backbone: Any, token_ids: Tensor, padding: Tensor
+) -> tuple[Tensor, tuple | None]:
+    """Encoder output `(B, S, D)`, through the layers of the model.
+
+    Returns:
+        `(encoder output, cross)`; `cross` is that of `Decoder.make_cache`, or `None`
+        where it is still to be computed.
+    """
+    return backbone.encode(token_ids, padding), None
+
+
 @rounded_activations()
 def start(
-    backbone: Any, inputs: dict, options: GenerationOptions, spare: int = 0
+    backbone: Any,
+    inputs: dict,
+    options: GenerationOptions,
+    spare: int = 0,
+    read: Callable = read_source,
 ) -> dict:
     """Encode the sources, fill the cross-attention cache, prefill the prompts.
 
@@ -39,6 +55,7 @@ def start(
             `max_length`, at most L; `traced_args` and `token_lists` of the options.
         options: a `GenerationOptions`.
         spare: see `make_self_cache`.
+        read: how sources are read, see `read_source`.
 
     Returns:
         The state.
@@ -46,8 +63,10 @@ def start(
     mask, prefix = inputs["encoder_padding_mask"], inputs["prefix_token_ids"]
     token_ids = ops.cast(inputs["decoder_token_ids"], "int32")
     rows, length = token_ids.shape
-    encoder_output = backbone.encode(inputs["encoder_token_ids"], mask)
-    cache = backbone.make_cache(encoder_output, mask, length, rows, spare)
+    encoder_output, cross = read(backbone, inputs["encoder_token_ids"], mask)
+    cache = backbone.decoder.make_cache(
+        encoder_output, mask, length, rows, spare, cross
+    )
     count = inputs["prefix_count"]
     constants = ("prompt_lengths", "seeds", "max_length", "traced_args")
     if prefix.shape[1]:

@@ -1,7 +1,8 @@
 """The decoding loop, compiled where the backend compiles.
 
 JAX and TensorFlow compile `start` and `advance` with XLA, once for the shapes of
-their arrays. PyTorch runs the step of `torch_step`, compiled on request.
+their arrays. PyTorch reads sources with `torch_encoder` and runs the step of
+`torch_step`, compiled on request.
 """
 
 import os
@@ -43,7 +44,7 @@ class Engine:
         rest = (options, known_tokens)
 
         def start(inputs):
-            return decoding.start(backbone, inputs, options)
+            return decoding.start(backbone, inputs, options, read=source_reader())
 
         def advance(state, limit):
             step = decoding.plain_step(backbone)
@@ -135,6 +136,15 @@ def function_class() -> Any:
     """How the functions of an engine run on this backend."""
     kinds = {"jax": JaxFunction, "tensorflow": TensorFlowFunction}
     return kinds.get(keras.config.backend(), EagerTorch)
+
+
+def source_reader() -> Callable:
+    """How sources are read on this backend; see `decoding.read_source`."""
+    if keras.config.backend() != "torch":
+        return decoding.read_source
+    from keras_t5gemma.generation import torch_encoder
+
+    return torch_encoder.read
 
 
 def torch_steps(

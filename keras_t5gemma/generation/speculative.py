@@ -42,9 +42,14 @@ LENGTHS = (0, 3, 7)  # Numbers of proposed tokens; each is a program.
 _NGRAM = 3
 
 
-def start(backbone: Any, inputs: dict, options: GenerationOptions) -> dict:
+def start(
+    backbone: Any,
+    inputs: dict,
+    options: GenerationOptions,
+    read: Callable = decoding.read_source,
+) -> dict:
     """See `decoding.start`; each row has its index, and the source to copy from."""
-    state = decoding.start(backbone, inputs, options, spare=max(LENGTHS))
+    state = decoding.start(backbone, inputs, options, max(LENGTHS), read)
     rows = state["token_ids"].shape[0]
     state["index"] = ops.broadcast_to(state["index"], (rows,))
     state["counts"] = ops.zeros((4,), "int32")

@@ -9,7 +9,12 @@ from keras import ops
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import drafting, speculative
 from keras_t5gemma.generation.batch_shapes import decoder_token_seconds
-from keras_t5gemma.generation.engine import EagerTorch, function_class, torch_steps
+from keras_t5gemma.generation.engine import (
+    EagerTorch,
+    function_class,
+    source_reader,
+    torch_steps,
+)
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.utils.backends import on_cpu
 
@@ -66,12 +71,13 @@ class SpeculativeEngine:
             model = _Together(backbone, draft) if draft and k else backbone
             return compile(model, advance, donate=True)
 
+        read = source_reader()
         self._start = compile(
-            backbone, lambda inputs: speculative.start(backbone, inputs, options)
+            backbone, lambda inputs: speculative.start(backbone, inputs, options, read)
         )
         self._start_draft = compile(
             draft or backbone,
-            lambda inputs: speculative.start(draft, inputs, options)["cache"],
+            lambda inputs: speculative.start(draft, inputs, options, read)["cache"],
         )
         self._advance = {k: make_advance(k) for k in speculative.LENGTHS}
 

@@ -21,6 +21,7 @@ from keras_t5gemma.config import SLIDING
 from keras_t5gemma.modeling.kv_cache import slot_positions
 from keras_t5gemma.modeling.masks import causal_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
+from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.utils.buckets import equal_chunks
 
 _LOGIT_CHUNKS = 4
@@ -159,8 +160,7 @@ class TorchStep:
         if not capped:
             return logits
         # Sampling and beam search read them row by row, several times.
-        logits, cap = logits.contiguous(), self.final_cap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return soft_cap(logits.contiguous(), self.final_cap)
 
     def hidden(self, token: torch.Tensor, cache: dict, index: Any) -> torch.Tensor:
         """States `(R, D)` of one more token; the cache is updated in place."""
@@ -251,9 +251,7 @@ class TorchStep:
         # Keras's products of float64 are float32 on PyTorch, those of the cache too.
         query = query.to(key.dtype) * self.stack.query_scale
         logits = (query @ key.transpose(-1, -2)).float()  # B K (rows G) S
-        cap = self.stack.attention_soft_cap
-        if cap is not None:
-            logits = (logits / cap).tanh_().mul_(cap)
+        logits = soft_cap(logits, self.stack.attention_soft_cap)
         if mask is None:
             weights = logits.softmax(-1)
         else:

@@ -14,8 +14,9 @@ from keras import ops
 from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blockwise_attention import BlockwiseMask, attend
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
-from keras_t5gemma.modeling.layers import dense, soft_cap
+from keras_t5gemma.modeling.layers import dense
 from keras_t5gemma.modeling.rotary import apply_rotary
+from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.utils.types import Tensor
 
 

@@ -83,10 +83,23 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 def _torch_product(rows, weight, scale, axis):
+    return torch_product_of_rounded(
+        *torch_rounded(rows), weight if axis == 0 else weight.t(), scale
+    )
+
+
+def torch_rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `(R, in)` as int8, and the step of each, float32 `(R, 1)`."""
     rows = rows.float()
     step = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(127)
-    rounded = (rows / step).round_().char()
-    sums = _compat.torch_int8_product(rounded, weight if axis == 0 else weight.t())
+    return (rows / step).round_().char(), step
+
+
+def torch_product_of_rounded(
+    rounded: Tensor, step: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:
+    """`(step rounded) @ (weight / scale)` of int8 `(R, in)` and `(in, out)`."""
+    sums = _compat.torch_int8_product(rounded, weight)
     return sums.float().mul_(step).div_(scale)
 
 

@@ -8,12 +8,8 @@ from keras import ops
 
 from keras_t5gemma.modeling.gated_gelu import gated_gelu
 from keras_t5gemma.modeling.int8_products import int8_product, is_fast
+from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.utils.types import Tensor
-
-
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """Soft cap `cap * tanh(x / cap)`, within +-`cap`; `None` leaves `x` as it is."""
-    return x if cap is None else ops.tanh(x / cap) * cap
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")

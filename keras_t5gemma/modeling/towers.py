@@ -12,14 +12,10 @@ from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock, _Block
 from keras_t5gemma.modeling.blockwise_attention import attention_mask
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
-from keras_t5gemma.modeling.layers import (
-    RMSNorm,
-    TokenEmbedding,
-    soft_cap,
-    stored_weight,
-)
+from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding, stored_weight
 from keras_t5gemma.modeling.masks import Visibility, causal_mask, padding_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
+from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -245,6 +241,7 @@ class Decoder(_Tower):
         length: int,
         rows: int | None = None,
         spare: int = 0,
+        cross: tuple | None = None,
     ) -> dict[str, Any]:
         """Decoding cache, see `kv_cache`: cross-attention filled, the rest zeros.
 
@@ -254,16 +251,19 @@ class Decoder(_Tower):
             length: longest sequence to decode, in tokens.
             rows: a multiple of B, for several answers a source; `None` is B.
             spare: see `make_self_cache`.
+            cross: keys and values of the encoder output of every layer, if known.
         """
         rows = ops.shape(encoder_output)[0] if rows is None else rows
+        if cross is None:
+            cross = tuple(
+                block.cross_attention.project_keys_values(encoder_output)
+                for block in self.blocks
+            )
         return {
             "self": kv_cache.make_self_cache(
                 self.stack, rows, length, self.compute_dtype, spare
             ),
-            "cross": tuple(
-                block.cross_attention.project_keys_values(encoder_output)
-                for block in self.blocks
-            ),
+            "cross": cross,
             "cross_mask": ops.cast(encoder_padding, "bool"),
         }
 

@@ -10,6 +10,7 @@ import dataclasses
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.training.vocabulary_chunks import (
     add_mass,
     add_rows,
@@ -275,7 +276,7 @@ def _chosen(states, table, teacher, cap, i):
     ids, shares = (ops.take(x, i, axis=1) for x in (teacher.ids, teacher.shares))
     rows = ops.take(table, ids, axis=0)
     logits = ops.sum(ops.cast(states, "float32") * ops.cast(rows, "float32"), axis=1)
-    logits = logits if cap is None else ops.tanh(logits / cap) * cap
+    logits = soft_cap(logits, cap)
     return ids, shares, rows, logits
 
 

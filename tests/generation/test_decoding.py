@@ -123,13 +123,14 @@ def test_one_source_with_several_prompts_is_read_once(shared_model, monkeypatch)
     together = {"encoder_text": SOURCES[0], "decoder_text": prompts_}
     apart = {"encoder_text": [SOURCES[0]] * 4, "decoder_text": prompts_}
     read = []
-    encode = type(shared_model.backbone).encode
+    encoder = type(shared_model.backbone.encoder)
+    call = encoder.call
 
     def count(self, token_ids, *args, **kwargs):
         read.append(token_ids.shape[0])
-        return encode(self, token_ids, *args, **kwargs)
+        return call(self, token_ids, *args, **kwargs)
 
-    monkeypatch.setattr(type(shared_model.backbone), "encode", count)
+    monkeypatch.setattr(encoder, "call", count)
     shared_model._generator().engines.clear()
     for options in ({}, {"num_beams": 2, "num_return_sequences": 2}):
         expected = shared_model.generate(apart, max_length=LENGTH, **options)
