@@ -1,19 +1,24 @@
 """The grid of runs, in the order in which `run.py` makes them.
 
 Names: `pretrain/PAIR/VARIANT/SEED`, `synopsis/PAIR/VARIANT/SEED`,
-`decoder-only/SIZE/SEED`, `copying/SIZE/SEED`. In runs with `LONGER` times the steps,
-VARIANT or SIZE ends in `-long`.
+`decoder-only/SIZE/SEED`, `copying/SIZE/SEED`. In runs of the first three sizes with
+`LONGER` times the steps, VARIANT or SIZE ends in `-long`.
 """
 
 import dataclasses
 
 SIZES = ("small", "medium", "large")
+# Trained on all texts; their runs have `LONGER` times the steps.
+FULL_SIZES = ("shallow", "deep")
 # name: (encoder size, decoder size)
 PAIRS = {
     "small-small": ("small", "small"),
     "medium-medium": ("medium", "medium"),
     "large-large": ("large", "large"),
     "large-small": ("large", "small"),
+    "shallow-shallow": ("shallow", "shallow"),
+    "deep-shallow": ("deep", "shallow"),
+    "deep-deep": ("deep", "deep"),
 }
 STEPS = 500  # Of continued pretraining, each 8 rows of 128 + 128 tokens.
 ROWS = 6_000  # Fine-tuning pairs, one epoch.
@@ -115,4 +120,30 @@ def make_grid():
         name = f"decoder-only/small-long/{seed}"
         runs.append(Run(name, "decoder-only", "small", seed=seed, times=LONGER))
         runs.append(Run(f"copying/small/{seed}", "copying", "small", seed=seed))
+    return [*runs, *full_grid()]
+
+
+def full_grid():
+    """Runs from the sources of all texts, with `LONGER` times the steps."""
+    runs = []
+
+    def add(pair, variant, seed, start="adapted", **options):
+        run = _pretrain(pair, variant, seed, start, times=LONGER, **options)
+        runs.extend((run, _synopsis(run)))
+
+    # b, c: equal and unequal pairs against their sources.
+    for seed in SEEDS:
+        for pair in ("shallow-shallow", "deep-shallow"):
+            add(pair, "prefixlm", seed)
+        for size in FULL_SIZES:
+            name = f"decoder-only/{size}/{seed}"
+            runs.append(Run(name, "decoder-only", size, seed=seed, times=LONGER))
+    # a, e, f: the variants of the first grid.
+    for seed in SEEDS:
+        add("shallow-shallow", "scratch", seed, "scratch")
+        add("shallow-shallow", "random-cross", seed, "random-cross")
+        add("shallow-shallow", "causal", seed, causal=True)
+        add("shallow-shallow", "ul2", seed, objective="t5gemma2")
+        add("shallow-shallow", "distilled", seed, teacher="deep", top_k=64)
+        add("deep-deep", "prefixlm", seed)
     return runs

@@ -110,9 +110,10 @@ def pretrain(run, args):
     steps = run.times * grid.STEPS
     options = dict(run.options)
     if "teacher" in options:
-        teacher = Path(args.runs) / f"sources/{options['teacher']}/preset"
-        options["teacher"] = str(teacher)
-        options["teacher_scores"] = str(Path(args.runs) / "teacher-scores")
+        size = options["teacher"]
+        options["teacher"] = str(Path(args.runs) / f"sources/{size}/preset")
+        scores = Path(args.runs) / f"teacher-scores/{size}-{run.times}"
+        options["teacher_scores"] = str(scores)
     folder = Path(args.runs) / run.name
     scores = kt.pretrain(
         start_preset(run, args.runs),
