@@ -9,6 +9,8 @@ summary, section), each split into train, valid and test. Tasks:
 - supersense: the class of a WordNet gloss among the lexicographer files.
 - section: the Debian section of a package from its description.
 - synopsis: the description of a package, searched for by its one-line synopsis.
+- belongs, sense, wic: pairs of texts, see text_pairs.py; these also read
+  `text/docs.txt.gz`.
 """
 
 import argparse
@@ -17,11 +19,16 @@ import gzip
 import json
 from pathlib import Path
 
-SPLITS = ("train", "valid", "test")
+import text_pairs
+
+SPLITS = text_pairs.SPLITS
 # task: (folder of DATA, {field that `evaluate` reads: field of DATA})
 TASKS = {
     "supersense": ("supersense", {"text": "text", "label": "label"}),
-    "section": ("synopsis", {"text": "text", "label": "section"}),
+    "section": (
+        "synopsis",
+        {"text": "text", "label": "section", "group": "source"},
+    ),
     "synopsis": ("synopsis", {"query": "summary", "document": "text"}),
 }
 # Classes with fewer training rows are left out.
@@ -64,6 +71,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     write_tasks(args.data, args.output)
+    text_pairs.write_pairs(args.data, args.output)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+import representation_table as cells
 from grid import LONGER, STEPS
 
 HERE = Path(__file__).parent
@@ -31,6 +32,8 @@ def read_results():
     """`{name of a run: results}`."""
     results = {}
     for path in sorted((HERE / "results").glob("*.json")):
+        if path.name.startswith(cells.PREFIX):
+            continue
         result = json.loads(path.read_text(encoding="utf-8"))
         results[result["run"]["name"]] = result
     return results
@@ -236,6 +239,12 @@ def draw_frontier(results):
     figure.savefig(HERE / "frontier.png", dpi=120)
 
 
+def representation(_):
+    """Accuracies of encoders and their sources on classification tasks."""
+    header, *rows = cells.rows_of_table(cells.read_cells())
+    return table(header, rows)
+
+
 def _legend(panel):
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
@@ -247,6 +256,7 @@ TABLES = {
     "sizes": sizes,
     "longer": longer,
     "warm-up": warm_up,
+    "representation": representation,
 }
 
 
@@ -263,6 +273,7 @@ def main():
     README.write_text(text, encoding="utf-8")
     draw_losses(results)
     draw_frontier(results)
+    cells.draw(cells.read_cells())
     seconds = sum(result["seconds"] for result in results.values())
     print(f"{len(results)} runs, {seconds / 3600:.1f} hours")
 
