@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import representation_table as cells
-from grid import LONGER, STEPS
+from grid import FULL_SIZES, LONGER, STEPS
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -26,6 +26,16 @@ NAMES = {
     "random-cross": "adapted, random cross-attention",
     "causal": "adapted, causal encoder",
 }
+
+# Rows of the table of `full`: label, run before fine-tuning, run of fine-tuning.
+FULL = [
+    (f"decoder-only, {size}", f"decoder-only/{size}", f"decoder-only/{size}")
+    for size in FULL_SIZES
+] + [
+    (f"{pair}, {label}", f"pretrain/{pair}/{variant}", f"synopsis/{pair}/{variant}")
+    for pair in ("shallow-shallow", "deep-shallow", "deep-deep")
+    for variant, label in NAMES.items()
+]
 
 
 def read_results():
@@ -149,6 +159,50 @@ def sizes(results):
     return table(header, rows)
 
 
+def full(results):
+    """Pairs and sources of all texts, after `LONGER` times the steps."""
+    rows = []
+    for label, before, after in FULL:
+        trained, tuned = of_kind(results, before), of_kind(results, after)
+        if not trained or not tuned:
+            continue
+        rows.append(
+            [
+                label,
+                f"{tuned[0]['flops']:.0f}",
+                f"{milliseconds(tuned):.1f}",
+                copied(trained),
+                spread([run["val_loss"] for run in tuned], 3),
+                spread([rouge(run) for run in tuned], 1),
+            ]
+        )
+    header = ["", "MFLOPs per answer", "ms per answer", "copy accuracy, %"]
+    return table([*header, "validation loss", "ROUGE-L"], rows)
+
+
+def draw_sources(results):
+    """Losses of the sources that were trained on all texts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for i, size in enumerate(FULL_SIZES):
+        if result := results.get(f"source/{size}"):
+            x = [entry["tokens"] / 1e6 for entry in result["log"]]
+            for key, style in (("held_out_loss", "-"), ("loss", ":")):
+                y = [entry[key] for entry in result["log"]]
+                label = size if key == "held_out_loss" else None
+                panel.plot(x, y, style, color=f"C{i}", label=label, linewidth=1)
+    panel.set(
+        xlabel="million tokens",
+        ylabel="loss; held-out, and of training (dotted)",
+        ylim=(4, 6),
+    )
+    panel.grid(alpha=0.3)
+    _legend(panel)
+    figure.savefig(HERE / "sources.png", dpi=120)
+
+
 def milliseconds(runs):
     """Latency of an answer: the least of the seeds, which is disturbed least."""
     return min(run["milliseconds"] for run in runs)
@@ -255,6 +309,7 @@ TABLES = {
     "tuning": tuning,
     "sizes": sizes,
     "longer": longer,
+    "full": full,
     "warm-up": warm_up,
     "representation": representation,
 }
@@ -273,8 +328,9 @@ def main():
     README.write_text(text, encoding="utf-8")
     draw_losses(results)
     draw_frontier(results)
+    draw_sources(results)
     cells.draw(cells.read_cells())
-    seconds = sum(result["seconds"] for result in results.values())
+    seconds = sum(result.get("seconds", 0) for result in results.values())
     print(f"{len(results)} runs, {seconds / 3600:.1f} hours")
 
 

@@ -31,7 +31,7 @@ LEARNING_RATES = {
 }
 # Trained on all texts once, in mixed precision; the others on 3.7 million tokens.
 ALL_TEXTS = ("shallow", "deep")
-RESULTS = Path(__file__).parent / "sources"
+RESULTS = Path(__file__).parent / "results"
 LENGTH, ROWS, ROUND = 256, 8, 200  # Tokens a row, rows a step, steps a round.
 
 
@@ -179,10 +179,10 @@ def pretrain(size, data, runs, million_tokens=None):
     assets = folder / "preset/assets/tokenizer"
     assets.mkdir(parents=True, exist_ok=True)
     (assets / "vocabulary.spm").write_bytes(corpus.tokenizer().proto)
-    log = json.dumps(state.log, indent=1) + "\n"
-    (folder / "log.json").write_text(log)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{size}.json").write_text(log)
+    (folder / "log.json").write_text(json.dumps(state.log, indent=1) + "\n")
+    result = {"run": {"name": f"source/{size}"}, "log": state.log}
+    path = RESULTS / f"source_{size}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from keras_t5gemma import _compat
 from keras_t5gemma.utils.backends import on_cpu
 from keras_t5gemma.utils.types import Tensor
 
-_FEW_ROWS = 16
+_FEW_ROWS = 15
 _ROUNDED = contextvars.ContextVar("rounded_activations", default=False)
 
 
@@ -111,13 +111,21 @@ def _xla_product(rows, weight, scale, axis):
     step = ops.max(ops.abs(rows), axis=-1, keepdims=True)
     step = ops.maximum(step, 1e-30) / 127.0
     rounded = ops.cast(ops.round(rows / step), "int8")
-    if count == 1:  # XLA computes products with a vector in 32 bits.
-        rounded = ops.pad(rounded, ((0, 1), (0, 0)))
 
     def product(left, right, right_axis):
         axes = ((1,), (right_axis,)), ((), ())
         return lax.dot_general(left, right, axes, preferred_element_type="int32")
 
+    # XLA computes products with a vector in 32 bits: it gets a matrix of two.
+    if count == 1 and axis == 1 and weight.shape[0] % 2 == 0:
+        # Two rows of the weights are one row here, which takes two thirds of the time.
+        pairs = ops.reshape(weight, (-1, 2 * weight.shape[1]))
+        zeros = ops.zeros_like(rounded)
+        vectors = [ops.concatenate(v, 1) for v in ((rounded, zeros), (zeros, rounded))]
+        sums = product(pairs, ops.concatenate(vectors), 1)
+        return ops.cast(ops.reshape(sums, (1, -1)), "float32") * (step / scale)
+    if count == 1:
+        rounded = ops.pad(rounded, ((0, 1), (0, 0)))
     if axis == 0 or count > _FEW_ROWS:
         sums = product(rounded, weight, axis)[:count]
         return ops.cast(sums, "float32") * (step / scale)
