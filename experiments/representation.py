@@ -19,9 +19,11 @@ from pathlib import Path
 
 import corpus
 import encoder_tasks
+import grid
 import keras
 import keras_hub
 import numpy as np
+import run
 import text_pairs
 
 import keras_t5gemma as kt
@@ -44,7 +46,11 @@ SIZES = {
     "shallow": ("shallow", "shallow-shallow/prefixlm"),
     "deep": ("deep", "deep-shallow/prefixlm"),
 }
-MODELS = ("encoder", "source", "scratch", "bidirectional")
+# Encoders of pairs pretrained here for grid.STEPS steps: texts as they are, and texts
+# that are repeated once, of the pretraining mixture.
+VARIANTS = {"mixture": (run.ONCE, run.TWICE), "documents": (2 * run.ONCE, 0)}
+MODELS = ("encoder", "source", "scratch", "bidirectional", *VARIANTS)
+CONTROLS = ("bidirectional", *VARIANTS)  # Only frozen.
 MODES = ("frozen", "tuned")
 SEEDS = (0, 1, 2)
 TEST_ROWS, LENGTH, BATCH, EPOCHS = 3_000, 128, 32, 3
@@ -82,14 +88,15 @@ class Models:
 
     Args:
         size: of `SIZES`.
-        runs: folder of the runs.
+        args: of the command, the folders `data` and `runs`.
     """
 
-    def __init__(self, size, runs):
+    def __init__(self, size, args):
         source, pair = SIZES[size]
-        self.source = Path(runs) / f"sources/{source}/preset"
-        self.adapted = Path(runs) / f"representation/{size}-adapted"
-        found = (Path(runs) / f"pretrain/{pair}/{seed}/preset" for seed in SEEDS)
+        self.data = args.data
+        self.source = args.runs / f"sources/{source}/preset"
+        self.folder = args.runs / f"representation/{size}"
+        found = (args.runs / f"pretrain/{pair}/{seed}/preset" for seed in SEEDS)
         self.pairs = [preset for preset in found if preset.exists()]
 
     def load(self, model, seed):
@@ -99,9 +106,11 @@ class Models:
         - source: decoder-only, with causal attention.
         - scratch: an encoder of the same shape with random weights.
         - bidirectional: the source with bidirectional attention, not trained further.
+        - mixture, documents: see `VARIANTS`.
         """
         keras.utils.set_random_seed(seed)
-        template = "<bos>{text}" if model == "source" else None
+        as_source = model in ("source", "bidirectional")
+        template = "<bos>{text}" if as_source else None
         preprocessor = kt.Seq2SeqLMPreprocessor(
             corpus.tokenizer(), LENGTH, template=template
         )
@@ -111,13 +120,43 @@ class Models:
             return backbone, preprocessor
         preset = self.pairs[seed % len(self.pairs)]
         if model == "bidirectional":
-            preset = self.adapted
-            if not (preset / "config.json").exists():
-                adapt_to_folder(str(self.source), folder=preset, overwrite=True)
+            preset = self._adapted()
+        elif model in VARIANTS:
+            preset = self._pretrained(model)
         backbone = kt.Backbone.from_preset(
             preset, load_weights=model != "scratch", encoder_only=True
         )
         return backbone, preprocessor
+
+    def _adapted(self):
+        preset = self.folder / "adapted"
+        if not (preset / "config.json").exists():
+            adapt_to_folder(str(self.source), folder=preset, overwrite=True)
+        return preset
+
+    def _pretrained(self, variant):
+        folder = self.folder / variant
+        if not (folder / "scores.json").exists():
+            texts = self.folder / f"{variant}.jsonl"
+            texts.parent.mkdir(parents=True, exist_ok=True)
+            rows = corpus.mixture(self.data, *VARIANTS[variant])
+            lines = [json.dumps({"text": text}) + "\n" for text in rows]
+            texts.write_text("".join(lines), encoding="utf-8")
+            kt.pretrain(
+                self._adapted(),
+                texts,
+                folder,
+                encoder_sequence_length=run.ENCODER,
+                decoder_sequence_length=run.DECODER,
+                batch_size=run.ROWS_A_STEP,
+                max_steps=grid.STEPS,
+                steps_per_epoch=grid.STEPS,
+                learning_rate=3e-3,
+                optimizer="adamw",
+                overwrite=True,
+                verbose=0,
+            )
+        return folder / "preset"
 
 
 def frozen(models, model, seed, task):
@@ -259,8 +298,10 @@ def cells(sizes):
         for model in MODELS:
             for task in TASKS:
                 for mode in MODES:
-                    is_one = mode == "frozen" and model in ("source", "bidirectional")
-                    for seed in SEEDS[:1] if is_one else SEEDS:
+                    if mode == "tuned" and model in CONTROLS:
+                        continue
+                    is_one = model == "source" or model in CONTROLS
+                    for seed in SEEDS[:1] if is_one and mode == "frozen" else SEEDS:
                         yield task, size, model, mode, seed
 
 
@@ -324,7 +365,7 @@ def main():
         if time.perf_counter() - start > 60 * args.minutes:
             return
         task, size, model, mode, seed = cell
-        models = Models(size, args.runs) if size else None
+        models = Models(size, args) if size else None
         if models and not (models.source.exists() and models.pairs):
             continue  # Not trained yet.
         if (model, mode) == ("encoder", "frozen") and seed >= len(models.pairs):

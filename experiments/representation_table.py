@@ -15,7 +15,10 @@ NAMES = {
     "source": "decoder-only source",
     "bidirectional": "source, bidirectional",
     "scratch": "from scratch",
+    "mixture": "adapted, 500 steps",
+    "documents": "adapted, 500 steps, no repeated texts",
 }
+DRAWN = ("encoder", "source", "scratch")
 MODES = ("frozen", "tuned")
 
 
@@ -105,13 +108,21 @@ def draw(cells):
     """Accuracy by task, frozen and tuned, of the largest size that is finished."""
     from matplotlib.figure import Figure
 
-    finished = [s for s in SIZES if len(cells.get((s, "scratch", "tuned"), ())) == 5]
+    finished = [
+        size
+        for size in SIZES
+        if all(
+            len(cells.get((size, model, mode), ())) == len(TASKS)
+            for model in ("encoder", "source")
+            for mode in MODES
+        )
+    ]
     if not finished:
         return
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, mode in zip(panels, MODES, strict=True):
-        bars = [(NAMES[m], (finished[-1], m, mode)) for m in NAMES]
+        bars = [(NAMES[m], (finished[-1], m, mode)) for m in DRAWN]
         bars.append(("TF-IDF, linear", ("", "tfidf", "tuned")))
         bars = [(name, cells[key]) for name, key in bars if key in cells]
         for i, (name, found) in enumerate(bars):
