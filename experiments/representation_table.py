@@ -122,18 +122,20 @@ def draw(cells):
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, mode in zip(panels, MODES, strict=True):
-        bars = [(NAMES[m], (finished[-1], m, mode)) for m in DRAWN]
+        bars = [(NAMES[model], (finished[-1], model, mode)) for model in DRAWN]
         bars.append(("TF-IDF, linear", ("", "tfidf", "tuned")))
-        bars = [(name, cells[key]) for name, key in bars if key in cells]
-        for i, (name, found) in enumerate(bars):
+        for i, (name, key) in enumerate(bars):
+            found = cells.get(key, {})
             tasks = [task for task in TASKS if task in found]
-            x = [TASKS.index(task) + (i - len(bars) / 2) * 0.16 for task in tasks]
+            x = [TASKS.index(task) + (i - len(bars) / 2) * 0.2 for task in tasks]
             y = [accuracy(found[task]) for task in tasks]
             error = [variance(found[task]) ** 0.5 for task in tasks]
-            panel.bar(x, y, 0.16, yerr=error, label=name, align="edge")
+            color = f"C{i}"
+            panel.bar(x, y, 0.2, yerr=error, label=name, align="edge", color=color)
         panel.set_xticks(range(len(TASKS)), TASKS)
         panel.set_title(f"{finished[-1]}, {mode}")
         panel.grid(alpha=0.3, axis="y")
     panels[0].set_ylabel("accuracy, %")
-    panels[0].legend(fontsize=8)
+    panels[1].legend(fontsize=8, ncols=2, loc="upper right")
+    panels[0].set_ylim(0, 90)
     figure.savefig(HERE / "representation.png", dpi=100)

@@ -15,6 +15,7 @@ COPIED = {
     "benchmarks/train.png": "train.png",
     "experiments/losses.png": "losses.png",
     "experiments/frontier.png": "frontier.png",
+    "experiments/representation.png": "representation.png",
 }
 # Target and anchor of a link that is relative.
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]*)(#[^)\s]*)?\)")
