@@ -90,7 +90,12 @@ def start_preset(run, runs):
 
 @contextlib.contextmanager
 def encoder_mask(causal):
-    """Make causal attention the default of encoders if `causal`."""
+    """Make causal attention the default of encoders if `causal`.
+
+    Generation on PyTorch does not call the encoder.
+    """
+    if causal and os.environ.get("KERAS_BACKEND") == "torch":
+        raise RuntimeError("Runs with a causal encoder need JAX or TensorFlow.")
     from keras_t5gemma.modeling.towers import Encoder
 
     call = Encoder.call

@@ -6,11 +6,12 @@ In eager PyTorch on a CPU, reading 128 tokens through the layers takes up to twi
 time, in many small calls and in functions for which there are faster forms:
 
 - int8: rows are rounded once for all projections that read them; the soft cap is
-  `2 cap sigmoid(2 x / cap)`, since the softmax ignores a constant, with an error that
-  is far below that of rounding;
+  `2 cap sigmoid(2 x / cap)`, since the softmax ignores a constant, with an error of
+  6e-8 of the cap, for usual caps far below that of rounding;
 - GELU of float32 is computed with the sigmoid, in half the time.
 
-Weights are read from the layers at every call: nothing is copied.
+Weights are read from the layers at every call: nothing is copied. Layers are not
+called, so hooks on them are not, either.
 """
 
 import math
@@ -19,16 +20,19 @@ from typing import Any
 import keras
 import torch
 
+from keras_t5gemma.modeling import int8_products
+from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.blockwise_attention import BlockwiseMask, attention_mask
 from keras_t5gemma.modeling.int8_products import (
-    is_fast,
     torch_product_of_rounded,
     torch_rounded,
 )
 from keras_t5gemma.modeling.masks import Visibility
 from keras_t5gemma.modeling.rotary import rotary_angles
 from keras_t5gemma.modeling.soft_cap import soft_cap
+from keras_t5gemma.modeling.towers import Encoder
 
+_LARGEST_CAP = 64.0  # For which the sigmoid is precise enough.
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
@@ -48,9 +52,12 @@ def read(
     """
     encoder = backbone.encoder
     masks = _masks(encoder, padding)
-    if masks is None or not _is_supported(backbone, padding):
+    is_fast = masks is not None and _is_supported(backbone, padding)
+    if is_fast:
+        (x,) = encoder(token_ids, padding, layers=[0])  # The embeddings.
+        is_fast = x.dtype == getattr(torch, encoder.compute_dtype)
+    if not is_fast:
         return backbone.encode(token_ids, padding), None
-    (x,) = encoder(token_ids, padding, layers=[0])  # The embeddings.
     batch, length, width = x.shape
     stack = encoder.stack
     turn = _Turn(length, stack)
@@ -88,9 +95,20 @@ def _masks(encoder, padding):
 
 
 def _is_supported(backbone, x):
-    """Whether every projection is a plain float or int8 matrix, without LoRA."""
+    """Whether every projection is a plain float or int8 matrix, without LoRA.
+
+    All in one dtype, in a model whose encoder is that of this package.
+    """
+    encoder = backbone.encoder
+    if type(backbone).encode is not Backbone.encode or type(encoder) is not Encoder:
+        return False
+    layers = [encoder.token_embedding, encoder.final_norm]
+    for block in encoder.blocks:
+        layers += [block.pre_self_norm, block.post_self_norm]
+        layers += [block.pre_mlp_norm, block.post_mlp_norm]
+    dtypes = {layer.compute_dtype for layer in layers}
     layers = []
-    for block in backbone.encoder.blocks:
+    for block in encoder.blocks:
         attention, mlp = block.self_attention, block.mlp
         layers += [attention.query, attention.key, attention.value]
         layers += [attention.output_projection, mlp.gate, mlp.up, mlp.down]
@@ -99,9 +117,11 @@ def _is_supported(backbone, x):
     modes = {layer.quantization_mode for layer in layers}
     if any(getattr(layer, "lora_enabled", False) for layer in layers):
         return False
+    dtypes |= {layer.compute_dtype for layer in layers}
     # Keras's products of float64 are float32 on PyTorch.
-    is_float = modes == {None} and backbone.compute_dtype != "float64"
-    return is_float or (modes == {"int8"} and is_fast(x))
+    if dtypes != {encoder.compute_dtype} or "float64" in dtypes:
+        return False
+    return modes == {None} or (modes == {"int8"} and int8_products.is_fast(x))
 
 
 def _norm(layer, x):
@@ -150,7 +170,7 @@ def _attend(projections, stack, batch, turn, mask, rounded):
     key = turn(key).permute(0, 2, 3, 1)  # B K H S
     value = value.view(batch, length, kv_heads, size).transpose(1, 2)  # B K S H
     logits = (query @ key).float()
-    if rounded and cap is not None:
+    if rounded and cap is not None and cap <= _LARGEST_CAP:
         logits.mul_(2 / cap).sigmoid_().mul_(2 * cap)
     else:
         logits = soft_cap(logits, cap)

@@ -28,8 +28,9 @@ def _has_slow_tanh(x):
     """Whether PyTorch's tanh takes twice the time of what it consists of."""
     import torch
 
-    is_learned = torch.is_grad_enabled() and x.requires_grad
-    return x.dtype == torch.float32 and on_cpu(x) and not is_learned
+    # The dtype of Keras's symbols is a string. `requires_grad` is False within
+    # `torch.func.vmap` of a tensor that needs a gradient.
+    return x.dtype == torch.float32 and on_cpu(x) and not torch.is_grad_enabled()
 
 
 def _by_exponential(x, cap):

@@ -1,5 +1,7 @@
 """Reading sources on PyTorch without Keras layers, against the layers."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -54,13 +56,18 @@ def test_it_equals_the_layers(dtype):
                 assert difference < tolerance * float(b.abs().max())
 
 
-def test_int8_rounds_as_the_layers_do():
+@pytest.mark.parametrize("cap", [50.0, 1e8, None])
+def test_int8_rounds_as_the_layers_do(cap):
     """Nearer to the layers in int8 than these are to float32."""
     from keras_t5gemma import _compat
 
     if not _compat.torch_has_int8_products():
         pytest.skip("needs VNNI")
-    backbone = enlarge(kt.Backbone(tiny_config()))
+    stacks = tiny_config()
+    config = dataclasses.replace(
+        stacks, encoder=dataclasses.replace(stacks.encoder, attention_soft_cap=cap)
+    )
+    backbone = enlarge(kt.Backbone(config))
     ids, mask = batch()
     (exact, _), _ = both_readings(backbone, ids, mask)
     backbone.quantize("int8")
@@ -74,16 +81,27 @@ def test_int8_rounds_as_the_layers_do():
     assert distance(fast_cross[0][0], cross[0][0]) < 0.05
 
 
-def test_what_goes_through_the_layers(tokenizer):
-    """LoRA, float64, and sources that are read in blocks."""
+class Overridden(kt.Backbone):
+    """It reads in its own way."""
+
+    def encode(self, *args, **kwargs):
+        return super().encode(*args, **kwargs) + 1
+
+
+def test_what_goes_through_the_layers():
+    """LoRA, float64, layers of several dtypes, subclasses, and sources in blocks."""
     import torch
 
     from keras_t5gemma.generation import torch_encoder
 
     ids, mask = batch()
-    for change in ("lora", "float64", "long"):
-        dtype = "float64" if change == "float64" else "float32"
-        backbone = enlarge(kt.Backbone(tiny_config(), dtype=dtype))
+    mixed = keras.dtype_policies.DTypePolicyMap(default_policy="bfloat16")
+    mixed[".*mlp.*"] = keras.DTypePolicy("float32")
+    dtypes = {"float64": "float64", "mixed": mixed}
+    for change in ("lora", "float64", "mixed", "override", "long"):
+        kind = Overridden if change == "override" else kt.Backbone
+        backbone = kind(tiny_config(), dtype=dtypes.get(change, "float32"))
+        backbone = enlarge(backbone)
         if change == "lora":
             backbone.enable_lora(2)
         if change == "long":
