@@ -2,12 +2,16 @@
 
 import gc
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.modeling import lora
-from keras_t5gemma.modeling.layer_iteration import is_projection_or_embedding
+from keras_t5gemma.modeling.layer_iteration import (
+    is_projection_or_embedding,
+    iter_layers,
+)
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.utils.checks import one_of
 
@@ -26,13 +30,15 @@ class ChangesInPlace:
 
         Args:
             mode: `"int8"`, `"int4"`, or another mode of Keras; `None` with a `config`.
-            filters: which layers, as in Keras: a regular expression, a list of them, or
-                a function of a layer; `None` is all projections and embeddings.
+            filters: which layers, as in Keras: a regular expression of names without
+                the path (`"query"`, `"gate"`, `"token_embedding"`, ...), a list of
+                them, or a function of a layer; `None` is all projections and
+                embeddings.
             **kwargs: those of `keras.Model.quantize`, e.g. `config`.
 
         Raises:
-            ValueError: for an unknown mode; or with several processes, none of which
-                has a whole weight.
+            ValueError: for an unknown mode; for a `filters` that matches no layer; or
+                with several processes, none of which has a whole weight.
         """
         if process_group.process_count() > 1:
             raise ValueError(
@@ -45,11 +51,26 @@ class ChangesInPlace:
         mesh.prepare(self.config)
         if filters is None:
             filters = is_projection_or_embedding
+        self._check_matches(filters)
         gc.freeze()  # Keras collects garbage after every layer, 0.4 s each time.
         try:
             super().quantize(mode, filters=filters, **kwargs)  # type: ignore[misc]
         finally:
             gc.unfreeze()
+
+    def _check_matches(self, filters):
+        """Raise `ValueError` for regular expressions that match no layer."""
+        patterns = [filters] if isinstance(filters, str) else filters
+        if not isinstance(patterns, list | tuple):
+            return
+        layers = filter(is_projection_or_embedding, iter_layers(self))  # type: ignore
+        names = sorted({layer.name for layer in layers})
+        if not any(re.search(p, name) for p in patterns for name in names):
+            raise ValueError(
+                f"`filters` must match the name of a layer, one of {', '.join(names)}; "
+                f"got {filters!r}. Paths are not searched: for a part of the model "
+                "pass a function, e.g. `lambda layer: 'encoder' in layer.path`."
+            )
 
     def enable_lora(
         self,

@@ -151,3 +151,23 @@ def test_quantize_collects_no_garbage_layer_by_layer(monkeypatch):
     assert frozen
     assert min(frozen) > 1000
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.one_backend
+def test_filters_match_names_of_layers():
+    """A part of the model by a function; what matches nothing is named."""
+    backbone = kt.Backbone(one_block_config())
+    for filters in ("encoder", ["mlp", "block_0"], []):
+        with pytest.raises(ValueError, match="`filters` must match .* down, gate, key"):
+            backbone.quantize("int8", filters=filters)
+    backbone.quantize("int8", filters=["gate|up"])
+    encoder, decoder = backbone.encoder.blocks[0], backbone.decoder.blocks[0]
+    assert encoder.mlp.gate.quantization_mode == "int8"
+    assert encoder.mlp.down.quantization_mode is None
+
+    def is_decoders_down(layer):
+        return layer.name == "down" and "decoder" in layer.path
+
+    backbone.quantize("int8", filters=is_decoders_down)
+    assert decoder.mlp.down.quantization_mode == "int8"
+    assert encoder.mlp.down.quantization_mode is None
