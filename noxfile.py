@@ -15,8 +15,8 @@ nox.options.sessions = ["lint", "tests", "without_tensorflow"]
 # Files stay whole: their tests share fixtures and compiled programs.
 PYTEST = ("pytest", "-n", "2", "--dist", "loadfile", "--max-worker-restart=0")
 BACKENDS = ("jax", "tensorflow", "torch")
-# TensorFlow keeps all that it has compiled: 22 GB in two processes after the whole suite,
-# 16 GB after the first half of the tests alone.
+# TensorFlow keeps all that it has compiled: 22 GB in two processes after the whole
+# suite, 16 GB after the first half of the tests alone.
 FIRST_HALF = [
     f"tests/{folder}"
     for folder in ("checkpoints", "cli", "conversion", "generation", "training")
