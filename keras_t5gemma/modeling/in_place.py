@@ -65,7 +65,13 @@ class ChangesInPlace:
             return
         layers = filter(is_projection_or_embedding, iter_layers(self))  # type: ignore
         names = sorted({layer.name for layer in layers})
-        if not any(re.search(p, name) for p in patterns for name in names):
+        try:
+            found = [name for p in patterns for name in names if re.search(p, name)]
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"`filters` must be regular expressions; got {filters!r}: {error}."
+            ) from error
+        if not found:
             raise ValueError(
                 f"`filters` must match the name of a layer, one of {', '.join(names)}; "
                 f"got {filters!r}. Paths are not searched: for a part of the model "

@@ -160,6 +160,9 @@ def test_filters_match_names_of_layers():
     for filters in ("encoder", ["mlp", "block_0"], []):
         with pytest.raises(ValueError, match="`filters` must match .* down, gate, key"):
             backbone.quantize("int8", filters=filters)
+    for filters in ("(query", ["query", 3]):
+        with pytest.raises(ValueError, match="`filters` must be regular expressions"):
+            backbone.quantize("int8", filters=filters)
     backbone.quantize("int8", filters=["gate|up"])
     encoder, decoder = backbone.encoder.blocks[0], backbone.decoder.blocks[0]
     assert encoder.mlp.gate.quantization_mode == "int8"
