@@ -430,3 +430,40 @@ def torch_int8_product(left: Any, right: Any) -> Any:
     import torch
 
     return torch._int_mm(left, right)
+
+
+def torch_has_onednn_products() -> bool:
+    """Whether `torch_onednn_product` exists, on a processor with AVX-512."""
+    import torch
+
+    has = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+    return has and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def torch_onednn_product(x: Any, rows: Any) -> Any:
+    """`x @ rows.T` of float32 by oneDNN, without a gradient.
+
+    `torch.nn.functional.linear`, which is public, calls MKL.
+
+    Args:
+        x: `(..., in)`.
+        rows: `(out, in)`.
+    """
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(x, rows, None, "none", [], "")
+
+
+def torch_is_tracing() -> bool:
+    """Whether PyTorch compiles, exports, traces or transforms (`torch.func`) now."""
+    import torch
+
+    functorch = torch._C._functorch
+    return (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or functorch.peek_interpreter_stack() is not None
+    )

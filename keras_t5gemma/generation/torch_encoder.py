@@ -23,6 +23,7 @@ import torch
 from keras_t5gemma.modeling import int8_products
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.blockwise_attention import BlockwiseMask, attention_mask
+from keras_t5gemma.modeling.float_products import matmul
 from keras_t5gemma.modeling.int8_products import (
     torch_product_of_rounded,
     torch_rounded,
@@ -59,23 +60,37 @@ def read(
     if not is_fast:
         return backbone.encode(token_ids, padding), None
     batch, length, width = x.shape
-    stack = encoder.stack
-    turn = _Turn(length, stack)
+    rows = max(1, _tokens_at_once(encoder.stack) // length)
+    turn = _Turn(length, encoder.stack)
+    states = torch.empty_like(x)
+    for i in range(0, batch, rows):
+        some = slice(i, i + rows)
+        part = {k: m if m is None else m[some] for k, m in masks.items()}
+        y = _layers(encoder, x[some].reshape(-1, width).clone(), turn, part)
+        states[some] = encoder.normalize(y.view(-1, length, width))
+    return states, _keys_values(backbone.decoder, states)
+
+
+def _tokens_at_once(stack):
+    """Tokens whose activations fit a processor's cache, or enough for the weights."""
+    return max(256, 2**18 // stack.intermediate_dim)
+
+
+def _layers(encoder, x, turn, masks):
+    """States `(R, D)` after all layers; `x`, their input, is overwritten."""
     rounded = bool(encoder.blocks[0].mlp.down.quantization_mode)
-    # A copy, since the sums below are made in place.
-    x = x.reshape(-1, width).clone()  # R D
+    stack = encoder.stack
     for block, kind in zip(encoder.blocks, stack.layer_types, strict=True):
         attention, mlp = block.self_attention, block.mlp
         y = _norm(block.pre_self_norm, x)
         y = _products(y, attention.query, attention.key, attention.value)
-        y = _attend(y, stack, batch, turn, masks[kind], rounded)
+        y = _attend(y, stack, turn, masks[kind], rounded)
         (y,) = _products(y, attention.output_projection)
         x += _norm(block.post_self_norm, y)
         gate, up = _products(_norm(block.pre_mlp_norm, x), mlp.gate, mlp.up)
         (y,) = _products(_gated(gate, up), mlp.down)
         x += _norm(block.post_mlp_norm, y)
-    states = encoder.normalize(x.view(batch, length, width))
-    return states, _keys_values(backbone.decoder, states)
+    return x
 
 
 def _masks(encoder, padding):
@@ -133,43 +148,47 @@ def _norm(layer, x):
 def _products(x, *layers):
     """`x` `(R, in)` times the kernels of some layers."""
     if not layers[0].quantization_mode:
-        return [x @ layer.kernel.value.to(x.dtype) for layer in layers]
+        return [matmul(x, layer.kernel.value.to(x.dtype)) for layer in layers]
     rounded = torch_rounded(x)
     weights = [(layer.kernel.value, layer.kernel_scale.value) for layer in layers]
     return [torch_product_of_rounded(*rounded, *w).to(x.dtype) for w in weights]
 
 
 class _Turn:
-    """Rotary embedding in float32 of `(R, heads H)`, R rows of a batch."""
+    """Rotary embedding in float32, of `(R, heads H)` as `(B, heads, T, H)`."""
 
     def __init__(self, length, stack):
         positions = keras.ops.arange(length)
         angles = rotary_angles(positions, stack.head_dim, stack.rope_base)
-        self.sin, self.cos = (torch.as_tensor(a)[:, None] for a in angles)  # T 1 H/2
+        self.sin, self.cos = (torch.as_tensor(a) for a in angles)  # T H/2
         self.length, self.size = length, stack.head_dim
 
     def __call__(self, x):
-        x = x.view(-1, self.length, x.shape[1] // self.size, self.size)
-        first, second = x.float().chunk(2, dim=-1)
-        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        x = _by_heads(x.float(), self.length, self.size)
+        first, second = x.chunk(2, dim=-1)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         left, right = out.chunk(2, dim=-1)
         torch.mul(first, self.cos, out=left).addcmul_(second, self.sin, value=-1)
         torch.mul(second, self.cos, out=right).addcmul_(first, self.sin)
-        return out.to(x.dtype)
+        return out
 
 
-def _attend(projections, stack, batch, turn, mask, rounded):
+def _by_heads(x, length, size):
+    """`(R, heads H)` as `(B, heads, T, H)`."""
+    return x.view(-1, length, x.shape[1] // size, size).transpose(1, 2)
+
+
+def _attend(projections, stack, turn, mask, rounded):
     """Mixed values `(R, N H)`."""
     query, key, value = projections
-    heads, kv_heads = stack.num_query_heads, stack.num_key_value_heads
-    length, groups, size = turn.length, heads // kv_heads, stack.head_dim
-    cap = stack.attention_soft_cap
-    query = turn(query) * stack.query_scale
-    query = query.view(batch, length, kv_heads, groups, size)
-    query = query.permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)  # B K GT H
-    key = turn(key).permute(0, 2, 3, 1)  # B K H S
-    value = value.view(batch, length, kv_heads, size).transpose(1, 2)  # B K S H
-    logits = (query @ key).float()
+    kv_heads, size, length = stack.num_key_value_heads, stack.head_dim, turn.length
+    groups = stack.num_query_heads // kv_heads
+    cap, dtype = stack.attention_soft_cap, value.dtype
+    value = _by_heads(value, length, size)  # B K S H
+    batch = len(value)
+    query = turn(query).to(dtype).mul_(stack.query_scale)
+    query = query.view(batch, kv_heads, groups * length, size)  # B K GT H
+    logits = (query @ turn(key).to(dtype).transpose(-1, -2)).float()
     if rounded and cap is not None and cap <= _LARGEST_CAP:
         logits.mul_(2 / cap).sigmoid_().mul_(2 * cap)
     else:
@@ -180,7 +199,7 @@ def _attend(projections, stack, batch, turn, mask, rounded):
     weights = logits.softmax(-1)
     if mask is not None:  # Padding sees nothing.
         weights.view(by_group.shape).masked_fill_(mask, 0.0)
-    mixed = weights.to(value.dtype) @ value
+    mixed = weights.to(dtype) @ value
     mixed = mixed.view(batch, kv_heads, groups, length, size)
     return mixed.permute(0, 3, 1, 2, 4).reshape(batch * length, -1)
 
@@ -189,8 +208,9 @@ def _gated(gate, up):
     """`gelu(gate) * up`, in the tanh form."""
     if gate.dtype != torch.float32:
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
-    inner = gate * gate
-    inner.mul_(_SLOPE * _CUBIC).add_(_SLOPE).mul_(gate).sigmoid_()
+    slope = gate.new_tensor(_SLOPE)
+    inner = torch.addcmul(slope, gate, gate, value=_SLOPE * _CUBIC)
+    inner.mul_(gate).sigmoid_()
     return inner.mul_(gate).mul_(up)
 
 

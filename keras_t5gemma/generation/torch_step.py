@@ -5,7 +5,8 @@ of thousands of small calls. This is the same arithmetic on the model's tensors;
 compares it with `Decoder.step`. With few rows the time is that of reading the weights,
 so matrix products are written to read at memory bandwidth:
 
-- eager: as a batch of column blocks, which MKL distributes over threads;
+- eager: as a batch of column blocks, which MKL distributes over threads; many rows as
+  in `float_products`;
 - compiled, one row: as multiply and sum, which Inductor fuses with its surroundings;
 - int8: by FBGEMM, with activations of 7 or 8 bits scaled row by row.
 """
@@ -18,6 +19,7 @@ import torch
 
 from keras_t5gemma import _compat
 from keras_t5gemma.config import SLIDING
+from keras_t5gemma.modeling.float_products import is_faster, matmul
 from keras_t5gemma.modeling.kv_cache import slot_positions
 from keras_t5gemma.modeling.masks import causal_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
@@ -318,27 +320,33 @@ class CompiledStep:
 
 
 class _Columns:
-    """`x @ weight` of `(R, in)` and `(in, out)`, as two halves of the columns."""
+    """`x @ weight` of `(R, in)` and `(in, out)`, few rows as two halves of columns."""
 
     def __init__(self, weight):
+        self.weight = weight
         rows, columns = weight.shape
-        halves = equal_chunks(columns, 2)
+        halves = equal_chunks(columns, min(2, torch.get_num_threads()))
         self.halves = weight.view(rows, halves, columns // halves).permute(1, 0, 2)
 
     def __call__(self, x):
+        if is_faster(x, self.weight):
+            return matmul(x, self.weight)
         out = torch.bmm(x.expand(len(self.halves), *x.shape), self.halves)
         return out.transpose(0, 1).reshape(len(x), -1)
 
 
 class _Table:
-    """`x @ table.T` of `(R, D)` and `(V, D)`, in chunks of the vocabulary."""
+    """`x @ table.T` of `(R, D)` and `(V, D)`, few rows in chunks of the vocabulary."""
 
     def __init__(self, table):
+        self.weight = table.t()
         size, width = table.shape
         chunks = equal_chunks(size, _LOGIT_CHUNKS)
         self.parts = table.view(chunks, size // chunks, width)
 
     def __call__(self, x):
+        if is_faster(x, self.weight):
+            return matmul(x, self.weight)
         columns = x.t().expand(len(self.parts), *x.t().shape)
         out = torch.bmm(self.parts, columns)  # chunks V/chunks R
         return out.reshape(-1, len(x)).t()

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_t5gemma.modeling.float_products import matmul
 from keras_t5gemma.modeling.gated_gelu import gated_gelu
 from keras_t5gemma.modeling.int8_products import int8_product, is_fast
 from keras_t5gemma.modeling.soft_cap import soft_cap
@@ -61,7 +62,7 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         if not reverse or self.quantization_mode != "int8":
             return super().quantized_call(inputs, reverse=reverse)
         table = ops.cast(stored_weight(self, "embeddings"), self.compute_dtype)
-        logits = ops.matmul(inputs, ops.transpose(table)) / self.embeddings_scale
+        logits = matmul(inputs, ops.transpose(table)) / self.embeddings_scale
         return soft_cap(ops.cast(logits, self.compute_dtype), self.logit_soft_cap)
 
     def int8_logits(self, states: Tensor) -> Tensor:
@@ -99,6 +100,9 @@ class Projection(keras.layers.Dense):
     def quantize(self, mode=None, type_check=True, config=None):
         super().quantize(mode, type_check=False, config=config)
 
+    def call(self, inputs, training=None):
+        return matmul(inputs, self.kernel)
+
     def quantized_call(self, inputs, training=None):
         if self.quantization_mode != "int8":
             return super().quantized_call(inputs, training=training)
@@ -108,7 +112,7 @@ class Projection(keras.layers.Dense):
         else:
             kernel = ops.cast(kernel, self.compute_dtype)
             kernel = kernel / ops.cast(self.kernel_scale, self.compute_dtype)
-            x = ops.matmul(inputs, kernel)
+            x = matmul(inputs, kernel)
         if self.lora_enabled:
             update = ops.matmul(inputs, self.lora_kernel_a)
             update = ops.matmul(update, self.lora_kernel_b)

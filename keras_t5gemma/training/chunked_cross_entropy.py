@@ -10,6 +10,7 @@ import dataclasses
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.modeling.float_products import matmul
 from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.training.vocabulary_chunks import (
     add_mass,
@@ -249,9 +250,9 @@ class _ChunkedLoss:
             by_states, by_table = found
             rows = chunk_rows(table, chunk, self.step, self.shards)
             slope = slope_of(self._logits(states, table, chunk), chunk)
-            new = ops.cast(ops.matmul(slope, rows), "float32")
+            new = ops.cast(matmul(slope, rows), "float32")
             if self.learn_table:
-                by_rows = mesh.lay_out_table(ops.matmul(ops.transpose(slope), states))
+                by_rows = mesh.lay_out_table(matmul(ops.transpose(slope), states))
                 by_table = write_rows(by_table, chunk * self.step, by_rows, self.shards)
             return by_states + new, by_table
 

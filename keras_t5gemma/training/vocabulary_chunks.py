@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.distribution import mesh
+from keras_t5gemma.modeling.float_products import matmul
 from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.utils.backends import on_cpu
 from keras_t5gemma.utils.buckets import (
@@ -39,7 +40,7 @@ def chunk_ids(chunk: Tensor, step: int, size: int, shards: int) -> Tensor:
 
 def chunk_logits(states: Tensor, rows: Tensor, cap: float | None) -> Tensor:
     """Soft-capped logits, float32 `(N, rows)`."""
-    logits = ops.cast(ops.matmul(states, ops.transpose(rows)), "float32")
+    logits = ops.cast(matmul(states, ops.transpose(rows)), "float32")
     return soft_cap(logits, cap)
 
 
