@@ -221,6 +221,30 @@ def replace_update(optimizer: keras.optimizers.Optimizer, update: Callable) -> N
         optimizer.update_step = update
 
 
+def replace_weight_decay(
+    optimizer: keras.optimizers.Optimizer, decay: Callable
+) -> None:
+    """Replace what Keras does for `weight_decay` before an update.
+
+    Args:
+        optimizer: patched in place.
+        decay: `(variables)`.
+    """
+    optimizer._apply_weight_decay = decay
+
+
+def apply_weight_decay(
+    optimizer: keras.optimizers.Optimizer, variables: Iterable[keras.Variable]
+) -> None:
+    """Keras's own weight decay, also after `replace_weight_decay`."""
+    type(optimizer)._apply_weight_decay(optimizer, variables)
+
+
+def uses_weight_decay(optimizer: keras.optimizers.Optimizer, variable: Any) -> bool:
+    """Whether an optimizer decays a variable; see `exclude_from_weight_decay`."""
+    return optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
+
+
 def adam_moments(
     optimizer: keras.optimizers.Adam, variables: Iterable[keras.Variable]
 ) -> tuple[list[keras.Variable], list[keras.Variable]]:

@@ -495,3 +495,80 @@ def test_make_jax_train_function():
     model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
     assert model.train_function is made, advice
     assert max_difference(before, model.weights[0]) > 0
+
+
+@only("torch")
+def test_torch_has_onednn_products(monkeypatch):
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    advice = "find oneDNN's product of two matrices, or return False here."
+    require(torch.ops.mkldnn, "_linear_pointwise", advice)
+    assert _compat.torch_has_onednn_products() == (capability == "AVX512")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not _compat.torch_has_onednn_products()
+
+
+@only("torch")
+def test_torch_onednn_product():
+    import torch
+
+    x, rows = torch.randn(3, 10, 7), torch.randn(5, 7)
+    found = _compat.torch_onednn_product(x, rows)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x @ rows.t(), atol=1e-5, rtol=1e-5)
+
+
+@only("torch")
+def test_torch_is_tracing():
+    import torch
+
+    advice = "find out how PyTorch tells that `torch.func` transforms a function."
+    require(torch._C._functorch, "peek_interpreter_stack", advice)
+    found = []
+
+    def function(x):
+        found.append(_compat.torch_is_tracing())
+        return x * 2
+
+    x = torch.ones(2)
+    function(x)
+    torch.func.vmap(function)(x)
+    torch.jit.trace(function, x)
+    assert found[:3] == [False, True, True]
+
+
+@pytest.mark.parametrize("kind", ADAMS)
+def test_replace_weight_decay(kind):
+    called = []
+    advice = "find the method that applies `weight_decay` before an update."
+    require(kind(), "_apply_weight_decay", advice)
+    variable = keras.Variable(np.ones(2, "float32"))
+    optimizer = kind(0.0, weight_decay=1.0)
+    optimizer.build([variable])
+    _compat.replace_weight_decay(optimizer, called.append)
+    optimizer.apply([keras.ops.ones(2)], [variable])
+    assert len(called) == 1
+
+
+def test_apply_weight_decay():
+    variable = keras.Variable(np.ones(2, "float32"))
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=2.0)
+    optimizer.build([variable])
+    _compat.replace_weight_decay(optimizer, lambda variables: None)
+    _compat.apply_weight_decay(optimizer, [variable])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), 0.8, rtol=1e-6)
+
+
+def test_uses_weight_decay():
+    require(
+        keras.optimizers.AdamW(),
+        "_use_weight_decay",
+        "read `exclude_from_weight_decay` of the optimizer yourself.",
+    )
+    kernel, bias = (keras.Variable(np.ones(2), name=n) for n in ("kernel", "bias"))
+    optimizer = keras.optimizers.AdamW(weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    assert _compat.uses_weight_decay(optimizer, kernel)
+    assert not _compat.uses_weight_decay(optimizer, bias)
+    assert not _compat.uses_weight_decay(keras.optimizers.Adam(), kernel)

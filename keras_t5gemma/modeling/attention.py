@@ -6,6 +6,7 @@ G = N / K queries a key/value head, H head size, D width, F feed-forward width,
 V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import keras
@@ -142,6 +143,17 @@ class Attention(keras.layers.Layer):
         kv_heads = self.num_key_value_heads
         groups = self.num_query_heads // kv_heads
         query = ops.reshape(query, (batch, length, kv_heads, groups, self.head_dim))
+        mix = functools.partial(self._mix, mask=mask, seeds=seeds)
+        if keras.config.backend() == "tensorflow":
+            # Its gradients would keep five arrays of the size of the logits.
+            mix = keras.remat(mix)
+        output = mix(query, key, value)
+        return ops.reshape(
+            output, (batch, length, self.num_query_heads * self.head_dim)
+        )
+
+    def _mix(self, query, key, value, mask, seeds):
+        """Mixed values `(B, T, K, G, H)` of queries of that shape."""
         logits = ops.einsum("BTKGH,BKSH->BKGTS", query, key)
         logits = soft_cap(ops.cast(logits, "float32"), self.soft_cap)
         if mask is not None:
@@ -153,10 +165,7 @@ class Attention(keras.layers.Layer):
             weights = ops.where(mask, weights, 0.0)
         weights = ops.cast(weights, value.dtype)
         weights = dropout(weights, self.dropout, seeds)
-        output = ops.einsum("BKGTS,BKSH->BTKGH", weights, value)
-        return ops.reshape(
-            output, (batch, length, self.num_query_heads * self.head_dim)
-        )
+        return ops.einsum("BKGTS,BKSH->BTKGH", weights, value)
 
     def _heads(self, x, heads):
         shape = ops.shape(x)

@@ -9,6 +9,7 @@ from keras import ops
 from keras_t5gemma.modeling.float_products import matmul
 from keras_t5gemma.modeling.gated_gelu import gated_gelu
 from keras_t5gemma.modeling.int8_products import int8_product, is_fast
+from keras_t5gemma.modeling.rms_norm import rms_norm
 from keras_t5gemma.modeling.soft_cap import soft_cap
 from keras_t5gemma.utils.types import Tensor
 
@@ -32,10 +33,7 @@ class RMSNorm(keras.layers.Layer):
         )
 
     def call(self, x):
-        y = ops.cast(x, "float32")
-        y = y * ops.rsqrt(ops.mean(ops.square(y), -1, keepdims=True) + self.epsilon)
-        y = y * (1.0 + ops.cast(self.scale, "float32"))
-        return ops.cast(y, x.dtype)
+        return rms_norm(x, self.scale, self.epsilon)
 
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon}

@@ -18,6 +18,9 @@ OPTIMIZERS = {
 }
 
 
+_UPDATES = "keras_t5gemma_updates"  # A collection of a TensorFlow graph.
+
+
 def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
     """The optimizer of `compile`: checked for weights of `dtype`, fused, exact.
 
@@ -94,6 +97,16 @@ def update_in_place(optimizer: keras.optimizers.Optimizer) -> None:
     update = updates.get(keras.config.backend())
     if update is not None:
         _compat.replace_update(optimizer, functools.partial(update, optimizer))
+    if keras.config.backend() == "tensorflow":
+        _compat.replace_weight_decay(optimizer, functools.partial(_decay, optimizer))
+
+
+def _decay(optimizer, variables):
+    """Weight decay on TensorFlow, where the update of a variable contains it."""
+    import tensorflow as tf
+
+    if tf.distribute.has_strategy():
+        _compat.apply_weight_decay(optimizer, variables)
 
 
 def _fused_adam_on_torch(optimizer, gradients, variables, learning_rate):
@@ -121,6 +134,29 @@ def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
 
     if tf.distribute.has_strategy():  # There variables have no handle.
         return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
+    # One variable after another, its gradient first. Else copies of several tables
+    # exist at once, also of those that the backward pass still reads.
+    before = _last_update(tf)
+    with tf.control_dependencies([*before, gradient]):
+        if _compat.uses_weight_decay(optimizer, variable):
+            decay = tf.cast(optimizer.weight_decay * learning_rate, variable.dtype)
+            before = [variable.assign_sub(variable * decay, read_value=False)]
+    with tf.control_dependencies([x for x in before if x is not None]):
+        update = _apply_adam(tf, optimizer, gradient, variable, learning_rate)
+    if not tf.executing_eagerly():
+        tf.compat.v1.get_collection_ref(_UPDATES)[:] = [update]
+
+
+def _last_update(tf):
+    """The update before this in the graph that is being made, as a list."""
+    if tf.executing_eagerly():
+        return []
+    updates = tf.compat.v1.get_collection(_UPDATES)
+    # A branch of a condition has the collections of the graph around it.
+    return [x for x in updates if x.graph is tf.compat.v1.get_default_graph()]
+
+
+def _apply_adam(tf, optimizer, gradient, variable, learning_rate):
     count = tf.cast(ops.convert_to_tensor(optimizer.iterations), "float32") + 1
     numbers = {
         "beta1_power": tf.pow(optimizer.beta_1, count),
@@ -131,7 +167,7 @@ def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
         "epsilon": optimizer.epsilon,
     }
     (first,), (second,) = _compat.adam_moments(optimizer, [variable])
-    tf.raw_ops.ResourceApplyAdam(
+    return tf.raw_ops.ResourceApplyAdam(
         var=variable.handle,
         m=first.value.handle,
         v=second.value.handle,

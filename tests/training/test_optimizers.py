@@ -1,0 +1,76 @@
+"""Updates in place against those of Keras, which a subclass keeps."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.models import numpy, one_block_config
+
+import keras_t5gemma as kt
+
+
+class Plain(keras.optimizers.AdamW):
+    """An AdamW whose update is Keras's own."""
+
+
+def trained(optimizer, **options):
+    """Weights after four batches, from the same start."""
+    keras.utils.set_random_seed(0)
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()), preprocessor=None)
+    for variable in model.trainable_variables:
+        if variable.path.endswith("scale"):  # Zeros would not show their decay.
+            variable.assign(np.full(variable.shape, 0.5))
+    model.compile(optimizer=optimizer, **options)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, 100, (8, 8)).astype("int32")
+    names = ("encoder_token_ids", "encoder_padding_mask")
+    names += ("decoder_token_ids", "decoder_padding_mask")
+    x = {n: ids if n.endswith("ids") else np.ones_like(ids) for n in names}
+    model.fit(x, np.roll(ids, -1, 1), batch_size=2, shuffle=False, verbose=0)
+    return {v.path: numpy(v) for v in model.trainable_variables}
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [
+        ({}, {}),
+        ({"weight_decay": 3.0}, {}),
+        ({"weight_decay": 3.0}, {"run_eagerly": True}),
+        ({"weight_decay": 3.0, "gradient_accumulation_steps": 2}, {}),
+        ({"weight_decay": 3.0, "global_clipnorm": 0.1, "use_ema": True}, {}),
+    ],
+)
+def test_the_same_weights_as_with_keras(options, compiled):
+    """Also of variables that weight decay leaves out."""
+    found = []
+    for kind in (Plain, keras.optimizers.AdamW):
+        # A large epsilon, or rounding decides the sign of what is nearly zero. On
+        # TensorFlow Keras squares gradients of repeated tokens one by one, not their
+        # sum, unless it makes the gradient of a table dense, as for clipping.
+        optimizer = kind(1e-2, epsilon=1e-3, **{"global_clipnorm": 1e9, **options})
+        optimizer.exclude_from_weight_decay(var_names=["scale"])
+        found.append(trained(optimizer, **compiled))
+    expected, weights = found
+    for path, value in expected.items():
+        np.testing.assert_allclose(weights[path], value, atol=1e-4, err_msg=path)
+
+
+def test_repeated_tokens_without_clipping():
+    """Their gradients are summed before they are squared."""
+    options = {"learning_rate": 1e-2, "epsilon": 1e-3}
+    expected = trained(Plain(global_clipnorm=1e9, **options))
+    weights = trained(keras.optimizers.AdamW(**options))
+    for path, value in expected.items():
+        np.testing.assert_allclose(weights[path], value, atol=1e-4, err_msg=path)
+
+
+def test_weight_decay_shrinks_what_it_is_asked_to():
+    """By `1 - learning rate * weight decay` an update; the rest moves as without."""
+    without = trained(keras.optimizers.AdamW(1e-3, weight_decay=0.0))
+    optimizer = keras.optimizers.AdamW(1e-3, weight_decay=30.0)
+    optimizer.exclude_from_weight_decay(var_names=["scale"])
+    weights = trained(optimizer)
+    for path, value in without.items():
+        factor = 1.0 if path.endswith("scale") else (1 - 1e-3 * 30) ** 4
+        assert np.abs(weights[path] - factor * value).max() < 0.02, path
+    table = next(path for path in weights if path.endswith("embeddings"))
+    assert np.abs(weights[table]).mean() < 0.9 * np.abs(without[table]).mean()
