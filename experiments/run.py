@@ -11,7 +11,6 @@ them. An interrupted run resumes from its last backup. Results go to
 import argparse
 import contextlib
 import csv
-import functools
 import json
 import os
 import subprocess
@@ -90,7 +89,7 @@ def start_preset(run, runs):
 
 @contextlib.contextmanager
 def encoder_mask(causal):
-    """Make causal attention the default of encoders if `causal`.
+    """Give all encoders causal attention if `causal`.
 
     Generation on PyTorch does not call the encoder.
     """
@@ -98,13 +97,14 @@ def encoder_mask(causal):
         raise RuntimeError("Runs with a causal encoder need JAX or TensorFlow.")
     from keras_t5gemma.modeling.towers import Encoder
 
-    call = Encoder.call
+    masks = Encoder._self_masks
     if causal:
-        Encoder.call = functools.partialmethod(call, causal=True)
+        # Not the default of `call`: `Backbone.encode` passes the argument.
+        Encoder._self_masks = lambda self, padding, _: masks(self, padding, True)
     try:
         yield
     finally:
-        Encoder.call = call
+        Encoder._self_masks = masks
 
 
 def pretrain(run, args):
