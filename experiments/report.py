@@ -255,42 +255,64 @@ def draw_losses(results):
 
 
 def draw_frontier(results):
-    """Quality by cost."""
+    """Quality by cost, after 500 steps (hollow) and from sources of all texts."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    kinds = {"decoder-only": ("s", "C0"), "encoder-decoder": ("o", "C1")}
+    long = [
+        (label.replace(", adapted, PrefixLM", ""), of_kind(results, tuned))
+        for label, _, tuned in FULL
+        if tuned.startswith("decoder-only") or tuned.endswith("/prefixlm")
+    ]
     for panel, cost, unit in (
         (panels[0], "flops", "MFLOPs per answer"),
         (panels[1], "milliseconds", "milliseconds per answer"),
     ):
-        for kind, marker in (("decoder-only", "s"), ("encoder-decoder", "o")):
-            found = [row for row in _of_sizes(results) if row[0].startswith(kind)]
-            x = [
-                milliseconds(runs) if cost == "milliseconds" else runs[0][cost]
-                for _, runs in found
-            ]
-            y = [statistics.fmean(map(rouge, runs)) for _, runs in found]
-            error = [
-                statistics.fmean(r["scores"]["rougeL"]["standard_error"] for r in runs)
-                for _, runs in found
-            ]
-            panel.errorbar(x, y, error, fmt=marker, label=kind, capsize=3)
-            for (label, _), *place in zip(found, x, y, strict=True):
-                below = kind == "decoder-only"  # Points of both kinds may overlap.
+        for found, steps in ((_of_sizes(results), STEPS), (long, LONGER * STEPS)):
+            for label, runs in found:
+                if not runs:
+                    continue
+                kind = "decoder-only" if "decoder-only" in label else "encoder-decoder"
+                marker, color = kinds[kind]
+                x = milliseconds(runs) if cost == "milliseconds" else runs[0][cost]
+                y = statistics.fmean(map(rouge, runs))
+                panel.errorbar(
+                    x,
+                    y,
+                    _rouge_error(runs),
+                    fmt=marker,
+                    color=color,
+                    fillstyle="none" if steps == STEPS else "full",
+                    capsize=3,
+                    label=f"{kind}, {steps:,} steps",
+                )
                 panel.annotate(
-                    label.split(", ")[1],
-                    place,
-                    (6, -11 if below else 5),
+                    label.split(", ")[-1],
+                    (x, y),
+                    # Points of both kinds may overlap.
+                    (6, -11 if kind == "decoder-only" else 5),
                     textcoords="offset points",
-                    fontsize=8,
+                    fontsize=7,
                 )
         panel.set(xlabel=unit)
         panel.margins(x=0.2)
         panel.grid(alpha=0.3)
-        _legend(panel)
+    handles, labels = panels[1].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    panels[1].legend(unique.values(), unique, fontsize=7, loc="lower right")
     panels[0].set_ylabel("ROUGE-L on synopsis")
     figure.savefig(HERE / "frontier.png", dpi=120)
+
+
+def _rouge_error(runs):
+    """Standard error over test rows, and over seeds where there are several."""
+    rows = statistics.fmean(r["scores"]["rougeL"]["standard_error"] for r in runs)
+    if len(runs) == 1:
+        return rows
+    seeds = statistics.variance(map(rouge, runs)) / len(runs)
+    return (rows**2 + seeds) ** 0.5
 
 
 def representation(_):

@@ -3,12 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.token_ids import named, pad
-from keras_t5gemma.utils.buckets import SHORT, batch_bounds, bucket, power_of_two
+from keras_t5gemma.utils.buckets import (
+    SHORT,
+    batch_bounds,
+    bucket,
+    power_of_two,
+    round_up,
+)
 from keras_t5gemma.utils.checks import rows_of_batch
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts
@@ -88,12 +95,11 @@ def arrays(
 def by_length(
     rows: Ragged, batch_size: int, limit: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Batches of rows of similar length, in few shapes.
+    """Batches of rows of similar length, in few shapes where shapes are compiled.
 
     Args:
         rows: a `Ragged` of ids.
-        batch_size: rows per batch, fewer of long rows, see `batch_bounds`; batches are
-            filled with empty rows.
+        batch_size: maximum rows per batch, fewer of long rows, see `batch_bounds`.
         limit: maximum width in tokens.
 
     Yields:
@@ -106,11 +112,14 @@ def by_length(
     for start, stop in bounds:
         chosen = order[start:stop]
         longest = int(rows.lengths[chosen[0]])
-        count = batch_size
-        if longest > SHORT:  # Filling them up would cost much.
-            count = mesh.round_up(min(power_of_two(len(chosen)), batch_size))
-        shape = count, min(limit, bucket(longest, halves_from=16))
-        yield chosen, arrays([rows[i] for i in chosen], shape)
+        if keras.config.backend() == "torch":  # Eager: any shape will do.
+            count, width = len(chosen), round_up(longest, 8)
+        else:
+            count, width = batch_size, bucket(longest, halves_from=16)
+            # Filling up a few rows, or long ones, would cost much.
+            if len(rows) < batch_size or longest > SHORT:
+                count = mesh.round_up(min(power_of_two(len(chosen)), batch_size))
+        yield chosen, arrays([rows[i] for i in chosen], (count, min(limit, width)))
 
 
 def encoder_ids(

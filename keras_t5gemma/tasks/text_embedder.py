@@ -216,6 +216,10 @@ class TextEmbedder(EncoderTask):
     ) -> np.ndarray:
         """Embed texts.
 
+        JAX and TensorFlow compile one program for each shape of a batch: one of a few
+        widths, and for fewer than `batch_size` texts their number, rounded up to a
+        power of two.
+
         Args:
             texts: a list of strings, or any container of `to_list`; it may be empty.
             batch_size: maximum number of texts in a batch, for texts above 512 tokens
