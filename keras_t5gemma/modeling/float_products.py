@@ -52,7 +52,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.numel() >= _MANY_ROWS * weight.shape[0]
         and _compat.torch_has_onednn_products()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not _compat.torch_is_tracing()
     )
