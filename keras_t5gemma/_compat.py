@@ -6,6 +6,7 @@ function: where a release renames what it needs, that test fails and says what t
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -456,6 +457,7 @@ def torch_int8_product(left: Any, right: Any) -> Any:
     return torch._int_mm(left, right)
 
 
+@functools.cache
 def torch_has_onednn_products() -> bool:
     """Whether `torch_onednn_product` exists, on a processor with AVX-512."""
     import torch
@@ -481,13 +483,17 @@ def torch_onednn_product(x: Any, rows: Any) -> Any:
 
 
 def torch_is_tracing() -> bool:
-    """Whether PyTorch compiles, exports, traces or transforms (`torch.func`) now."""
+    """Whether PyTorch compiles, exports, traces or transforms a function now.
+
+    By `torch.func` or `torch.autograd.forward_ad`; for both there is no public way to
+    ask.
+    """
     import torch
 
-    functorch = torch._C._functorch
     return (
         torch.compiler.is_compiling()
         or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
-        or functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     )

@@ -506,7 +506,11 @@ def test_torch_has_onednn_products(monkeypatch):
     require(torch.ops.mkldnn, "_linear_pointwise", advice)
     assert _compat.torch_has_onednn_products() == (capability == "AVX512")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not _compat.torch_has_onednn_products()
+    _compat.torch_has_onednn_products.cache_clear()
+    try:
+        assert not _compat.torch_has_onednn_products()
+    finally:
+        _compat.torch_has_onednn_products.cache_clear()
 
 
 @only("torch")
@@ -536,6 +540,10 @@ def test_torch_is_tracing():
     torch.func.vmap(function)(x)
     torch.jit.trace(function, x)
     assert found[:3] == [False, True, True]
+    require(torch.autograd.forward_ad, "_current_level", advice)
+    with torch.autograd.forward_ad.dual_level():
+        assert _compat.torch_is_tracing()
+    assert not _compat.torch_is_tracing()
 
 
 @pytest.mark.parametrize("kind", ADAMS)

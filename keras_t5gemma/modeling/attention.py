@@ -18,6 +18,7 @@ from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
 from keras_t5gemma.modeling.layers import dense
 from keras_t5gemma.modeling.rotary import apply_rotary
 from keras_t5gemma.modeling.soft_cap import soft_cap
+from keras_t5gemma.utils.backends import recomputed
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -143,10 +144,10 @@ class Attention(keras.layers.Layer):
         kv_heads = self.num_key_value_heads
         groups = self.num_query_heads // kv_heads
         query = ops.reshape(query, (batch, length, kv_heads, groups, self.head_dim))
-        mix = functools.partial(self._mix, mask=mask, seeds=seeds)
-        if keras.config.backend() == "tensorflow":
-            # Its gradients would keep five arrays of the size of the logits.
-            mix = keras.remat(mix)
+        # Drawn here: what is recomputed must drop the same weights again.
+        seed = None if seeds is None else seeds.draw()
+        # TensorFlow would keep five arrays of the size of the logits.
+        mix = recomputed(functools.partial(self._mix, mask=mask, seeds=seed))
         output = mix(query, key, value)
         return ops.reshape(
             output, (batch, length, self.num_query_heads * self.head_dim)

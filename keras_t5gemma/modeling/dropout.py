@@ -28,9 +28,18 @@ class ReplayableSeedGenerator(keras.random.SeedGenerator):
         step = ops.convert_to_tensor([self.count * 1_000_003, 0], self.seed.dtype)
         return self.seed + step
 
+    def draw(self) -> "ReplayableSeedGenerator":
+        """A generator that draws the next seed of this one, each time."""
+        return _OneSeed(self.next())
+
     def replay(self) -> "ReplayableSeedGenerator":
         """A generator of the same seeds, from the first one."""
         return ReplayableSeedGenerator(self.seed)
+
+
+class _OneSeed(ReplayableSeedGenerator):
+    def next(self, ordered=True):
+        return self.seed
 
 
 def dropout(x: Tensor, rate: float, seeds: ReplayableSeedGenerator | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Products of float matrices, on PyTorch by the faster of its two libraries.
 
 PyTorch multiplies float32 matrices on CPUs by MKL, which uses AVX2 on AMD processors.
-oneDNN, which PyTorch also contains, uses AVX-512 on all that have it.
+oneDNN, which PyTorch also contains, uses AVX-512 on all that have it. PyTorch's counter of
+FLOPs does not see its products.
 """
 
 import functools
@@ -13,7 +14,8 @@ from keras import ops
 from keras_t5gemma import _compat
 from keras_t5gemma.utils.types import Tensor
 
-_MANY_ROWS = 8  # From which on it is not slower.
+# From which on it is faster, in spite of the time of its call.
+_MANY_ROWS, _MANY_PRODUCTS = 8, 2**20
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN takes a product on PyTorch: float32 on a CPU, of many rows.
+    """Whether oneDNN takes a product on PyTorch: float32 on a CPU, large enough.
 
     Not while PyTorch compiles or transforms the function, which it does to its own
     products only.
@@ -46,15 +48,18 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     import torch
 
     return (
-        type(x) is torch.Tensor
+        not _compat.torch_is_tracing()
+        and type(x) is torch.Tensor
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
+        and x.layout == weight.layout == torch.strided
+        and weight.ndim == 2
         and x.numel() >= _MANY_ROWS * weight.shape[0]
+        and x.numel() * weight.shape[1] >= _MANY_PRODUCTS
         and _compat.torch_has_onednn_products()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and not _compat.torch_is_tracing()
     )
 
 
@@ -68,25 +73,23 @@ def _torch_function() -> Callable[[Tensor, Tensor], Tensor]:
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight):
-            ctx.save_for_backward(x, weight)
+            by_x, by_weight = ctx.needs_input_grad
+            ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
             return product(x, weight)
 
         @staticmethod
         def backward(ctx, *upstream):
             (slope,) = upstream
             x, weight = ctx.saved_tensors
-            by_x = by_weight = None
-            if ctx.needs_input_grad[0]:
-                by_x = matmul(slope, weight.t())
-            if ctx.needs_input_grad[1]:
-                by_weight = matmul(
-                    x.reshape(-1, x.shape[-1]).t(), slope.reshape(-1, slope.shape[-1])
-                )
+            by_x = None if weight is None else matmul(slope, weight.t())
+            by_weight = None if x is None else matmul(x.t(), slope)
             return by_x, by_weight
 
     def function(x, weight):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return Product.apply(x, weight)
+            rows = Product.apply(x.reshape(-1, x.shape[-1]), weight)
+            # Not a view made by the function: it may be changed in place.
+            return rows.view(*x.shape[:-1], -1)
         return product(x, weight)
 
     return function

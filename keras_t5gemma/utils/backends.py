@@ -42,3 +42,32 @@ def compiled(function: Callable) -> Callable:
         return program(*map(tf.stop_gradient, tensors))
 
     return call
+
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep only the arguments for the backward pass on TensorFlow; else unchanged.
+
+    `keras.remat` has no second derivative there. Within a program of XLA nothing is
+    saved: its compiler decides what to keep.
+
+    Args:
+        function: of float tensors, which gives the same result when called again; it
+            reads no variables.
+    """
+    if keras.config.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def call(*tensors):
+        def gradients(upstream):
+            with tf.control_dependencies([upstream]):  # Not before it is needed.
+                again = [tf.identity(x) for x in tensors]
+            with tf.GradientTape() as tape:
+                tape.watch(again)
+                result = function(*again)
+            return tape.gradient(result, again, upstream)
+
+        return function(*tensors), gradients
+
+    return call

@@ -17,6 +17,7 @@ def products(monkeypatch):
     """Shapes of the products that oneDNN made."""
     if not _compat.torch_has_onednn_products():
         pytest.skip("this processor or PyTorch has no products by oneDNN")
+    monkeypatch.setattr(float_products, "_MANY_PRODUCTS", 1)
     made = []
     product = _compat.torch_onednn_product
 
@@ -118,6 +119,14 @@ def test_where_mkl_is_used(products):
     _, forward = torch.func.jvp(lambda v: float_products.matmul(v, weight), (x,), (x,))
     np.testing.assert_allclose(forward, expected, atol=1e-5)
 
+    slopes = torch.autograd.functional.jacobian(
+        lambda v: float_products.matmul(v, weight).sum(0),
+        x,
+        strategy="forward-mode",
+        vectorize=True,
+    )
+    np.testing.assert_allclose(slopes[3, 5], weight[:, 3], atol=1e-5)
+
     class Product(torch.nn.Module):
         def forward(self, x):
             return float_products.matmul(x, weight)
@@ -125,6 +134,34 @@ def test_where_mkl_is_used(products):
     program = torch.export.export(Product(), (x,), strict=False)
     assert "mkldnn" not in str(program.graph)
     assert not products
+
+
+def test_what_is_kept_and_changed_in_place(products):
+    """Only what a needed gradient needs; the result is no view."""
+    x, weight = matrices((2, 8, 16), (16, 24))
+    x.requires_grad_(True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = float_products.matmul(x, weight)
+    assert [t.shape for t in kept] == [weight.shape]
+    y.mul_(2.0)
+    y.sum().backward()
+    expected = 2 * weight.sum(1).expand(2, 8, 16)
+    np.testing.assert_allclose(x.grad, expected, atol=1e-5)
+
+
+def test_small_products_are_left_to_mkl(products, monkeypatch):
+    monkeypatch.undo()
+    x, small, large = matrices((64, 128), (128, 64), (128, 128))
+    assert not float_products.is_faster(x, small)
+    if _compat.torch_has_onednn_products():
+        assert float_products.is_faster(x, large)
+        assert not float_products.is_faster(x[:7], large.repeat(1, 20))
 
 
 def test_layers_use_them(products):
