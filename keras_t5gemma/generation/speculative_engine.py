@@ -16,6 +16,7 @@ from keras_t5gemma.generation.engine import (
     torch_steps,
 )
 from keras_t5gemma.generation.options import GenerationOptions
+from keras_t5gemma.modeling import float_products
 from keras_t5gemma.utils.backends import on_cpu
 
 # Of the time of one row.
@@ -254,6 +255,10 @@ def relative_time(backbone: Any) -> Callable[[int], float]:
         row /= 4
     calls = _TORCH_SECONDS_PER_LAYER * backbone.config.decoder.num_layers
     share = row / (calls + 4.5 * row)
+    is_float32 = backbone.decoder.compute_dtype == "float32" and not is_quantized
+    if is_float32 and float_products.has_onednn():  # It takes products of many rows.
+        few = float_products.MANY_ROWS
+        return lambda rows: 1 + share * (min(rows, few) - 1 + 0.4 * max(0, rows - few))
     return lambda rows: 1 + share * (rows - 1)
 
 

@@ -15,7 +15,7 @@ from keras_t5gemma import _compat
 from keras_t5gemma.utils.types import Tensor
 
 # From which on it is faster, in spite of the time of its call.
-_MANY_ROWS, _MANY_PRODUCTS = 8, 2**20
+MANY_ROWS, _MANY_PRODUCTS = 8, 2**20
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,6 +33,14 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
         if is_faster(x, weight):
             return _torch_function()(x, weight)
     return ops.matmul(x, weight)
+
+
+def has_onednn() -> bool:
+    """Whether large float32 products on a CPU are oneDNN's, on PyTorch."""
+    import torch
+
+    enabled = bool(torch.backends.mkldnn.enabled)
+    return enabled and _compat.torch_has_onednn_products()
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
@@ -55,10 +63,9 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.layout == weight.layout == torch.strided
         and weight.ndim == 2
-        and x.numel() >= _MANY_ROWS * weight.shape[0]
+        and x.numel() >= MANY_ROWS * weight.shape[0]
         and x.numel() * weight.shape[1] >= _MANY_PRODUCTS
-        and _compat.torch_has_onednn_products()
-        and bool(torch.backends.mkldnn.enabled)
+        and has_onednn()
         and not torch.is_autocast_enabled("cpu")
     )
 
