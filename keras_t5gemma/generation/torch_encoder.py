@@ -8,7 +8,8 @@ time, in many small calls and in functions for which there are faster forms:
 - int8: rows are rounded once for all projections that read them; the soft cap is
   `2 cap sigmoid(2 x / cap)`, since the softmax ignores a constant, with an error of
   6e-8 of the cap, for usual caps far below that of rounding;
-- GELU of float32 is computed with the sigmoid, in half the time.
+- GELU of float32 is computed with the sigmoid, in half the time;
+- a batch is read in parts of rows whose activations fit the processor's cache.
 
 Weights are read from the layers at every call: nothing is copied. Layers are not
 called, so hooks on them are not, either.

@@ -16,8 +16,6 @@ OPTIMIZERS = {
     "lion": keras.optimizers.Lion,
     "muon": keras.optimizers.Muon,
 }
-
-
 _UPDATES = "keras_t5gemma_updates"  # A collection of a TensorFlow graph.
 
 
@@ -136,19 +134,21 @@ def _fused_adam_on_tensorflow(optimizer, gradient, variable, learning_rate):
         return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
     # One variable after another, its gradient first. Else copies of several tables
     # exist at once, also of those that the backward pass still reads.
-    before = _last_update(tf)
+    before = _last_update()
     with tf.control_dependencies([*before, gradient]):
         if _compat.uses_weight_decay(optimizer, variable):
             decay = tf.cast(optimizer.weight_decay * learning_rate, variable.dtype)
             before = [variable.assign_sub(variable * decay, read_value=False)]
     with tf.control_dependencies([x for x in before if x is not None]):
-        update = _apply_adam(tf, optimizer, gradient, variable, learning_rate)
+        update = _apply_adam(optimizer, gradient, variable, learning_rate)
     if not tf.executing_eagerly():
         tf.compat.v1.get_collection_ref(_UPDATES)[:] = [update]
 
 
-def _last_update(tf):
+def _last_update():
     """The update before this in the graph that is being made, as a list."""
+    import tensorflow as tf
+
     if tf.executing_eagerly():
         return []
     updates = tf.compat.v1.get_collection(_UPDATES)
@@ -156,7 +156,9 @@ def _last_update(tf):
     return [x for x in updates if x.graph is tf.compat.v1.get_default_graph()]
 
 
-def _apply_adam(tf, optimizer, gradient, variable, learning_rate):
+def _apply_adam(optimizer, gradient, variable, learning_rate):
+    import tensorflow as tf
+
     count = tf.cast(ops.convert_to_tensor(optimizer.iterations), "float32") + 1
     numbers = {
         "beta1_power": tf.pow(optimizer.beta_1, count),

@@ -127,6 +127,11 @@ def test_where_mkl_is_used(products):
     )
     np.testing.assert_allclose(slopes[3, 5], weight[:, 3], atol=1e-5)
 
+    compiled = torch.compile(
+        lambda v: float_products.matmul(v, weight), fullgraph=True, backend="eager"
+    )
+    np.testing.assert_allclose(compiled(x), expected, atol=1e-5)
+
     class Product(torch.nn.Module):
         def forward(self, x):
             return float_products.matmul(x, weight)
