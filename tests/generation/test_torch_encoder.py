@@ -37,9 +37,13 @@ def batch(length=12):
     return ids, mask
 
 
+@pytest.mark.parametrize("tokens", [1, 24, 1000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_equals_the_layers(dtype):
-    """Grouped heads, a local and a global layer, padding, other widths."""
+def test_it_equals_the_layers(dtype, tokens, monkeypatch):
+    """Grouped heads, local and global layers, padding; in parts of 1, 2 and all rows."""
+    from keras_t5gemma.generation import torch_encoder
+
+    monkeypatch.setattr(torch_encoder, "_tokens_at_once", lambda stack: tokens)
     backbone = enlarge(kt.Backbone(tiny_config(), dtype=dtype))
     assert backbone.config.encoder.sliding_window < 9
     tolerance = 2e-5 if dtype == "float32" else 0.1
