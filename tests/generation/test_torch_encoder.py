@@ -40,7 +40,7 @@ def batch(length=12):
 @pytest.mark.parametrize("tokens", [1, 24, 1000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_equals_the_layers(dtype, tokens, monkeypatch):
-    """Grouped heads, local and global layers, padding; in parts of 1, 2 and all rows."""
+    """Grouped heads, local and global layers, padding; in parts of 1, 2, all rows."""
     from keras_t5gemma.generation import torch_encoder
 
     monkeypatch.setattr(torch_encoder, "_tokens_at_once", lambda stack: tokens)
