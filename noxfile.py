@@ -178,7 +178,7 @@ def dev(session):
 
 # A quick subset that touches what other releases of the libraries may change.
 QUICK = (
-    "tests/test_compat.py",
+    "tests/compat",
     "tests/modeling/test_masks.py",
     "tests/modeling/test_lora.py",
     "tests/checkpoints/test_presets.py",

@@ -1,0 +1,86 @@
+"""Functions that touch private names of libraries, one each, and nothing else.
+
+Every function was checked with Keras 3.15.0 and 3.15.1, KerasHub 0.32, JAX 0.6 to
+0.10, PyTorch 2.13 and TensorFlow 2.20 to 2.21. `tests/compat` has one test a function:
+where a release renames what it needs, that test fails and says what to do.
+"""
+
+from keras_t5gemma._compat.keras_models import (
+    assigned_layout,
+    dataset_adapter,
+    initialize_variable,
+    kept_arrays,
+    make_jax_train_function,
+    mark_as_seeded,
+    pending_variables,
+    random_seed,
+    set_dtype_policy,
+    set_variable_value,
+    track_parameters,
+    variable_layout,
+)
+from keras_t5gemma._compat.keras_optimizers import (
+    adam_moments,
+    apply_weight_decay,
+    batch_counter,
+    build_with,
+    gradient_accumulators,
+    is_plain_adam,
+    moving_averages,
+    optimized_variables,
+    replace_accumulation,
+    replace_apply,
+    replace_update,
+    replace_weight_decay,
+    update_once,
+    uses_weight_decay,
+)
+from keras_t5gemma._compat.pytorch import (
+    fused_adam,
+    has_per_channel_int8,
+    per_channel_int8,
+    tensor_version,
+    torch_has_int8_products,
+    torch_has_onednn_products,
+    torch_int8_product,
+    torch_is_tracing,
+    torch_onednn_product,
+)
+
+__all__ = [
+    "adam_moments",
+    "apply_weight_decay",
+    "assigned_layout",
+    "batch_counter",
+    "build_with",
+    "dataset_adapter",
+    "fused_adam",
+    "gradient_accumulators",
+    "has_per_channel_int8",
+    "initialize_variable",
+    "is_plain_adam",
+    "kept_arrays",
+    "make_jax_train_function",
+    "mark_as_seeded",
+    "moving_averages",
+    "optimized_variables",
+    "pending_variables",
+    "per_channel_int8",
+    "random_seed",
+    "replace_accumulation",
+    "replace_apply",
+    "replace_update",
+    "replace_weight_decay",
+    "set_dtype_policy",
+    "set_variable_value",
+    "tensor_version",
+    "torch_has_int8_products",
+    "torch_has_onednn_products",
+    "torch_int8_product",
+    "torch_is_tracing",
+    "torch_onednn_product",
+    "track_parameters",
+    "update_once",
+    "uses_weight_decay",
+    "variable_layout",
+]
