@@ -2,6 +2,7 @@
 
     KERAS_BACKEND=jax python benchmarks/embed.py [--texts 10000] [--length 256]
     KERAS_BACKEND=jax python benchmarks/embed.py --states
+    KERAS_BACKEND=jax python benchmarks/embed.py --folder FOLDER
 
 Texts of mixed length, made of words from the standard library's sources, with the
 length distribution of package descriptions (mean about 60 words). The loop pads every
@@ -9,6 +10,9 @@ text to `--length` tokens and calls `predict` on the whole array.
 
 `--states` compares `hidden_states` of one text, 100 times, with the bare encoder: the
 same compiled encoder on token ids that are already arrays, of the same shape.
+
+`--folder` compares mean-pooled vectors of ids by `TextEmbedder`, float32 and int8, with
+transformers on a T5Gemma checkpoint in its format, all in one process.
 """
 
 import argparse
@@ -86,13 +90,63 @@ def compare_states(preprocessor, calls=100):
             )
 
 
+def compare_with_transformers(folder, calls=5):
+    """Print milliseconds of a batch of ids, and the least cosine to transformers."""
+    import torch
+    import transformers
+
+    model = transformers.T5GemmaForConditionalGeneration.from_pretrained(folder)
+    encoder = model.get_encoder().eval()
+
+    def peer(ids, mask):
+        ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(mask)
+        with torch.inference_mode():
+            states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            total = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            return torch.nn.functional.normalize(total, dim=-1).numpy()
+
+    def ours(dtype):
+        embedder = kt.TextEmbedder.from_preset(folder, dtype=dtype, preprocessor=None)
+        names = "encoder_token_ids", "encoder_padding_mask"
+        return lambda *arrays: embedder.predict_on_batch(
+            dict(zip(names, arrays, strict=True))
+        )
+
+    name = keras.config.backend()
+    runs = {"transformers": peer}
+    runs |= {f"{name} {dtype}": ours(dtype) for dtype in ("float32", "int8")}
+    print("| rows, tokens | " + " | ".join(runs) + " | cosine float32, int8 |")
+    print("|---|" + "---|" * (len(runs) + 1))
+    size = model.config.encoder.vocab_size
+    for shape in ((1, 16), (1, 128), (8, 128), (32, 128)):
+        ids = np.random.default_rng(0).integers(4, size, shape).astype("int32")
+        mask = np.ones(shape, "int32")
+        vectors = {key: run(ids, mask) for key, run in runs.items()}  # Compiles.
+        times = {key: [] for key in runs}
+        for _ in range(calls):
+            for key, run in runs.items():
+                start = time.perf_counter()
+                run(ids, mask)
+                times[key].append(1e3 * (time.perf_counter() - start))
+        least = {key: min(found) for key, found in times.items()}
+        base = least["transformers"]
+        cells = [f"{ms:.1f} ({ms / base:.2f})" for ms in least.values()]
+        theirs, *others = vectors.values()
+        cosines = ", ".join(f"{(theirs * v).sum(-1).min():.5f}" for v in others)
+        print(f"| {shape} | " + " | ".join(cells) + f" | {cosines} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--length", type=int, default=256, help="tokens")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--states", action="store_true", help="time hidden_states")
+    parser.add_argument("--folder", help="compare with transformers on this checkpoint")
     args = parser.parse_args()
+    if args.folder:
+        compare_with_transformers(args.folder)
+        return
     texts = make_texts(args.texts)
     preprocessor = kt.Seq2SeqLMPreprocessor.from_preset(
         "t5gemma_mini", encoder_sequence_length=args.length

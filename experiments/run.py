@@ -89,12 +89,7 @@ def start_preset(run, runs):
 
 @contextlib.contextmanager
 def encoder_mask(causal):
-    """Give all encoders causal attention if `causal`.
-
-    Generation on PyTorch does not call the encoder.
-    """
-    if causal and os.environ.get("KERAS_BACKEND") == "torch":
-        raise RuntimeError("Runs with a causal encoder need JAX or TensorFlow.")
+    """Give all encoders causal attention if `causal`."""
     from keras_t5gemma.modeling.towers import Encoder
 
     masks = Encoder._self_masks

@@ -38,6 +38,7 @@ from keras_t5gemma._compat.keras_optimizers import (
 from keras_t5gemma._compat.pytorch import (
     fused_adam,
     has_per_channel_int8,
+    has_torch_hooks,
     per_channel_int8,
     tensor_version,
     torch_has_int8_products,
@@ -57,6 +58,7 @@ __all__ = [
     "fused_adam",
     "gradient_accumulators",
     "has_per_channel_int8",
+    "has_torch_hooks",
     "initialize_variable",
     "is_plain_adam",
     "kept_arrays",

@@ -116,6 +116,14 @@ def torch_onednn_product(x: Any, rows: Any) -> Any:
     return torch.ops.mkldnn._linear_pointwise(x, rows, None, "none", [], "")
 
 
+def has_torch_hooks(layer: Any) -> bool:
+    """Whether a Keras layer on PyTorch, a module, has hooks for its forward pass.
+
+    Modules have no public list of them.
+    """
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def torch_is_tracing() -> bool:
     """Whether PyTorch compiles, exports, traces or transforms a function now.
 

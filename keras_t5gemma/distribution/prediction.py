@@ -85,7 +85,17 @@ class SafeInference:
             if keras.distribution.distribution() is not None:
                 metrics = [v.value.sharding for v in self.metrics_variables]
                 out = (None, (None, None, metrics))
-            step = self._jitted(self.test_step, out)
+
+            def changes(state, data):
+                logs, (*weights, metrics) = self.test_step(state, data)
+                return logs, (*map(_changed, weights, state), metrics)
+
+            compiled = self._jitted(changes, out)
+
+            def step(state, data):
+                logs, (*changed, metrics) = compiled(state, data)
+                return logs, (*map(_with_changes, state, changed), metrics)
+
             self.test_function = self._over_batches(step, lambda logs: logs[-1])
 
     def make_predict_function(self, force: bool = False) -> Any:
@@ -93,11 +103,16 @@ class SafeInference:
         if not self._is_jitted():
             return super().make_predict_function(force)  # type: ignore[misc]
         if self.predict_function is None or force:
-            compiled = self._jitted(self.predict_step)
+
+            def changes(state, data):
+                outputs, others = self.predict_step(state, data)
+                return outputs, _changed(others, state[1])
+
+            compiled = self._jitted(changes)
 
             def step(state, data):
-                outputs, others = compiled(state, data)
-                return outputs, (state[0], others)
+                outputs, changed = compiled(state, data)
+                return outputs, (state[0], _with_changes(state[1], changed))
 
             self.predict_function = self._over_batches(step, _concatenate)
 
@@ -128,6 +143,20 @@ class SafeInference:
             return join(results), state
 
         return run
+
+
+def _changed(values, before):
+    """Values with `None` for those that are as before.
+
+    A program that returns its arguments copies them: of an int8 model all weights.
+    """
+    pairs = zip(values, before, strict=True)
+    return [None if value is old else value for value, old in pairs]
+
+
+def _with_changes(values, changed):
+    pairs = zip(values, changed, strict=True)
+    return [value if new is None else new for value, new in pairs]
 
 
 def _concatenate(outputs):

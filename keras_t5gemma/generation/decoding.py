@@ -20,7 +20,7 @@ from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import beam
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.generation.sampling import process, sample, top_candidates
-from keras_t5gemma.modeling.int8_products import rounded_activations
+from keras_t5gemma.modeling.inference import inference
 from keras_t5gemma.utils.types import Tensor
 
 
@@ -36,7 +36,7 @@ def read_source(
     return backbone.encode(token_ids, padding), None
 
 
-@rounded_activations()
+@inference()
 def start(
     backbone: Any,
     inputs: dict,
@@ -145,7 +145,7 @@ def select(state: dict, chosen: np.ndarray, count: int) -> dict:
 def plain_step(backbone: Any) -> Callable:
     """The step of `advance` through the layers of the model."""
 
-    @rounded_activations()
+    @inference()
     def step(token, cache, index, capped):
         hidden, cache = backbone.decode(token[:, None], cache=cache, index=index)
         return backbone.next_logits(hidden[:, 0], capped), cache

@@ -1,7 +1,7 @@
 """The decoding loop, compiled where the backend compiles.
 
 JAX and TensorFlow compile `start` and `advance` with XLA, once for the shapes of
-their arrays. PyTorch reads sources with `torch_encoder` and runs the step of
+their arrays. PyTorch reads sources with `torch_source` and runs the step of
 `torch_step`, compiled on request.
 """
 
@@ -142,9 +142,9 @@ def source_reader() -> Callable:
     """How sources are read on this backend; see `decoding.read_source`."""
     if keras.config.backend() != "torch":
         return decoding.read_source
-    from keras_t5gemma.generation import torch_encoder
+    from keras_t5gemma.generation import torch_source
 
-    return torch_encoder.read
+    return torch_source.read
 
 
 def torch_steps(

@@ -35,7 +35,7 @@ from keras_t5gemma.distribution import mesh
 from keras_t5gemma.generation import decoding
 from keras_t5gemma.generation.options import GenerationOptions
 from keras_t5gemma.generation.sampling import process, sample, top_candidates
-from keras_t5gemma.modeling.int8_products import rounded_activations
+from keras_t5gemma.modeling.inference import inference
 from keras_t5gemma.utils.types import Tensor
 
 LENGTHS = (0, 3, 7)  # Numbers of proposed tokens; each is a program.
@@ -333,7 +333,7 @@ def plain_step(backbone: Any) -> Callable:
     position `index` of each row on, to `(logits (R T, V), cache)`.
     """
 
-    @rounded_activations()
+    @inference()
     def step(tokens, cache, index, capped):
         hidden, cache = backbone.decode(tokens, cache=cache, index=index)
         hidden = ops.reshape(hidden, (-1, hidden.shape[-1]))

@@ -1,34 +1,21 @@
-"""Integer products of activations and int8 weights, for generation on a CPU.
+"""Integer products of activations and int8 weights, for inference on a CPU.
 
 Each row of the activations is rounded to 8 bits with its own scale, so that its result
-does not depend on other rows. Training and everything but generation multiply with
-dequantized weights: rounding has no gradient.
+does not depend on other rows. Outside `inference` layers multiply with dequantized
+weights: rounding has no gradient.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 
 import keras
 from keras import ops
 
 from keras_t5gemma import _compat
+from keras_t5gemma.modeling.inference import is_inference
 from keras_t5gemma.utils.backends import on_cpu
 from keras_t5gemma.utils.types import Tensor
 
 _FEW_ROWS = 15
-_ROUNDED = contextvars.ContextVar("rounded_activations", default=False)
-
-
-@contextlib.contextmanager
-def rounded_activations() -> Iterator[None]:
-    """Context in which layers with int8 weights may round their activations."""
-    token = _ROUNDED.set(True)
-    try:
-        yield
-    finally:
-        _ROUNDED.reset(token)
 
 
 def is_fast(x: Tensor) -> bool:
@@ -37,7 +24,7 @@ def is_fast(x: Tensor) -> bool:
     Args:
         x: the activations.
     """
-    if not _ROUNDED.get() or keras.distribution.distribution() is not None:
+    if not is_inference() or keras.distribution.distribution() is not None:
         return False
     return on_cpu(x) and _has_kernels()
 

@@ -12,6 +12,7 @@ from keras_t5gemma.modeling import kv_cache
 from keras_t5gemma.modeling.blocks import DecoderBlock, EncoderBlock, _Block
 from keras_t5gemma.modeling.blockwise_attention import attention_mask
 from keras_t5gemma.modeling.dropout import ReplayableSeedGenerator, dropout
+from keras_t5gemma.modeling.inference import is_inference
 from keras_t5gemma.modeling.layers import RMSNorm, TokenEmbedding, stored_weight
 from keras_t5gemma.modeling.masks import Visibility, causal_mask, padding_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
@@ -147,18 +148,31 @@ class Encoder(_Tower):
         angles = self._angles(positions)
         masks = self._self_masks(padding, causal)
         x = self._embed(token_ids, training)
-        blocks = zip(self.blocks, self.stack.layer_types, strict=True)
-        wanted = {} if layers is None else dict.fromkeys(layers, x)
-        last = max(layers) if layers else len(self.blocks)
-        for i, (block, kind) in enumerate(list(blocks)[:last]):
-            x = self._run(
-                block, (x,), training, attention_mask=masks[kind], angles=angles
-            )
-            if i + 1 in wanted:
-                wanted[i + 1] = x
+        numbers = (len(self.blocks),) if layers is None else layers
+        found = self._states(x, masks, angles, numbers, training)
         if layers is not None:
-            return [wanted[number] for number in layers]
-        return self.normalize(x, training)
+            return [found[number] for number in layers]
+        return self.normalize(found[len(self.blocks)], training)
+
+    def _states(self, x, masks, angles, numbers, training):
+        """`{number: states}` after blocks, 0 for `x`; see `call`."""
+        if not training and is_inference() and keras.config.backend() == "torch":
+            from keras_t5gemma.modeling import torch_encoder
+
+            if torch_encoder.is_supported(self, x, masks):
+                return torch_encoder.run(self, x, masks, angles, numbers)
+        found = {0: x}
+        for i in range(max(numbers)):
+            x = self._run(
+                self.blocks[i],
+                (x,),
+                training,
+                attention_mask=masks[self.stack.layer_types[i]],
+                angles=angles,
+            )
+            if i + 1 in numbers:
+                found[i + 1] = x
+        return found
 
     def normalize(self, states: Tensor, training: bool | None = None) -> Tensor:
         """Final norm of states `(B, T, D)`, with the dropout of the output."""

@@ -14,9 +14,11 @@ from keras_t5gemma.checkpoints import catalog, keras_format, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.data.encoder_dataset import EncoderDataset, arrays, encoder_ids
 from keras_t5gemma.data.pair_dataset import BATCHINGS
+from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.modeling.heads import POOLINGS
+from keras_t5gemma.modeling.inference import inference
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.fit import FitMixin, positions_of
@@ -196,6 +198,21 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
         super().compile(optimizer=optimizer, **kwargs)
         if isinstance(self.backbone, Backbone):
             self.backbone.encoder.rematerialize = rematerialize
+
+    def predict_step(self, *args: Any) -> Any:
+        """Outputs of a batch; on JAX `(state, data)`, elsewhere `(data,)`."""
+        with inference():
+            return super().predict_step(*args)
+
+    def test_step(self, *args: Any) -> Any:
+        """Losses of a batch, computed as its outputs; arguments as above."""
+        with inference():
+            return super().test_step(*args)
+
+    def _infer(self, batch):
+        """NumPy array of the outputs of a batch, in all processes."""
+        with inference():
+            return predict_on_batch(self, batch)
 
     def train_step(self, *args: Any) -> Any:
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""

@@ -15,6 +15,7 @@ from keras_t5gemma.data.encoder_dataset import arrays
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.distribution.prediction import compiled
 from keras_t5gemma.modeling.encoder_states import encoder_states
+from keras_t5gemma.modeling.inference import inference
 from keras_t5gemma.tokenization.preprocessor import TokenRows
 from keras_t5gemma.utils.buckets import (
     SHORT,
@@ -98,6 +99,7 @@ class StatesOfRows:
         self.pad_to = pad_to
         self.limit = limit
 
+        @inference()
         def states(token_ids, padding):
             found = encoder_states(encoder, token_ids, padding, layers, final_norm)
             return [ops.cast(x, dtype) for x in found]

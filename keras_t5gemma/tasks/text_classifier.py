@@ -10,7 +10,6 @@ from keras_t5gemma.checkpoints import huggingface_names, presets
 from keras_t5gemma.data.class_labels import LabelReader
 from keras_t5gemma.data.encoder_dataset import by_length
 from keras_t5gemma.data.text_columns import pairs_of
-from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.heads import pool
 from keras_t5gemma.tasks.encoder_task import EncoderTask
@@ -240,7 +239,7 @@ class TextClassifier(EncoderTask):
             "Classifying", len(ids), verbose=len(ids) >= _MANY
         ) as advance:
             for rows, batch in by_length(ids, batch_size, limit):
-                found = predict_on_batch(self, batch)
+                found = self._infer(batch)
                 logits[rows] = found[: len(rows)]
                 advance(len(rows))
         if self.kind == "regression":

@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_t5gemma.data.encoder_dataset import by_length
 from keras_t5gemma.data.text_columns import pairs_of
-from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.encoder_states import (
     STATE_DTYPES,
@@ -229,7 +228,8 @@ class TextEmbedder(EncoderTask):
 
         Returns:
             float32 `(texts, dimensions)`, in the input order. A vector does not depend
-            on the other texts.
+            on the other texts, but for rounding; with int8 weights on a CPU activations
+            are rounded to 8 bits.
 
         Raises:
             ValueError: when `texts` is not a list of texts, for empty texts, or more
@@ -241,7 +241,7 @@ class TextEmbedder(EncoderTask):
         texts = as_list(texts)
         result = np.zeros((len(texts), size), "float32")
         for rows, batch in self._by_length(texts, batch_size):
-            result[rows] = predict_on_batch(self, batch)[: len(rows)]
+            result[rows] = self._infer(batch)[: len(rows)]
         result = result[:, :dimensions]
         if dimensions is not None and self.normalize:
             result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)

@@ -153,3 +153,18 @@ def test_torch_is_tracing():
     with torch.autograd.forward_ad.dual_level():
         assert _compat.torch_is_tracing()
     assert not _compat.torch_is_tracing()
+
+
+@only("torch")
+def test_has_torch_hooks():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    advice = "see where `torch.nn.Module` keeps its hooks now."
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        require(layer, name, advice)
+    assert not _compat.has_torch_hooks(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert _compat.has_torch_hooks(layer)
+        handle.remove()
+    assert not _compat.has_torch_hooks(layer)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -5,8 +7,10 @@ from helpers.models import enlarge, numpy, one_block_config
 from keras import ops
 
 import keras_t5gemma as kt
+from keras_t5gemma.data.encoder_dataset import by_length
 from keras_t5gemma.modeling import int8_products
-from keras_t5gemma.modeling.int8_products import int8_product, rounded_activations
+from keras_t5gemma.modeling.inference import inference
+from keras_t5gemma.modeling.int8_products import int8_product
 
 on_tensorflow = keras.config.backend() == "tensorflow"
 
@@ -36,7 +40,7 @@ def test_product_keeps_eight_bits_of_each_row(axis, size):
         assert error.mean() < 0.1
 
 
-def test_only_generation_rounds(monkeypatch):
+def test_only_inference_rounds(monkeypatch):
     """Outside the context, layers multiply with dequantized weights."""
     backbone = enlarge(kt.Backbone(one_block_config()), 4.0)
     backbone.quantize("int8")
@@ -52,11 +56,38 @@ def test_only_generation_rounds(monkeypatch):
     monkeypatch.setattr(int8_products, "_has_kernels", lambda: True)
     assert error() < 1e-4
     if not on_tensorflow:
-        with rounded_activations():
+        with inference():
             assert 1e-4 < error() < 0.03
     monkeypatch.setattr(int8_products, "_has_kernels", lambda: False)
-    with rounded_activations():
+    with inference():
         assert error() < 1e-4
+
+
+@pytest.mark.skipif(on_tensorflow, reason="TensorFlow multiplies in floats")
+def test_tasks_of_an_encoder_round(tokenizer, monkeypatch):
+    """Vectors, predictions, classes and hidden states, all in the same way."""
+    config = dataclasses.replace(one_block_config(), decoder=None)
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 16, 16)
+    texts = ["a quick fox", "dog"]
+
+    def results(rounds):
+        monkeypatch.setattr(int8_products, "_has_kernels", lambda: rounds)
+        backbone = enlarge(kt.Backbone(config), 4.0)
+        backbone.quantize("int8")
+        embedder = kt.TextEmbedder(backbone, preprocessor, normalize=False)
+        states, mask = embedder.hidden_states(texts, as_numpy=True)
+        yield embedder.embed(texts)
+        yield embedder.predict_on_batch(texts)
+        yield states.sum(1) / numpy(mask).sum(1, keepdims=True)
+        ids, limit = embedder._read({"texts": texts}, "texts")
+        (_, arrays), *_ = by_length(ids, 2, limit)
+        yield embedder.predict(arrays, verbose=0)[:2]
+
+    exact, rounded = (list(results(rounds)) for rounds in (False, True))
+    for a, b in zip(exact, rounded, strict=True):
+        np.testing.assert_allclose(a, exact[0], rtol=1e-4, atol=1e-4)
+        assert 1e-4 < np.abs(a - b).max() / np.abs(a).max() < 0.05
+        assert np.abs(b - rounded[0]).max() < 0.3 * np.abs(a - b).max()
 
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="a property of XLA")

@@ -54,6 +54,22 @@ def assert_kept(model, before):
 
 
 @pytest.mark.parametrize("kind", ["lm", "embedder", "classifier"])
+def test_weights_are_not_copied(models, kind):
+    """Neither trained ones nor those of int8; a copy would take time and memory."""
+    model = models[kind]
+    frozen = model.backbone.encoder.blocks[0].mlp
+    frozen.trainable = False
+    before = [variable.value for variable in model.weights]
+    evaluate(model, keras.callbacks.Callback())
+    ids = np.ones((2, 8), "int32")
+    arrays = {name: ids for name in model.input}
+    model.predict_on_batch(arrays)
+    frozen.trainable = True
+    for variable, value in zip(model.weights, before, strict=True):
+        assert variable.value is value, variable.path
+
+
+@pytest.mark.parametrize("kind", ["lm", "embedder", "classifier"])
 def test_evaluate_can_be_stopped_at_any_batch(models, kind, tmp_path):
     model = models[kind]
     before = [numpy(v.value) for v in model.weights]
