@@ -24,6 +24,9 @@ STEPS = 500  # Of continued pretraining, each 8 rows of 128 + 128 tokens.
 ROWS = 6_000  # Fine-tuning pairs, one epoch.
 SEEDS = (0, 1, 2)
 LONGER = 4  # Times the steps, and texts, of the other runs.
+# Appended to the size of a teacher: one that was trained as the decoder-only models
+# that are fine-tuned, and has learned to copy.
+COPYING = "-copying"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Run:
 def sources_of(run):
     """Sizes of the decoder-only models that a run starts from or distills."""
     sizes = set(PAIRS.get(run.pair, (run.pair,)))
-    return sorted(sizes | {run.options[n] for n in ("teacher",) if n in run.options})
+    if "teacher" in run.options:
+        sizes.add(run.options["teacher"].removesuffix(COPYING))
+    return sorted(sizes)
 
 
 def _pretrain(pair, variant, seed, start="adapted", causal=False, times=1, **options):
@@ -146,4 +151,7 @@ def full_grid():
         add("shallow-shallow", "ul2", seed, objective="t5gemma2")
         add("shallow-shallow", "distilled", seed, teacher="deep", top_k=64)
         add("deep-deep", "prefixlm", seed)
+        # f: a teacher that has learned to copy.
+        options = {"teacher": "deep" + COPYING, "top_k": 64}
+        add("shallow-shallow", "copying-teacher", seed, **options)
     return runs

@@ -23,6 +23,7 @@ NAMES = {
     "ul2": "adapted, UL2",
     "ul2-scratch": "from scratch, UL2",
     "distilled": "adapted, PrefixLM, distilled",
+    "copying-teacher": "adapted, PrefixLM, distilled from a model that copies",
     "random-cross": "adapted, random cross-attention",
     "causal": "adapted, causal encoder",
 }

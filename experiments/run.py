@@ -11,8 +11,10 @@ them. An interrupted run resumes from its last backup. Results go to
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -111,7 +113,7 @@ def pretrain(run, args):
     options = dict(run.options)
     if "teacher" in options:
         size = options["teacher"]
-        options["teacher"] = str(Path(args.runs) / f"sources/{size}/preset")
+        options["teacher"] = str(teacher_preset(size, run, args))
         scores = Path(args.runs) / f"teacher-scores/{size}-{run.times}"
         options["teacher_scores"] = str(scores)
     folder = Path(args.runs) / run.name
@@ -144,6 +146,26 @@ def pretrain(run, args):
         tokens += round(positions * (1 - row["padding"]))
         row["tokens"] = tokens
     return {"log": log, "scores": scores, "copied": copied(folder / "preset", texts)}
+
+
+def teacher_preset(teacher, run, args):
+    """Folder of a teacher: a source, or one that has learned to copy, see grid.py."""
+    size = teacher.removesuffix(grid.COPYING)
+    source = Path(args.runs) / f"sources/{size}/preset"
+    if size == teacher:
+        return source
+    folder = Path(args.runs) / f"teachers/{teacher}-{run.times}/preset"
+    if not folder.exists():
+        import decoder_only
+
+        as_source = dataclasses.replace(run, pair=size, seed=0)
+        model, copied = decoder_only.pretrained(as_source, args)
+        print(f"{teacher}: {copied}", flush=True)
+        new = folder.with_name("new")
+        model.backbone.save_to_preset(str(new))
+        shutil.copytree(source / "assets", new / "assets", dirs_exist_ok=True)
+        new.rename(folder)
+    return folder
 
 
 def copied(preset, texts):
