@@ -1,5 +1,6 @@
 """Private names of Keras: optimizers."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,25 @@ def replace_update(optimizer: keras.optimizers.Optimizer, update: Callable) -> N
         optimizer._backend_update_step = update
     else:
         optimizer.update_step = update
+
+
+def change_gradients(optimizer: keras.optimizers.Optimizer, change: Callable) -> None:
+    """Let a function change gradients before they are clipped and accumulated.
+
+    Keras's `optimizer.apply` is the public place, but an outer optimizer that scales
+    the loss divides gradients after it.
+
+    Args:
+        optimizer: patched in place.
+        change: from a list of gradients to another.
+    """
+    optimizer._backend_apply_gradients = functools.partial(
+        _apply_changed, optimizer, change
+    )
+
+
+def _apply_changed(optimizer, change, gradients, variables):
+    type(optimizer)._backend_apply_gradients(optimizer, change(gradients), variables)
 
 
 def replace_weight_decay(

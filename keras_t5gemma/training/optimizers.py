@@ -42,6 +42,7 @@ def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
         raise ValueError(_message(optimizer))
     check_optimizer(optimizer, dtype)
     update_in_place(optimizer)
+    sum_repeated_rows(optimizer)
     accumulate_exactly(optimizer)
     return optimizer
 
@@ -88,8 +89,7 @@ def update_in_place(optimizer: keras.optimizers.Optimizer) -> None:
     Keras's own step makes several copies of the weights: on PyTorch of all of them, on
     TensorFlow of one variable at a time. On JAX the compiler fuses the step.
     """
-    # Not a subclass's: its step may be another.
-    if not _compat.is_plain_adam(optimizer) or optimizer.amsgrad:
+    if not _is_fused(optimizer):
         return
     updates = {"torch": _fused_adam_on_torch, "tensorflow": _fused_adam_on_tensorflow}
     update = updates.get(keras.config.backend())
@@ -97,6 +97,33 @@ def update_in_place(optimizer: keras.optimizers.Optimizer) -> None:
         _compat.replace_update(optimizer, functools.partial(update, optimizer))
     if keras.config.backend() == "tensorflow":
         _compat.replace_weight_decay(optimizer, functools.partial(_decay, optimizer))
+
+
+def sum_repeated_rows(optimizer: keras.optimizers.Optimizer) -> None:
+    """Give an optimizer dense gradients on TensorFlow.
+
+    The gradient of a table is `tf.IndexedSlices` there, with a row for each token.
+    Keras clips and squares the rows of a repeated token one by one, not their sum.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if keras.config.backend() == "tensorflow":
+        change = functools.partial(_dense_gradients, inner)
+        _compat.change_gradients(inner, change)
+
+
+def _dense_gradients(optimizer, gradients):
+    import tensorflow as tf
+
+    clips = (optimizer.clipnorm, optimizer.global_clipnorm, optimizer.clipvalue)
+    is_fused = _is_fused(optimizer) and not tf.distribute.has_strategy()
+    if is_fused and not any(clip is not None for clip in clips):
+        return gradients  # Each is dense during the update of its variable only.
+    return [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+def _is_fused(optimizer):
+    """Whether an optimizer is Adam or AdamW: not a subclass, whose step may differ."""
+    return _compat.is_plain_adam(optimizer) and not optimizer.amsgrad
 
 
 def _decay(optimizer, variables):

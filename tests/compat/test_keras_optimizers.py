@@ -216,3 +216,14 @@ def test_uses_weight_decay():
     assert _compat.uses_weight_decay(optimizer, kernel)
     assert not _compat.uses_weight_decay(optimizer, bias)
     assert not _compat.uses_weight_decay(keras.optimizers.Adam(), kernel)
+
+
+def test_change_gradients():
+    """Before they are clipped."""
+    advice = "see what Keras calls with the gradients in `optimizer.apply` now."
+    require(keras.optimizers.SGD, "_backend_apply_gradients", advice)
+    variable = keras.Variable(np.zeros(2, "float32"))
+    optimizer = keras.optimizers.SGD(1.0, clipvalue=5.0)
+    _compat.change_gradients(optimizer, lambda gradients: [10 * g for g in gradients])
+    optimizer.apply([keras.ops.convert_to_tensor([0.1, 1.0])], [variable])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(variable.value), [-1.0, -5.0])
