@@ -13,6 +13,7 @@ from keras_t5gemma.cli import options
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
+from keras_t5gemma.utils.checks import rows_of_batch
 from keras_t5gemma.utils.files import named_values, read_text
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def run_generate(o: options.Generate) -> None:
     texts = read_texts(o)
     if o.stream and len(texts) > 1:
         raise ValueError(f"--stream takes one text; got {len(texts)}.")
+    rows_of_batch(o.batch_size, "--batch-size")
     kt = load_package()
     _cache_programs(kt, o.compilation_cache)
     model = kt.Seq2SeqLM.from_preset(o.preset, dtype=o.dtype)

@@ -72,7 +72,7 @@ class Generate(Sampling):
     """Print the answer while it is generated."""
     dtype: str | None = None
     """Data type of the model, e.g. bfloat16; None is Keras's default."""
-    quantize: str | None = None
+    quantize: Literal["int8", "int4"] | None = None
     """Quantize weights to int8 or int4."""
     draft: str | None = None
     """Name, folder or handle of a smaller preset of the same vocabulary, which proposes

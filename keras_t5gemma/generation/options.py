@@ -333,9 +333,11 @@ def make_options(sampler: Any, given: dict) -> GenerationOptions | None:
     names = [field.name for field in dataclasses.fields(GenerationOptions)]
     unknown = sorted(set(given) - set(names))
     if unknown:
+        hint = "Samplers are set with `compile(sampler=...)`."
+        if "max_new_tokens" in unknown:
+            hint = "`max_length` is the length with start token and prompt."
         raise ValueError(
-            f"Unknown options {unknown}; those of GenerationOptions are {names}. "
-            "Samplers are set with `compile(sampler=...)`."
+            f"Unknown options {unknown}; those of GenerationOptions are {names}. {hint}"
         )
     base = options_of_sampler(sampler)
     if base is None:

@@ -1,4 +1,4 @@
-"""Compiled steps of a task: training on JAX, long batches on TensorFlow."""
+"""How the steps of a task are compiled, on each backend."""
 
 import functools
 import warnings
@@ -24,7 +24,9 @@ class CompiledTraining:
     - It is traced again by every `make_train_function(force=True)`.
     - On a CPU, XLA orders its operations for memory.
 
-    On TensorFlow, for training, evaluation and prediction: see `_StepOfShapes`.
+    On TensorFlow, for training, evaluation and prediction: see `_StepOfShapes`. On
+    PyTorch training is not compiled, also with `jit_compile=True`, which is for
+    inference: Inductor takes minutes for a step, and fails for the fused Adam.
     """
 
     train_function: Any
@@ -47,6 +49,12 @@ class CompiledTraining:
         is_made = self.train_function is not None
         if is_made and not force:
             return make(force)
+        if keras.config.backend() == "torch":
+            wanted, self.jit_compile = self.jit_compile, False
+            try:
+                return make(force)
+            finally:
+                self.jit_compile = wanted
         if keras.config.backend() != "jax":
             make(force)
             self.train_function = _of_shapes(self, self.train_step, self.train_function)

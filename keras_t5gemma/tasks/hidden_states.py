@@ -58,7 +58,7 @@ def token_rows(preprocessor: Any, texts: Any, pad_to: int | None) -> TokenRows:
 def as_list(texts: Any) -> list[str]:
     """A list of strings; a single string raises `ValueError`."""
     if isinstance(texts, str | bytes):
-        raise ValueError(f"'texts' must be a list of texts; got {texts!r}.")
+        raise ValueError(f"`texts` must be a list of texts; got {texts!r}.")
     return as_texts(texts, "texts")
 
 

@@ -163,8 +163,8 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
-                `jit_compile=True` compiles the decoding step too: half a minute at
-                the first token of a new batch size, then faster.
+                `jit_compile=True` compiles the decoding step, half a minute at the
+                first token of a new batch size, then faster; training it does not.
 
         Raises:
             ValueError: for an optimizer that cannot update weights of this dtype, or

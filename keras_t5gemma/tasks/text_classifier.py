@@ -266,7 +266,7 @@ class TextClassifier(EncoderTask):
         """
         if self.kind == "regression":
             raise ValueError("A regression has no classes: use `predict`.")
-        number(threshold, "threshold")
+        number(threshold, "threshold", at_least=0, at_most=1)
         names: Any = self.class_names or range(self.num_classes or 0)
         shares = self.predict(x, batch_size)
         if self.kind == "single_label":

@@ -113,6 +113,9 @@ def test_generate_takes_the_options_of_python(preset, capsys):
     assert status == 1 and "`top_p` must be a number above 0 and at most 1" in err
     status, _, err = run(capsys, "generate", "A", "B", "--stream", *options)
     assert status == 1 and "--stream takes one text; got 2" in err
+    for size in ("0", "-1"):
+        status, out, err = run(capsys, "generate", "A", "--batch-size", size, *options)
+        assert status == 1 and not out and "`--batch-size` must be" in err
 
 
 def test_presets_are_plain_lines_in_a_pipe(capsys):
@@ -307,6 +310,7 @@ def test_choices_are_those_of_the_package():
     plan = choices(options.Plan)
     assert set(plan["dtype"]) == set(COMPUTE_BYTES)
     assert set(plan["quantize"]) == {*QUANTIZED, None}
+    assert set(choices(options.Generate)["quantize"]) == {*QUANTIZED, None}
     assert set(plan["strategy"]) == {*layouts.STRATEGIES, None}
     assert plan["optimizer"] == tuple(OPTIMIZERS)
     assert set(choices(main.Arguments)["backend"]) == {*environment.BACKENDS, None}

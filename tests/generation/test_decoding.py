@@ -439,6 +439,7 @@ def test_a_sampler_for_keras_hub_keeps_working(model):
         ({"stop_token_ids": 1}, "`stop_token_ids` must be a list of token ids; got 1"),
         ({"banned_token_ids": "fox"}, "`banned_token_ids` must be a list.*got 'fox'"),
         ({"forced_token_ids": 5}, "`forced_token_ids` must be a list.*got 5"),
+        ({"max_new_tokens": 3}, r"Unknown options \['max_new_tokens'\].*`max_length`"),
         ({"do_sample": True}, r"Unknown options \['do_sample'\].*'temperature'"),
     ],
     ids=str,

@@ -102,6 +102,21 @@ def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
     assert got == rows
 
 
+def test_training_is_not_compiled(tokenizer, monkeypatch):
+    """Inductor cannot compile the fused Adam, and takes minutes for a step."""
+    import torch
+
+    def compile(*args, **kwargs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = tiny_model(tokenizer)
+    model.compile("adamw", jit_compile=True)
+    history = model.fit({"encoder_text": SOURCES, "decoder_text": SOURCES}, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    assert model.jit_compile is True
+
+
 def test_a_model_that_was_loaded_in_inference_mode(model, tmp_path):
     """Its tensors are normal ones, so that it can be trained, too."""
     import torch

@@ -276,7 +276,7 @@ def test_a_template_stays_whole(tokenizer):
         ({"final_norm": "yes"}, "`final_norm` must be one of None, True, False"),
         ({"as_numpy": 1}, "`as_numpy` must be True or False; got 1"),
         ({"batch_size": 0}, "`batch_size` must be a whole number"),
-        ({"texts": "a text"}, "'texts' must be a list of texts; got 'a text'"),
+        ({"texts": "a text"}, "`texts` must be a list of texts; got 'a text'"),
         ({"texts": ["a", None]}, r"`texts\[1\]` must be a string"),
     ],
 )

@@ -94,6 +94,8 @@ def test_several_labels(tokenizer):
     ones = np.array([[name in row for name in NAMES] for row in y], "float32")
     assert max_difference(classifier._labels(list(ones)), classifier._labels(y)) == 0
     assert not classifier.classify(TEXTS, threshold=1.0)[0]
+    with pytest.raises(ValueError, match="`threshold` must be .* at most 1"):
+        classifier.classify(TEXTS, threshold=5)
 
 
 @pytest.mark.one_backend

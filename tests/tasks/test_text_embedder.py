@@ -286,7 +286,7 @@ def test_refusals(embedder, model, tokenizer):
             make_embedder(tokenizer, lexical_dim=wrong)
     with pytest.raises(ValueError, match="`normalize` must be True.*got False"):
         make_embedder(tokenizer, lexical_dim=8, normalize=False)
-    with pytest.raises(ValueError, match="'texts' must be a list of texts"):
+    with pytest.raises(ValueError, match="`texts` must be a list of texts"):
         embedder.embed("a text")
     with pytest.raises(ValueError, match="at least one"):
         embedder.fit([], [])

@@ -83,6 +83,12 @@ def test_truncation_is_reported_once_with_counts(preprocessor):
         preprocessor(PAIRS)
 
 
+def test_rows_of_one_side_alone(preprocessor):
+    """Nothing is counted outside `report_truncation`."""
+    (row,) = preprocessor.encoder_rows([" ".join(SENTENCES)])
+    assert len(row) == 24
+
+
 def test_pad_to_multiple_of(tokenizer):
     preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 24, 16, pad_to_multiple_of=4)
     x, y, weights = preprocessor(PAIRS)
