@@ -61,6 +61,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
     backbone_cls = Backbone
     preprocessor_cls = Seq2SeqLMPreprocessor
     HEAD: tuple[str, ...] = ()  # Arguments that define the weights of the head.
+    _first_column = "text"  # As users call it; in batches it is the model's input.
 
     def __init__(
         self,
@@ -283,7 +284,10 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             return {"x": x, "shuffle": False, "steps_per_epoch": None}
         number(validation_split, "validation_split", at_least=0, below=1)
         columns, labels = self._columns(x, y, name)
-        lengths = {key: len(column) for key, column in columns.items()}
+        lengths = {
+            self._first_column if key == "encoder" else key: len(column)
+            for key, column in columns.items()
+        }
         if labels is not None:
             lengths["labels"] = len(labels)
         if len(set(lengths.values())) > 1:

@@ -360,7 +360,7 @@ def _names(class_names):
 
 
 def texts_of(x: Any, name: str) -> dict:
-    """Texts as columns: `{"encoder": texts}`, and `"second"` for pairs.
+    """Texts as columns: `{"encoder": texts}`, and `"text_pair"` for pairs.
 
     Raises:
         ValueError: for anything else.
@@ -375,5 +375,5 @@ def texts_of(x: Any, name: str) -> dict:
     is_rows = isinstance(x, list | tuple) and len(x) and hasattr(x[0], "__len__")
     if isinstance(x, dict) or (is_rows and not isinstance(x[0], str | bytes)):
         columns = pairs_of(x, None, names, name)
-        return dict(zip(("encoder", "second"), columns.values(), strict=True))
+        return dict(zip(("encoder", "text_pair"), columns.values(), strict=True))
     return {"encoder": as_texts(x, name)}

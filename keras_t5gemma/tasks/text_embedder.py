@@ -70,6 +70,7 @@ class TextEmbedder(EncoderTask):
     """
 
     HEAD = ("projection_dim", "lexical_dim")
+    _first_column = "anchor"
 
     def __init__(
         self,

@@ -202,13 +202,15 @@ def test_refusals(tokenizer, model):
     classifier = make_classifier(tokenizer)
     for y, message in (
         (["game", "food"], "labels among .*'library', 'tool'.; got 'food'"),
-        (["game"], "same number of rows in every column"),
+        (["game"], "same number of rows.*'text': 2, 'labels': 1"),
         (None, "must come with labels"),
     ):
         with pytest.raises(ValueError, match=message):
             classifier.fit(TEXTS[:2], y)
     with pytest.raises(ValueError, match="1 of 2 texts.*empty.*number 1"):
         classifier.fit(["a", ""], ["game", "tool"])
+    with pytest.raises(ValueError, match="1 of 1 texts of `text_pair` are empty"):
+        classifier.predict([("a", "")])
     with pytest.raises(ValueError, match="1 of 2 texts.*empty.*number 0"):
         classifier.predict(["", "a"])
     with pytest.raises(ValueError, match="`x` must be a list of texts; got 'a text'"):
