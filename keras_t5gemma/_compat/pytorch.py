@@ -125,10 +125,10 @@ def has_torch_hooks(layer: Any) -> bool:
 
 
 def torch_is_tracing() -> bool:
-    """Whether PyTorch compiles, exports, traces or transforms a function now.
+    """Whether PyTorch compiles, exports, traces, transforms or counts a function now.
 
-    By `torch.func` or `torch.autograd.forward_ad`; for both there is no public way to
-    ask.
+    By `torch.func`, `torch.autograd.forward_ad` or a `TorchDispatchMode`, such as those
+    of `make_fx` and `FlopCounterMode`; for these there is no public way to ask.
     """
     import torch
 
@@ -138,4 +138,5 @@ def torch_is_tracing() -> bool:
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -1,8 +1,7 @@
 """Products of float matrices, on PyTorch by the faster of its two libraries.
 
 PyTorch multiplies float32 matrices on CPUs by MKL, which uses AVX2 on AMD processors.
-oneDNN, which PyTorch also contains, uses AVX-512 on all that have it. PyTorch's counter
-of FLOPs does not see its products.
+oneDNN, which PyTorch also contains, uses AVX-512 on all that have it.
 """
 
 import functools

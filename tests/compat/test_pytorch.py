@@ -11,6 +11,7 @@ from helpers.private_names import only, require
 
 from keras_t5gemma import _compat
 from keras_t5gemma._compat import pytorch
+from keras_t5gemma.modeling.float_products import matmul
 
 ADAMS = [keras.optimizers.Adam, keras.optimizers.AdamW]
 
@@ -152,6 +153,13 @@ def test_torch_is_tracing():
     require(torch.autograd.forward_ad, "_current_level", advice)
     with torch.autograd.forward_ad.dual_level():
         assert _compat.torch_is_tracing()
+    assert not _compat.torch_is_tracing()
+    require(torch._C, "_len_torch_dispatch_stack", advice)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        assert _compat.torch_is_tracing()
+        large = keras.ops.ones((64, 256))
+        matmul(large, keras.ops.ones((256, 256)))
+    assert counter.get_total_flops() == 2 * 64 * 256 * 256
     assert not _compat.torch_is_tracing()
 
 
