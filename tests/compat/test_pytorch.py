@@ -136,6 +136,7 @@ def test_torch_onednn_product():
 @only("torch")
 def test_torch_is_tracing():
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     advice = "find out how PyTorch tells that `torch.func` transforms a function."
     require(torch._C._functorch, "peek_interpreter_stack", advice)
@@ -155,7 +156,7 @@ def test_torch_is_tracing():
         assert _compat.torch_is_tracing()
     assert not _compat.torch_is_tracing()
     require(torch._C, "_len_torch_dispatch_stack", advice)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         assert _compat.torch_is_tracing()
         large = keras.ops.ones((64, 256))
         matmul(large, keras.ops.ones((256, 256)))
