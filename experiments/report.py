@@ -6,6 +6,7 @@ Reads `experiments/results/*.json`, writes `experiments/*.png`, and puts the tab
 between their markers in `experiments/README.md`. Missing runs are left out.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -79,12 +80,12 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def pretraining(results):
+def pretraining(results, pair="small-small"):
     """Held-out loss before, after a tenth and at the end; copy accuracy."""
-    groups = by_variant(results, "pretrain", "small-small")
+    groups = by_variant(results, "pretrain", pair)
     rows = []
     for variant in NAMES:
-        runs = groups.get(("small-small", variant))
+        runs = groups.get((pair, variant))
         if not runs:
             continue
         start = runs[0]["scores"]["valid"]["loss"]["before"]
@@ -329,6 +330,7 @@ def _legend(panel):
 
 TABLES = {
     "pretraining": pretraining,
+    "pretraining-full": functools.partial(pretraining, pair="shallow-shallow"),
     "tuning": tuning,
     "sizes": sizes,
     "longer": longer,
