@@ -36,8 +36,7 @@ def replace_update(optimizer: keras.optimizers.Optimizer, update: Callable) -> N
 def change_gradients(optimizer: keras.optimizers.Optimizer, change: Callable) -> None:
     """Let a function change gradients before they are clipped and accumulated.
 
-    Keras's `optimizer.apply` is the public place, but an outer optimizer that scales
-    the loss divides gradients after it.
+    Keras's `optimizer.apply` is the public place, but `replace_apply` replaces it.
 
     Args:
         optimizer: patched in place.

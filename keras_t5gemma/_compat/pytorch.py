@@ -117,11 +117,15 @@ def torch_onednn_product(x: Any, rows: Any) -> Any:
 
 
 def has_torch_hooks(layer: Any) -> bool:
-    """Whether a Keras layer on PyTorch, a module, has hooks for its forward pass.
+    """Whether a Keras layer on PyTorch, a module, or all modules have hooks.
 
-    Modules have no public list of them.
+    For the forward pass; there is no public list of them.
     """
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    from torch.nn.modules.module import _has_any_global_hook
+
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()
+    )
 
 
 def torch_is_tracing() -> bool:

@@ -335,7 +335,7 @@ def make_options(sampler: Any, given: dict) -> GenerationOptions | None:
     if unknown:
         hint = "Samplers are set with `compile(sampler=...)`."
         if "max_new_tokens" in unknown:
-            hint = "`max_length` is the length with start token and prompt."
+            hint += " `max_length` is the length with start token and prompt."
         raise ValueError(
             f"Unknown options {unknown}; those of GenerationOptions are {names}. {hint}"
         )

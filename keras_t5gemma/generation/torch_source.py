@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from keras_t5gemma.modeling.attention import Attention
 from keras_t5gemma.modeling.torch_encoder import are_plain, products
 
 
@@ -26,6 +27,8 @@ def read(
     states = backbone.encode(token_ids, padding)
     attentions = [block.cross_attention for block in backbone.decoder.blocks]
     layers = [layer for a in attentions for layer in (a.key, a.value)]
+    if any(type(a) is not Attention for a in attentions):
+        return states, None
     if not are_plain(layers, states):
         return states, None
     if states.dtype != getattr(torch, layers[0].compute_dtype):

@@ -26,6 +26,8 @@ def is_fast(x: Tensor) -> bool:
     """
     if not is_inference() or keras.distribution.distribution() is not None:
         return False
+    if getattr(x, "requires_grad", False):  # On PyTorch; rounding has no gradient.
+        return False
     return on_cpu(x) and _has_kernels()
 
 

@@ -92,7 +92,7 @@ class Projection(keras.layers.Dense):
     """Dense layer without bias; int8 quantizes the weights only.
 
     They are dequantized for a float product: inputs and gradients stay exact.
-    Generation rounds the inputs where that is faster, see `int8_products`.
+    Inference rounds the inputs where that is faster, see `int8_products`.
     """
 
     def quantize(self, mode=None, type_check=True, config=None):

@@ -33,6 +33,7 @@ from keras_t5gemma.modeling.int8_products import (
 )
 from keras_t5gemma.modeling.layers import GatedMLP, Projection, RMSNorm
 from keras_t5gemma.modeling.soft_cap import soft_cap
+from keras_t5gemma.utils.backends import on_cpu
 
 _LARGEST_CAP = 64.0  # For which the sigmoid is precise enough.
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -41,15 +42,15 @@ _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 def is_supported(encoder: Any, x: torch.Tensor, masks: dict) -> bool:
     """Whether `run` may be used.
 
-    Without gradients and outside of a program that PyTorch compiles or transforms; for
-    plain layers of one dtype, float or int8, without LoRA and hooks.
+    On a CPU, without gradients and outside of a program that PyTorch compiles or
+    transforms; for plain layers of one dtype, float or int8, without LoRA and hooks.
 
     Args:
         encoder: an `Encoder`.
         x: see `run`.
         masks: see `run`.
     """
-    if torch.is_grad_enabled() or _compat.torch_is_tracing():
+    if not on_cpu(x) or torch.is_grad_enabled() or _compat.torch_is_tracing():
         return False
     if any(isinstance(mask, BlockwiseMask) for mask in masks.values()):
         return False
@@ -80,12 +81,12 @@ def run(
     # `None` where nothing is masked.
     hidden = {k: None if bool(m.all()) else ~m[:, None, None] for k, m in masks.items()}
     found = {number: torch.empty_like(x) if number else x for number in numbers}
-    rows = max(1, _tokens_at_once(encoder.stack) // length)
+    rows = max(1, _tokens_at_once(encoder.stack) // max(1, length))
     for i in range(0, batch, rows):
         some = slice(i, i + rows)
         part = {k: m if m is None else m[some] for k, m in hidden.items()}
         y = x[some].reshape(-1, width).clone()
-        for j in range(max(found)):
+        for j in range(max(found, default=0)):
             y = _block(encoder, j, y, turn, part)
             if j + 1 in found:
                 found[j + 1][some] = y.view(-1, length, width)

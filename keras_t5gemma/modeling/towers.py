@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_t5gemma import _compat
 from keras_t5gemma.config import FULL, SLIDING, StackConfig, T5GemmaConfig
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling import kv_cache
@@ -156,19 +157,18 @@ class Encoder(_Tower):
 
     def _states(self, x, masks, angles, numbers, training):
         """`{number: states}` after blocks, 0 for `x`; see `call`."""
-        if not training and is_inference() and keras.config.backend() == "torch":
+        if not training and keras.config.backend() == "torch":
             from keras_t5gemma.modeling import torch_encoder
 
-            if torch_encoder.is_supported(self, x, masks):
+            # Dynamo cannot trace `is_inference`.
+            is_fast = not _compat.torch_is_tracing() and is_inference()
+            if is_fast and torch_encoder.is_supported(self, x, masks):
                 return torch_encoder.run(self, x, masks, angles, numbers)
         found = {0: x}
-        for i in range(max(numbers)):
+        blocks = list(zip(self.blocks, self.stack.layer_types, strict=True))
+        for i, (block, kind) in enumerate(blocks[: max(numbers, default=0)]):
             x = self._run(
-                self.blocks[i],
-                (x,),
-                training,
-                attention_mask=masks[self.stack.layer_types[i]],
-                angles=angles,
+                block, (x,), training, attention_mask=masks[kind], angles=angles
             )
             if i + 1 in numbers:
                 found[i + 1] = x

@@ -25,8 +25,8 @@ class CompiledTraining:
     - On a CPU, XLA orders its operations for memory.
 
     On TensorFlow, for training, evaluation and prediction: see `_StepOfShapes`. On
-    PyTorch training is not compiled, also with `jit_compile=True`, which is for
-    inference: Inductor takes minutes for a step, and fails for the fused Adam.
+    PyTorch they are not compiled, also with `jit_compile=True`, which is for decoding:
+    Inductor takes minutes for a step, and fails for the fused Adam.
     """
 
     train_function: Any
@@ -45,16 +45,10 @@ class CompiledTraining:
         Args:
             force: make it again if there is one.
         """
-        make = super().make_train_function  # type: ignore[misc]
+        make = self._uncompiled(super().make_train_function)  # type: ignore[misc]
         is_made = self.train_function is not None
         if is_made and not force:
             return make(force)
-        if keras.config.backend() == "torch":
-            wanted, self.jit_compile = self.jit_compile, False
-            try:
-                return make(force)
-            finally:
-                self.jit_compile = wanted
         if keras.config.backend() != "jax":
             make(force)
             self.train_function = _of_shapes(self, self.train_step, self.train_function)
@@ -74,7 +68,7 @@ class CompiledTraining:
     def make_test_function(self, force: bool = False) -> Any:
         """As Keras's; see `make_train_function`."""
         is_made = self.test_function is not None
-        super().make_test_function(force)  # type: ignore[misc]
+        self._uncompiled(super().make_test_function)(force)  # type: ignore[misc]
         if force or not is_made:
             step, made = self.test_step, self.test_function
             self.test_function = _of_shapes(self, step, made)
@@ -83,11 +77,23 @@ class CompiledTraining:
     def make_predict_function(self, force: bool = False) -> Any:
         """As Keras's; see `make_train_function`."""
         is_made = self.predict_function is not None
-        super().make_predict_function(force)  # type: ignore[misc]
+        self._uncompiled(super().make_predict_function)(force)  # type: ignore[misc]
         if force or not is_made:
             step, made = self.predict_step, self.predict_function
             self.predict_function = _of_shapes(self, step, made)
         return self.predict_function
+
+    def _uncompiled(self, make):
+        """Keras's `make`; on PyTorch it makes a function that is not compiled."""
+
+        def without_compiler(force):
+            wanted, self.jit_compile = self.jit_compile, False
+            try:
+                return make(force)
+            finally:
+                self.jit_compile = wanted
+
+        return without_compiler if keras.config.backend() == "torch" else make
 
 
 def _of_shapes(model, step, function):

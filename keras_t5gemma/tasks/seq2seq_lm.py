@@ -164,7 +164,7 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
                 recompute the rest: less memory, more time.
             **kwargs: further arguments of `keras.Model.compile`. On PyTorch
                 `jit_compile=True` compiles the decoding step, half a minute at the
-                first token of a new batch size, then faster; training it does not.
+                first token of a new batch size, then faster, and nothing else.
 
         Raises:
             ValueError: for an optimizer that cannot update weights of this dtype, or

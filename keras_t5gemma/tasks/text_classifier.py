@@ -226,7 +226,8 @@ class TextClassifier(EncoderTask):
 
         Returns:
             float32 `(texts, classes)`, with sum 1 except for `"multi_label"`; with
-            `"regression"` the numbers, `(texts,)`.
+            `"regression"` the numbers, `(texts,)`. With int8 weights on a CPU
+            activations are rounded to 8 bits.
         """
         columns = texts_of(x, "x")
         self._need_preprocessor()
@@ -262,7 +263,8 @@ class TextClassifier(EncoderTask):
             them per text.
 
         Raises:
-            ValueError: for `"regression"`, which has no classes.
+            ValueError: for `"regression"`, which has no classes, or a threshold outside
+                of 0 to 1.
         """
         if self.kind == "regression":
             raise ValueError("A regression has no classes: use `predict`.")

@@ -285,7 +285,8 @@ class TextEmbedder(EncoderTask):
         Returns:
             `(states, padding_mask)`: `(texts, tokens, width)`, 0 on padding, or a list
             of such arrays for a list of layers; and bool `(texts, tokens)`, `False` on
-            padding. Both are arrays of the backend, on its device.
+            padding. Both are arrays of the backend, on its device. With int8 weights on
+            a CPU activations are rounded to 8 bits, which a `TextTower` does not.
 
         Raises:
             ValueError: for a layer that does not exist, a `pad_to` below 1 or above

@@ -40,9 +40,11 @@ def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
         raise ValueError(_message(optimizer)) from error
     if optimizer is None:
         raise ValueError(_message(optimizer))
-    check_optimizer(optimizer, dtype)
-    update_in_place(optimizer)
-    sum_repeated_rows(optimizer)
+    # Mixed float16 wraps the optimizer that updates the weights.
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    check_optimizer(inner, dtype)
+    update_in_place(inner)
+    sum_repeated_rows(inner)
     accumulate_exactly(optimizer)
     return optimizer
 
@@ -104,11 +106,12 @@ def sum_repeated_rows(optimizer: keras.optimizers.Optimizer) -> None:
 
     The gradient of a table is `tf.IndexedSlices` there, with a row for each token.
     Keras clips and squares the rows of a repeated token one by one, not their sum.
+    `GradientAccumulation` sums them itself.
     """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if keras.config.backend() == "tensorflow":
-        change = functools.partial(_dense_gradients, inner)
-        _compat.change_gradients(inner, change)
+    accumulates = optimizer.gradient_accumulation_steps
+    if keras.config.backend() == "tensorflow" and not accumulates:
+        change = functools.partial(_dense_gradients, optimizer)
+        _compat.change_gradients(optimizer, change)
 
 
 def _dense_gradients(optimizer, gradients):

@@ -19,7 +19,8 @@ ADAMS = [keras.optimizers.Adam, keras.optimizers.AdamW]
 def test_every_function_has_a_test():
     functions = inspect.getmembers(pytorch, inspect.isfunction)
     own = {n for n, f in functions if f.__module__ == pytorch.__name__}
-    assert own and {f"test_{name}" for name in own} <= set(globals())
+    public = {name for name in own if not name.startswith("_")}
+    assert public and {f"test_{name}" for name in public} <= set(globals())
 
 
 @only("torch")
@@ -166,6 +167,8 @@ def test_torch_is_tracing():
 
 @only("torch")
 def test_has_torch_hooks():
+    import torch
+
     layer = keras.layers.Dense(2)
     layer.build((None, 3))
     advice = "see where `torch.nn.Module` keeps its hooks now."
@@ -176,4 +179,9 @@ def test_has_torch_hooks():
         handle = register(lambda *_: None)
         assert _compat.has_torch_hooks(layer)
         handle.remove()
+    assert not _compat.has_torch_hooks(layer)
+    register = torch.nn.modules.module.register_module_forward_hook
+    handle = register(lambda *_: None)  # Of all modules.
+    assert _compat.has_torch_hooks(layer)
+    handle.remove()
     assert not _compat.has_torch_hooks(layer)

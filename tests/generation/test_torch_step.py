@@ -1,5 +1,7 @@
 """PyTorch's decoding step, eager and compiled, against the layers."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -102,7 +104,7 @@ def test_torch_compiled_step_and_its_absence(tokenizer, monkeypatch):
     assert got == rows
 
 
-def test_training_is_not_compiled(tokenizer, monkeypatch):
+def test_steps_of_keras_are_not_compiled(tokenizer, monkeypatch):
     """Inductor cannot compile the fused Adam, and takes minutes for a step."""
     import torch
 
@@ -112,8 +114,14 @@ def test_training_is_not_compiled(tokenizer, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     model = tiny_model(tokenizer)
     model.compile("adamw", jit_compile=True)
-    history = model.fit({"encoder_text": SOURCES, "decoder_text": SOURCES}, verbose=0)
+    pairs = {"encoder_text": SOURCES, "decoder_text": SOURCES}
+    history = model.fit(pairs, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
+    assert np.isfinite(model.evaluate(pairs, verbose=0)).all()
+    config = dataclasses.replace(model.backbone.config, decoder=None)
+    embedder = kt.TextEmbedder(kt.Backbone(config), model.preprocessor)
+    embedder.compile(jit_compile=True)
+    assert embedder.embed(SOURCES).shape == embedder.predict_on_batch(SOURCES).shape
     assert model.jit_compile is True
 
 

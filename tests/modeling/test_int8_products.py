@@ -50,14 +50,17 @@ def test_only_inference_rounds(monkeypatch):
     weights = numpy(layer.kernel).astype("float32") / numpy(layer.kernel_scale)
     exact = numpy(x) @ weights
 
-    def error():
-        return np.abs(numpy(layer(x)) - exact).max() / np.abs(exact).max()
+    def error(gradient=False):
+        inputs = x.clone().requires_grad_() if gradient else x
+        return np.abs(numpy(layer(inputs)) - exact).max() / np.abs(exact).max()
 
     monkeypatch.setattr(int8_products, "_has_kernels", lambda: True)
     assert error() < 1e-4
     if not on_tensorflow:
         with inference():
             assert 1e-4 < error() < 0.03
+            if keras.config.backend() == "torch":
+                assert error(gradient=True) < 1e-4
     monkeypatch.setattr(int8_products, "_has_kernels", lambda: False)
     with inference():
         assert error() < 1e-4

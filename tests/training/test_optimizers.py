@@ -53,10 +53,23 @@ def test_the_same_weights_as_with_keras(options, compiled):
         np.testing.assert_allclose(weights[path], value, atol=1e-4, err_msg=path)
 
 
+def test_preparing_twice_keeps_accumulation():
+    """As a second `compile` does: the rest is the mean of one batch."""
+    optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)
+    for _ in range(2):
+        assert prepare_optimizer(optimizer, "float32") is optimizer
+    variable = keras.Variable(np.ones(2, "float32"))
+    optimizer.apply([keras.ops.ones(2)], [variable])
+    np.testing.assert_allclose(numpy(variable.value), [1.0, 1.0])
+    optimizer.gradient_accumulation.apply_rest()
+    np.testing.assert_allclose(numpy(variable.value), [0.5, 0.5])
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("adam", {}),
+        ("adam", {"loss_scale": True}),
         ("adam", {"amsgrad": True}),
         ("adam", {"clipvalue": 1.5}),
         ("adamw", {"clipnorm": 1.0}),
@@ -76,11 +89,16 @@ def test_repeated_rows_are_summed(name, options):
     total = np.zeros((rows, width))
     np.add.at(total, tokens, slopes)
     found = []
+    options = dict(options)
+    is_scaled = options.pop("loss_scale", False)
     for sparse in (False, True):
         table = keras.Variable(np.ones((rows, width), "float32"), name="table")
         optimizer = keras.optimizers.get(
             {"class_name": name, "config": {"learning_rate": 0.1, **options}}
         )
+        if is_scaled:
+            scale = {"initial_scale": 1.0}
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, **scale)
         optimizer = prepare_optimizer(optimizer, "float32")
         for factor in (1.0, 0.3, -2.0, 1.0):
             gradient = keras.ops.convert_to_tensor(factor * total, "float32")
