@@ -131,8 +131,8 @@ def compare_with_transformers(folder, calls=5):
         least = {key: min(found) for key, found in times.items()}
         base = least["transformers"]
         cells = [f"{ms:.1f} ({ms / base:.2f})" for ms in least.values()]
-        theirs, *others = vectors.values()
-        cosines = ", ".join(f"{(theirs * v).sum(-1).min():.5f}" for v in others)
+        reference, *others = vectors.values()
+        cosines = ", ".join(f"{(reference * v).sum(-1).min():.5f}" for v in others)
         print(f"| {shape} | " + " | ".join(cells) + f" | {cosines} |", flush=True)
 
 

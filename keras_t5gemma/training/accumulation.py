@@ -102,7 +102,7 @@ class ApplyRest(keras.callbacks.Callback):
 
 def accumulate_exactly(optimizer: keras.optimizers.Optimizer) -> None:
     """Use `GradientAccumulation` if an optimizer accumulates gradients."""
-    inner = _inner(optimizer)
+    inner = inner_optimizer(optimizer)
     if inner.gradient_accumulation_steps and _accumulation(optimizer) is None:
         inner.gradient_accumulation = GradientAccumulation(inner)
 
@@ -151,13 +151,15 @@ def _size(array):
     return ops.cast(ops.prod(shape), "float32")
 
 
-def _inner(optimizer):
+def inner_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.Optimizer:
     """The optimizer that updates the weights: mixed float16 wraps it."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _accumulation(optimizer):
-    return getattr(_inner(optimizer), "gradient_accumulation", None)
+    return getattr(inner_optimizer(optimizer), "gradient_accumulation", None)
 
 
 def _run_if(

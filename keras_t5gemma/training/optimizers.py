@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma import _compat
-from keras_t5gemma.training.accumulation import accumulate_exactly
+from keras_t5gemma.training.accumulation import accumulate_exactly, inner_optimizer
 from keras_t5gemma.utils.checks import shown
 
 OPTIMIZERS = {
@@ -40,8 +40,7 @@ def prepare_optimizer(optimizer: Any, dtype: str) -> keras.optimizers.Optimizer:
         raise ValueError(_message(optimizer)) from error
     if optimizer is None:
         raise ValueError(_message(optimizer))
-    # Mixed float16 wraps the optimizer that updates the weights.
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner = inner_optimizer(optimizer)
     check_optimizer(inner, dtype)
     update_in_place(inner)
     sum_repeated_rows(inner)

@@ -5,6 +5,7 @@ import functools
 import keras
 
 from keras_t5gemma import _compat
+from keras_t5gemma.training.accumulation import inner_optimizer
 from keras_t5gemma.utils.checks import flag, whole_number
 
 
@@ -35,9 +36,7 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
         self.is_on = False
 
     def on_train_begin(self, logs=None):
-        # Mixed float16 wraps the optimizer that updates the weights.
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        optimizer = inner_optimizer(self.model.optimizer)
         batches = optimizer.gradient_accumulation_steps or 1  # Of an update.
         self._end_at = self.steps * batches
         self._done = int(_compat.batch_counter(optimizer))
