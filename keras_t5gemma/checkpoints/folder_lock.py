@@ -64,7 +64,7 @@ def acquire(folder: Path) -> tuple[Path, dict[str, Any]]:
     owner = _this_owner()
     if not _create(path, owner):
         with _one_at_a_time(folder):
-            found = _read(path)
+            found = _read_finished(path)
             if not _is_stale(path, found):
                 raise _in_use(path, found)
             path.unlink(missing_ok=True)
@@ -113,6 +113,18 @@ def _read(path):
         return None
     is_owner = isinstance(owner, dict) and isinstance(owner.get("pid"), int)
     return owner if is_owner else None
+
+
+def _read_finished(path):
+    """As `_read`, after a wait while the file is being written."""
+    end = time.monotonic() + 2 * _UNFINISHED
+    found = _read(path)
+    while found is None and path.is_file() and not _is_stale(path, found):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
+        found = _read(path)
+    return found
 
 
 def _is_stale(path, owner):

@@ -145,9 +145,23 @@ def test_numbers_that_are_used_again(tmp_path):
         assert not (tmp_path / LOCK).exists()
 
 
-def test_a_lock_that_was_not_finished(tmp_path):
+def test_a_lock_that_was_not_finished(tmp_path, monkeypatch):
+    """Its process died while it wrote it: it is replaced after a moment."""
+    monkeypatch.setattr(module, "_UNFINISHED", 0.3)
     path = tmp_path / LOCK
     path.write_text("")
+    start = time.monotonic()
+    with folder_lock(tmp_path):
+        assert 0.2 < time.monotonic() - start < 5
+    path.write_text("")  # One that is finished in time is another's.
+    owner = json.dumps({**module._this_owner(), "host": "elsewhere"})
+    timer = threading.Timer(0.1, path.write_text, (owner,))
+    timer.start()
+    with pytest.raises(FolderInUseError, match="on host elsewhere"):
+        module.acquire(tmp_path)
+    timer.join()
+    path.write_text("")
+    os.utime(path, (2**32, 2**32))  # A clock that is wrong.
     with pytest.raises(FolderInUseError, match=f"If there is none, remove {path}"):
         with folder_lock(tmp_path):
             pass
