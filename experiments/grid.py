@@ -9,7 +9,7 @@ import dataclasses
 
 SIZES = ("small", "medium", "large")
 # Trained on all texts; their runs have `LONGER` times the steps.
-FULL_SIZES = ("shallow", "deep")
+FULL_SIZES = ("shallow", "deep", "twice")
 # name: (encoder size, decoder size)
 PAIRS = {
     "small-small": ("small", "small"),
@@ -19,6 +19,7 @@ PAIRS = {
     "shallow-shallow": ("shallow", "shallow"),
     "deep-shallow": ("deep", "shallow"),
     "deep-deep": ("deep", "deep"),
+    "twice-twice": ("twice", "twice"),
 }
 STEPS = 500  # Of continued pretraining, each 8 rows of 128 + 128 tokens.
 ROWS = 6_000  # Fine-tuning pairs, one epoch.
@@ -136,13 +137,16 @@ def full_grid():
         run = _pretrain(pair, variant, seed, start, times=LONGER, **options)
         runs.extend((run, _synopsis(run)))
 
+    def decoder_only(size, seed):
+        name = f"decoder-only/{size}/{seed}"
+        runs.append(Run(name, "decoder-only", size, seed=seed, times=LONGER))
+
     # b, c: equal and unequal pairs against their sources.
     for seed in SEEDS:
         for pair in ("shallow-shallow", "deep-shallow"):
             add(pair, "prefixlm", seed)
-        for size in FULL_SIZES:
-            name = f"decoder-only/{size}/{seed}"
-            runs.append(Run(name, "decoder-only", size, seed=seed, times=LONGER))
+        for size in ("shallow", "deep"):
+            decoder_only(size, seed)
     # a, e, f: the variants of the first grid.
     for seed in SEEDS:
         add("shallow-shallow", "scratch", seed, "scratch")
@@ -154,4 +158,7 @@ def full_grid():
         # f: a teacher that has learned to copy.
         options = {"teacher": "deep" + COPYING, "top_k": 64}
         add("shallow-shallow", "copying-teacher", seed, **options)
+    # b: from a second source of the shallow shape, with twice the training.
+    add("twice-twice", "prefixlm", 0)
+    decoder_only("twice", 0)
     return runs

@@ -35,7 +35,7 @@ FULL = [
     for size in FULL_SIZES
 ] + [
     (f"{pair}, {label}", f"pretrain/{pair}/{variant}", f"synopsis/{pair}/{variant}")
-    for pair in ("shallow-shallow", "deep-shallow", "deep-deep")
+    for pair in ("shallow-shallow", "deep-shallow", "deep-deep", "twice-twice")
     for variant, label in NAMES.items()
 ]
 

@@ -1,4 +1,4 @@
-"""Decoder-only Gemma 2 models of five sizes, trained with KerasHub's GemmaCausalLM.
+"""Decoder-only Gemma 2 models, trained with KerasHub's GemmaCausalLM.
 
     KERAS_BACKEND=jax python experiments/sources.py small --data DATA --runs RUNS
 
@@ -6,6 +6,7 @@ Started again, it resumes from its last round.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -18,27 +19,49 @@ import numpy as np
 
 from keras_t5gemma.training.chunked_cross_entropy import token_losses
 
-WIDTHS = {"small": 64, "medium": 128, "large": 192, "shallow": 64, "deep": 64}
-LAYERS = {"small": 2, "medium": 3, "large": 3, "shallow": 2, "deep": 8}
-FEED_FORWARD = {"small": 192, "medium": 384, "large": 512, "shallow": 192, "deep": 192}
 HEAD_DIM = 32
-LEARNING_RATES = {
-    "small": 4e-3,
-    "medium": 3e-3,
-    "large": 2e-3,
-    "shallow": 4e-3,
-    "deep": 3e-3,
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shape and training of a source.
+
+    Attributes:
+        width: of the hidden states; a head for each `HEAD_DIM`.
+        layers: number of layers.
+        feed_forward: width of the feed-forward layers.
+        learning_rate: the highest of the schedule.
+        epochs: over all texts, in mixed precision; `None` for 4 million tokens of
+            fewer texts, in float32.
+        seed: of the initial weights and the order of the texts.
+    """
+
+    width: int
+    layers: int
+    feed_forward: int
+    learning_rate: float
+    epochs: int | None = None
+    seed: int = 0
+
+
+SIZES = {
+    "small": Size(64, 2, 192, 4e-3),
+    "medium": Size(128, 3, 384, 3e-3),
+    "large": Size(192, 3, 512, 2e-3),
+    "shallow": Size(64, 2, 192, 4e-3, epochs=1),
+    "deep": Size(64, 8, 192, 3e-3, epochs=1),
+    # Shallow again, another seed and twice the training.
+    "twice": Size(64, 2, 192, 4e-3, epochs=2, seed=1),
 }
-# Trained on all texts once, in mixed precision; the others on 3.7 million tokens.
-ALL_TEXTS = ("shallow", "deep")
 RESULTS = Path(__file__).parent / "results"
 LENGTH, ROWS, ROUND = 256, 8, 200  # Tokens a row, rows a step, steps a round.
 
 
 def make_source(size, dtype="float32"):
-    """An untrained decoder-only model of a size of `WIDTHS`."""
-    heads = WIDTHS[size] // HEAD_DIM
-    shape = WIDTHS[size], LAYERS[size], FEED_FORWARD[size], heads, heads
+    """An untrained decoder-only model of a size of `SIZES`."""
+    size = SIZES[size]
+    heads = size.width // HEAD_DIM
+    shape = size.width, size.layers, size.feed_forward, heads, heads
     return make_gemma2(*shape, dtype=dtype)
 
 
@@ -137,25 +160,25 @@ def pretrain(size, data, runs, million_tokens=None):
     """Train a source; write a KerasHub preset and `log.json` to `runs/sources/SIZE`.
 
     Args:
-        size: of `WIDTHS`.
+        size: of `SIZES`.
         data: folder of the data.
         runs: folder of the runs.
-        million_tokens: length of the training; by default all rows once for sizes of
-            `ALL_TEXTS`, 4 million for others.
+        million_tokens: length of the training, by default that of the size.
     """
     folder = Path(runs) / f"sources/{size}"
     if (folder / "log.json").exists():
         return
-    keras.utils.set_random_seed(0)
-    everything = size in ALL_TEXTS
-    rows = corpus.chunks(corpus.for_sources(data, everything=everything), LENGTH)
+    seed, epochs = SIZES[size].seed, SIZES[size].epochs
+    keras.utils.set_random_seed(seed)
+    everything = epochs is not None
+    rows = corpus.chunks(corpus.for_sources(data, seed, everything), LENGTH)
     held_out = inputs(corpus.chunks(corpus.held_out(data), LENGTH))
     a_round = ROUND * ROWS
     if million_tokens is None:
-        million_tokens = len(rows) * LENGTH / 1e6 if everything else 4
+        million_tokens = epochs * len(rows) * LENGTH / 1e6 if everything else 4
     rounds = int(million_tokens * 1e6) // (a_round * LENGTH)
     source = make_source(size, "mixed_bfloat16" if everything else "float32")
-    model = trainer(source, LEARNING_RATES[size], rounds * ROUND)
+    model = trainer(source, SIZES[size].learning_rate, rounds * ROUND)
     state = Rounds(folder, model)
     print(f"{size}: {model.count_params():,} parameters, {len(rows) * LENGTH:,} tokens")
     while len(state.log) < rounds:
@@ -187,7 +210,7 @@ def pretrain(size, data, runs, million_tokens=None):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("size", choices=WIDTHS)
+    parser.add_argument("size", choices=SIZES)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--million-tokens", type=float)

@@ -14,6 +14,8 @@ from keras_t5gemma.distribution.layouts import (
     mesh_sizes,
     partition,
 )
+from keras_t5gemma.utils.checks import one_of, shown
+from keras_t5gemma.utils.texts import to_list
 
 _ALTERNATIVES = {
     "torch": "DistributedDataParallel, see tools/train_ddp.py",
@@ -25,7 +27,7 @@ def distribute(
     strategy: str = "fsdp",
     data: int | None = None,
     model: int | None = None,
-    devices: Sequence[str] | None = None,
+    devices: str | Sequence[str] | None = None,
 ) -> "MeshDistribution":
     """Distribute models over a mesh of devices; call it before a model is built.
 
@@ -45,7 +47,7 @@ def distribute(
             1 for `"tensor"`.
         model: devices of the axis `"model"`; `None` is all devices divided by `data`
             for `"tensor"`, else 1.
-        devices: names, e.g. `["gpu:0", "gpu:1"]`; `None` is all devices.
+        devices: names, e.g. `["gpu:0", "gpu:1"]`, or one; `None` is all devices.
 
     Returns:
         The `MeshDistribution`, which becomes Keras's global distribution if there is
@@ -53,9 +55,9 @@ def distribute(
         previous one.
 
     Raises:
-        ValueError: on another backend than JAX, for an unknown strategy, or a mesh
-            whose size is not the number of devices. Heads, feed-forward or vocabulary
-            that the mesh does not divide raise when a model is built.
+        ValueError: on another backend than JAX, for an unknown strategy or device, or
+            a mesh whose size is not the number of devices. Heads, feed-forward or
+            vocabulary that the mesh does not divide raise when a model is built.
     """
     backend = keras.config.backend()
     if backend != "jax":
@@ -65,8 +67,8 @@ def distribute(
         )
     check_strategy(strategy)
     check_mesh({k: v for k, v in (("data", data), ("model", model)) if v is not None})
-    devices = keras.distribution.list_devices() if devices is None else list(devices)
-    count = len(devices)
+    names = _names_of_devices(devices)
+    count = len(names)
     if strategy == "tensor":
         data = (1 if model is None else count // model) if data is None else data
         model = max(1, count // data) if model is None else model
@@ -87,12 +89,26 @@ def distribute(
             "`model` must be above 1 for strategy 'tensor': it splits nothing over "
             f"'data'; got data={data}, model=1. Use 'fsdp' or 'data'."
         )
-    mesh = keras.distribution.DeviceMesh((data, model), MESH_AXES, devices)
+    mesh = keras.distribution.DeviceMesh((data, model), MESH_AXES, names)
     distribution = MeshDistribution(mesh, strategy)
     distribution.before = keras.distribution.distribution()
     if count > 1:  # Keras would warn about a single device.
         keras.distribution.set_distribution(distribution)
     return distribution
+
+
+def _names_of_devices(devices):
+    """All devices for `None`; else the list, checked."""
+    known = keras.distribution.list_devices()
+    if devices is None:
+        return known
+    given = [devices] if isinstance(devices, str) else to_list(devices, "devices")
+    names = [one_of(name, "devices", known) for name in given]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"`devices` must be one or more different devices; got {shown(names)}."
+        )
+    return names
 
 
 class MeshDistribution(keras.distribution.ModelParallel):

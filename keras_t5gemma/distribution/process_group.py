@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma import _compat
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import instance, number, shown, whole_number
 
 _LARGEST_MESSAGE = 2**20
 
@@ -45,7 +45,7 @@ def connect(
             numbers, strings, lists and dicts. Versions of Keras and JAX are added.
 
     Raises:
-        ValueError: for another backend, an `index` out of range, or an invalid address;
+        ValueError: for another backend or an invalid argument;
             in every process if `same` differs, naming the values.
         TimeoutError: in every process if one is missing, naming it.
     """
@@ -56,9 +56,12 @@ def connect(
         )
     whole_number(processes, "processes", 1)
     whole_number(index, "index", 0, processes - 1)
+    number(timeout, "timeout", above=0)
+    whole_number(heartbeat, "heartbeat", 1)
+    instance(same or {}, "same", dict, "a dict or None")
     host, _, port = str(address).rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"`address` must be 'host:port'; got {address!r}.")
+    if not host or not (port.isdecimal() and int(port) < 2**16):
+        raise ValueError(f"`address` must be 'host:port'; got {shown(address)}.")
     import jax
 
     versions = {"keras": keras.__version__, "jax": jax.__version__}

@@ -207,17 +207,25 @@ def test_a_map_that_does_not_fit_is_an_error():
 
 
 @on_jax
-def test_what_distribute_refuses():
+def test_what_distribute_refuses(monkeypatch):
     for arguments, words in [
         ({"strategy": "pipeline"}, "`strategy` must be one of.*'pipeline'"),
         ({"data": 2, "model": 3}, "2 x model=3 has 6 devices; there are 1 devices"),
         ({"data": 0}, "`data` must be a whole number from 1; got 0"),
         ({"model": "all"}, "`model` must be a whole number from 1; got 'all'"),
-        ({"strategy": "data", "model": 2, "devices": ["cpu:0"] * 2}, "must be 1"),
-        (
-            {"strategy": "tensor", "model": 1, "devices": ["cpu:0"] * 2},
-            "must be above 1 for strategy 'tensor'",
-        ),
+        ({"devices": 1}, "`devices` must be a string or a list of strings; got int"),
+        ({"devices": "cpu"}, "`devices` must be one of 'cpu:0'; got 'cpu'"),
+        ({"devices": []}, "`devices` must be one or more different devices"),
+        ({"devices": ["cpu:0"] * 2}, "`devices` must be one or more different devices"),
+        ({"devices": ["gpu:7"]}, "`devices` must be one of 'cpu:0'; got 'gpu:7'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            kt.distribute(**arguments)
+    names = lambda: ["cpu:0", "cpu:1"]  # noqa: E731
+    monkeypatch.setattr(keras.distribution, "list_devices", names)
+    for arguments, words in [
+        ({"strategy": "data", "model": 2}, "must be 1 for strategy 'data'"),
+        ({"strategy": "tensor", "model": 1}, "must be above 1 for strategy 'tensor'"),
     ]:
         with pytest.raises(ValueError, match=words):
             kt.distribute(**arguments)

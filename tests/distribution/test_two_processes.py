@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -160,11 +161,21 @@ def test_all_processes_get_what_one_gets(folder):
         assert "cannot save a quantized model" in saving
 
 
-def test_refuses():
-    for arguments, message in (
-        (("127.0.0.1:9", 2, 2), "`index` must be a whole number from 0 to 1; got 2"),
-        (("127.0.0.1:9", 0, 0), "`processes` must be a whole number from 1; got 0"),
-        (("nowhere", 2, 0), "`address` must be 'host:port'; got 'nowhere'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            kt.connect(*arguments)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"index": 2}, "`index` must be a whole number from 0 to 1; got 2"),
+        ({"processes": 0}, "`processes` must be a whole number from 1; got 0"),
+        ({"address": "nowhere"}, "`address` must be 'host:port'; got 'nowhere'"),
+        ({"address": "host:65536"}, "`address` must be 'host:port'"),
+        ({"address": "host:²"}, "`address` must be 'host:port'"),
+        ({"address": None}, "`address` must be 'host:port'; got None"),
+        ({"timeout": None}, "`timeout` must be a number above 0; got None"),
+        ({"timeout": float("inf")}, "`timeout` must be a number above 0; got inf"),
+        ({"heartbeat": 0.5}, "`heartbeat` must be a whole number from 1; got 0.5"),
+        ({"same": 5}, "`same` must be a dict or None; got 5"),
+    ],
+)
+def test_refuses(changed, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kt.connect(**{"address": "127.0.0.1:9", "processes": 2, "index": 0, **changed})
