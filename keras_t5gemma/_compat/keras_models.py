@@ -81,6 +81,12 @@ def track_parameters(model: keras.Model) -> None:
         model._track_variables()
 
 
+def set_loss_tracker(model: keras.Model, tracker: keras.metrics.Metric) -> None:
+    """Let a compiled model report its loss by another metric than Keras's mean."""
+    # Not by `setattr`, which would list it among the metrics twice.
+    object.__setattr__(model, "_loss_tracker", tracker)
+
+
 def set_dtype_policy(layer: keras.layers.Layer, policy: keras.DTypePolicy) -> None:
     """Replace a `DTypePolicyMap` that a layer holds by the layer's own policy.
 

@@ -63,8 +63,9 @@ def acquire(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder.absolute() / LOCK  # The working directory may change.
     owner = _this_owner()
     if not _create(path, owner):
+        _await_writer(path)
         with _one_at_a_time(folder):
-            found = _read_finished(path)
+            found = _read(path)
             if not _is_stale(path, found):
                 raise _in_use(path, found)
             path.unlink(missing_ok=True)
@@ -115,20 +116,35 @@ def _read(path):
     return owner if is_owner else None
 
 
-def _read_finished(path):
-    """As `_read`, after a wait while the file is being written."""
+def _await_writer(path):
+    """Wait while another process is writing the lock file."""
     end = time.monotonic() + 2 * _UNFINISHED
-    found = _read(path)
-    while found is None and path.is_file() and not _is_stale(path, found):
-        if time.monotonic() > end:
-            break
+    while _is_unfinished(path) and time.monotonic() < end:
         time.sleep(0.05)
-        found = _read(path)
-    return found
+
+
+def _is_unfinished(path):
+    """Whether the file can be read, holds no owner yet, and is new."""
+    if _read(path) is not None or not path.is_file() or not _is_readable(path):
+        return False
+    return not _is_stale(path, None)
+
+
+def _is_readable(path):
+    """Whether this user may read a file; a missing one counts as such."""
+    try:
+        path.open("rb").close()
+    except PermissionError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _is_stale(path, owner):
     if owner is None:  # Removed by now, or its process is writing it, or died then.
+        if not _is_readable(path):  # Another user's, who may still be writing.
+            return False
         try:
             return time.time() - path.stat().st_mtime > _UNFINISHED
         except OSError:

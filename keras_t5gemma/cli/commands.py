@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -260,8 +261,9 @@ def run_adapt(o: options.Adapt) -> None:
         )
     else:
         print("The cross-attention is a copy: all weights are trained from the start.")
+    preset = shlex.quote(str(o.output))
     print(
-        f"Next:\n  keras-t5gemma pretrain --preset {o.output} --train texts.txt "
+        f"Next:\n  keras-t5gemma pretrain --preset {preset} --train texts.txt "
         "--output RUN"
     )
 

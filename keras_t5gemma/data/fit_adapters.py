@@ -112,6 +112,12 @@ def fit_arguments(
             "`validation_split` needs data in memory; pass `validation_data` with "
             "batches."
         )
+    if sample_weight is not None:
+        raise ValueError(
+            "`sample_weight` needs data in memory: it must be None for batches, which "
+            f"hold their weights, (x, y, sample_weight); got `{name}` of type "
+            f"{type(x).__name__}."
+        )
     if preprocessor is None:
         return {"x": x, "shuffle": shuffle, "steps_per_epoch": steps}
     if isinstance(x, keras.utils.PyDataset):

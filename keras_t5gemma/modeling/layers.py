@@ -57,8 +57,11 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         super().quantize(mode, type_check=False, config=config)
 
     def quantized_call(self, inputs, reverse=False):
-        if not reverse or self.quantization_mode != "int8":
-            return super().quantized_call(inputs, reverse=reverse)
+        if not reverse:  # Keras's scale is float32, and so would its result be.
+            states = super().quantized_call(inputs, reverse=False)
+            return ops.cast(states, self.compute_dtype)
+        if self.quantization_mode != "int8":
+            return super().quantized_call(inputs, reverse=True)
         table = ops.cast(stored_weight(self, "embeddings"), self.compute_dtype)
         logits = matmul(inputs, ops.transpose(table)) / self.embeddings_scale
         return soft_cap(ops.cast(logits, self.compute_dtype), self.logit_soft_cap)

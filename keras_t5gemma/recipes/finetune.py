@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import shlex
 import warnings
 from typing import Any
 
@@ -74,7 +75,8 @@ def finetune(o: FinetuneOptions) -> dict[str, Any]:
             gc.collect()  # Free the trained model before another one is loaded.
         scores = _score(o, folder, data, config)
     if o.verbose:
-        command = f"keras-t5gemma generate --preset {folder.preset} 'a text'"
+        preset = shlex.quote(str(folder.preset))
+        command = f"keras-t5gemma generate --preset {preset} 'a text'"
         print("\n".join(training_setup.report(folder, scores, [command])))
     return scores
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_t5gemma._compat import track_parameters
+from keras_t5gemma._compat import set_loss_tracker, track_parameters
 from keras_t5gemma.checkpoints import catalog, keras_format, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.data.encoder_dataset import EncoderDataset, arrays, encoder_ids
@@ -25,6 +25,7 @@ from keras_t5gemma.tasks.fit import FitMixin, positions_of
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.accumulation import weighted_batch
+from keras_t5gemma.training.loss_by_weight import LossByWeight
 from keras_t5gemma.training.optimizers import prepare_optimizer
 from keras_t5gemma.utils.buckets import SHORT, bucket
 from keras_t5gemma.utils.checks import (
@@ -34,6 +35,7 @@ from keras_t5gemma.utils.checks import (
     number,
     one_of,
     row_weights,
+    shown,
 )
 from keras_t5gemma.utils.files import named_values
 
@@ -190,13 +192,21 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
                 in `Seq2SeqLM.fit`, with the mean over rows by their weights.
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
-            **kwargs: of `keras.Model.compile`.
+            **kwargs: of `keras.Model.compile`. `metrics` are counted by the weights of
+                rows, as `weighted_metrics` are: rows that fill up a batch have none.
         """
         rematerialize = flag(rematerialize, "rematerialize")
         for name in ("loss", "weighted_metrics"):
             keras_object(kwargs.get(name), name)
         optimizer = prepare_optimizer(optimizer, self.backbone.variable_dtype)
+        if kwargs.get("metrics") is not None:
+            kwargs["weighted_metrics"] = _together(
+                kwargs.get("weighted_metrics"), kwargs.pop("metrics")
+            )
         super().compile(optimizer=optimizer, **kwargs)
+        tracker = LossByWeight()
+        set_loss_tracker(self, tracker)
+        self._loss_of_batch = functools.partial(tracker.of_batch, self.loss)
         if isinstance(self.backbone, Backbone):
             self.backbone.encoder.rematerialize = rematerialize
 
@@ -207,7 +217,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
 
     def test_step(self, *args: Any) -> Any:
         """Losses of a batch, computed as its outputs; arguments as above."""
-        with inference():
+        with inference(), self._loss_of_batch(args[-1]):
             return super().test_step(*args)
 
     def _infer(self, batch):
@@ -217,7 +227,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
 
     def train_step(self, *args: Any) -> Any:
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
-        with weighted_batch(self, args[-1]):
+        with weighted_batch(self, args[-1]), self._loss_of_batch(args[-1]):
             return super().train_step(*args)
 
     def enable_lora(
@@ -354,6 +364,15 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "pooling": self.pooling}
+
+
+def _together(weighted, metrics):
+    """Both lists of metrics, the second without names that the first one has."""
+    if not isinstance(metrics, list | tuple):
+        raise ValueError(f"`metrics` must be a list of metrics; got {shown(metrics)}.")
+    weighted = list(weighted or [])
+    names = {getattr(metric, "name", metric) for metric in weighted}
+    return weighted + [m for m in metrics if getattr(m, "name", m) not in names]
 
 
 def load_encoder(preset: Any, load_weights: bool, kwargs: dict) -> tuple:

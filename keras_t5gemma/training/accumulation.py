@@ -126,14 +126,14 @@ def weighted_batch(model: keras.Model, data: Any) -> Iterator[None]:
         yield
         return
     _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    accumulation.batch_weight = _divisor(model.loss, y, sample_weight)
+    accumulation.batch_weight = divisor_of_mean(model.loss, y, sample_weight)
     try:
         yield
     finally:
         accumulation.batch_weight = None
 
 
-def _divisor(loss, y, sample_weight):
+def divisor_of_mean(loss: Any, y: Any, sample_weight: Any) -> Any:
     """What the mean loss of a batch is divided by; `None` if the loss is not a mean."""
     loss = keras.tree.flatten(loss)[0]
     reduction = getattr(loss, "reduction", _MEANS[1])  # Keras's for functions, names.

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -200,3 +201,42 @@ def test_one_of_many_takes_a_stale_lock(tmp_path):
     for thread in threads:
         thread.join()
     assert (len(taken), len(refused)) == (1, 7)
+
+
+def test_a_lock_that_cannot_be_read_is_in_use(tmp_path, monkeypatch):
+    """Of another user, whose umask hides the owner; it was taken over."""
+    path = tmp_path / LOCK
+    path.write_text(json.dumps(module._this_owner()))
+    os.utime(path, (0, 0))
+    opened = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if self.name == LOCK:
+            raise PermissionError(str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(module, "_read", lambda path: None)
+    with pytest.raises(FolderInUseError, match=f"If there is none, remove {path}"):
+        module.acquire(tmp_path)
+    assert path.exists()
+
+
+def test_waiting_is_not_done_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_UNFINISHED", 0.5)
+    path = tmp_path / LOCK
+    path.write_text("")
+    os.utime(path, (2**32, 2**32))
+    waiting, start = [], time.monotonic()
+
+    def wait():
+        with pytest.raises(FolderInUseError):
+            module.acquire(tmp_path)
+        waiting.append(time.monotonic() - start)
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(waiting) == 4 and max(waiting) - min(waiting) < 0.9

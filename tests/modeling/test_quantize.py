@@ -174,3 +174,15 @@ def test_filters_match_names_of_layers():
     backbone.quantize("int8", filters=is_decoders_down)
     assert decoder.mlp.down.quantization_mode == "int8"
     assert encoder.mlp.down.quantization_mode is None
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+def test_states_keep_the_compute_dtype(dtype, mode):
+    """Keras's scales of embeddings are float32; states must not become so."""
+    backbone = kt.Backbone(one_block_config(), dtype=dtype)
+    kt.Seq2SeqLM(backbone).quantize(mode)
+    states = backbone(random_inputs())
+    assert {keras.backend.standardize_dtype(v.dtype) for v in states.values()} == {
+        "bfloat16"
+    }

@@ -336,3 +336,11 @@ def test_ids_out_of_range_and_unbatched_data_are_refused(fresh):
     single = ({key: value[0] for key, value in PAIRS.items()} for _ in range(3))
     with pytest.raises(ValueError, match="Batch the dataset first"):
         fresh.fit(single, steps_per_epoch=1, verbose=0)
+
+
+def test_batches_hold_their_weights(fresh):
+    """`sample_weight` beside a generator was ignored."""
+    batches = [({"encoder_text": ["a", "b"], "decoder_text": ["c", "d"]},)]
+    for call in (fresh.fit, fresh.evaluate):
+        with pytest.raises(ValueError, match="`sample_weight` needs data in memory"):
+            call((batch for batch in batches), sample_weight=[0, 0])
