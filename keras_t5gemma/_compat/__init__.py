@@ -19,6 +19,7 @@ from keras_t5gemma._compat.keras_models import (
     set_variable_value,
     track_parameters,
     variable_layout,
+    variables_as_stored,
 )
 from keras_t5gemma._compat.keras_optimizers import (
     adam_moments,
@@ -86,6 +87,7 @@ __all__ = [
     "torch_is_tracing",
     "torch_onednn_product",
     "track_parameters",
+    "variables_as_stored",
     "update_once",
     "uses_weight_decay",
     "variable_layout",

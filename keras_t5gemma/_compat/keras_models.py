@@ -81,6 +81,19 @@ def track_parameters(model: keras.Model) -> None:
         model._track_variables()
 
 
+@contextlib.contextmanager
+def variables_as_stored() -> Iterator[None]:
+    """Read variables in their own dtype, as in a layer with `autocast=False`.
+
+    Keras enters the scope of the compute dtype for such a layer too if it is the first
+    one that is called.
+    """
+    from keras.src.backend import AutocastScope
+
+    with AutocastScope(None):
+        yield
+
+
 def set_loss_tracker(model: keras.Model, tracker: keras.metrics.Metric) -> None:
     """Let a compiled model report its loss by another metric than Keras's mean."""
     # Not by `setattr`, which would list it among the metrics twice.

@@ -12,7 +12,7 @@ time, in many small calls and in functions for which there are faster forms:
 - a batch is read in parts of rows whose activations fit the processor's cache.
 
 Weights are read from the layers at every call: nothing is copied. Where a layer has a
-hook, the layers are called.
+hook or a `call` of its own, the layers are called.
 """
 
 import math
@@ -112,7 +112,7 @@ def are_plain(layers: list[Projection], x: torch.Tensor, dtypes: Iterable = ()) 
     """
     if any(type(layer) is not Projection or layer.lora_enabled for layer in layers):
         return False
-    if any(map(_compat.has_torch_hooks, layers)):
+    if any(map(_is_changed, layers)):
         return False
     dtypes = {layer.compute_dtype for layer in layers}.union(dtypes)
     # Keras's products of float64 are float32 on PyTorch.
@@ -120,6 +120,12 @@ def are_plain(layers: list[Projection], x: torch.Tensor, dtypes: Iterable = ()) 
         return False
     modes = {layer.quantization_mode for layer in layers}
     return modes == {None} or (modes == {"int8"} and int8_products.is_fast(x))
+
+
+def _is_changed(layer):
+    """Whether a user gave a layer a hook or another `call`."""
+    is_replaced = not {"call", "forward"}.isdisjoint(vars(layer))
+    return is_replaced or _compat.has_torch_hooks(layer)
 
 
 def _tokens_at_once(stack):
@@ -143,7 +149,7 @@ def _is_plain(encoder, x):
         layers += [block, attention, mlp, *norms]
         projections += [attention.query, attention.key, attention.value]
         projections += [attention.output_projection, mlp.gate, mlp.up, mlp.down]
-    if any(map(_compat.has_torch_hooks, layers)):
+    if any(map(_is_changed, layers)):
         return False
     dtypes = {layer.compute_dtype for layer in layers} | {encoder.compute_dtype}
     return are_plain(projections, x, dtypes)
@@ -156,7 +162,7 @@ def _block(encoder, number, x, turn, masks):
     rounded = bool(mlp.down.quantization_mode)
     y = _norm(block.pre_self_norm, x)
     y = products(y, attention.query, attention.key, attention.value)
-    y = _attend(y, encoder.stack, turn, masks[kind], rounded)
+    y = _attend(y, attention, turn, masks[kind], rounded)
     (y,) = products(y, attention.output_projection)
     x += _norm(block.post_self_norm, y)
     gate, up = products(_norm(block.pre_mlp_norm, x), mlp.gate, mlp.up)
@@ -166,7 +172,8 @@ def _block(encoder, number, x, turn, masks):
 
 
 def _norm(layer, x):
-    weight = layer.scale.value.float() + 1.0
+    with _compat.variables_as_stored():  # As in the layer, which does not autocast.
+        weight = layer.scale.value.float() + 1.0
     y = torch.nn.functional.rms_norm(x.float(), weight.shape, weight, layer.epsilon)
     return y.to(x.dtype)
 
@@ -193,15 +200,15 @@ def _by_heads(x, length, size):
     return x.view(-1, length, x.shape[1] // size, size).transpose(1, 2)
 
 
-def _attend(projections, stack, turn, mask, rounded):
+def _attend(projections, attention, turn, mask, rounded):
     """Mixed values `(R, N H)`."""
     query, key, value = projections
-    kv_heads, size, length = stack.num_key_value_heads, stack.head_dim, turn.length
-    groups = stack.num_query_heads // kv_heads
-    cap, dtype = stack.attention_soft_cap, value.dtype
+    kv_heads, size = attention.num_key_value_heads, attention.head_dim
+    groups, length = attention.num_query_heads // kv_heads, turn.length
+    cap, dtype = attention.soft_cap, value.dtype
     value = _by_heads(value, length, size)  # B K S H
     batch = len(value)
-    query = turn(query).to(dtype).mul_(stack.query_scale)
+    query = turn(query).to(dtype).mul_(attention.query_scale)
     query = query.view(batch, kv_heads, groups * length, size)  # B K GT H
     logits = (query @ turn(key).to(dtype).transpose(-1, -2)).float()
     if rounded and cap is not None and cap <= _LARGEST_CAP:

@@ -228,3 +228,27 @@ def test_make_jax_train_function():
     model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
     assert model.train_function is made, advice
     assert max_difference(before, model.weights[0]) > 0
+
+
+def test_variables_as_stored():
+    advice = "find out how Keras reads variables in the compute dtype now."
+    backend = private_module("keras.src.backend", advice)
+    require(backend, "AutocastScope", advice)
+    variable = keras.Variable(np.float32([0.1]), dtype="float32")
+    with backend.AutocastScope("bfloat16"):
+        assert keras.backend.standardize_dtype(variable.value.dtype) == "bfloat16"
+        with _compat.variables_as_stored():
+            assert keras.backend.standardize_dtype(variable.value.dtype) == "float32"
+        assert keras.backend.standardize_dtype(variable.value.dtype) == "bfloat16"
+
+
+def test_set_loss_tracker():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert [metric.name for metric in model.metrics] == ["loss"]
+    tracker = keras.metrics.Mean("other")
+    _compat.set_loss_tracker(model, tracker)
+    assert model.metrics == [tracker], "find out where Keras keeps the loss's metric."
+    logs = model.evaluate(np.ones((2, 3)), np.ones((2, 1)), verbose=0, return_dict=True)
+    assert set(logs) == {"other"} or set(logs) == {"loss"}
+    assert float(tracker.result()) > 0

@@ -58,7 +58,7 @@ def batch(length=12):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [1, 24, 1000])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_it_equals_the_layers(dtype, tokens, causal, monkeypatch, runs):
     """Grouped heads, local and global layers, padding; in parts of 1, 2, all rows."""
     from keras_t5gemma.modeling import torch_encoder
@@ -201,3 +201,30 @@ def test_new_weights_are_read_at_once(tokenizer, runs):
     model.generate("a quick fox", max_length=6)
     (after,) = runs.pop().values()
     assert float((after - before).abs().max()) > 1e-3
+
+
+def test_norms_of_mixed_precision_are_not_rounded(runs):
+    """A tower that is called alone is in Keras's scope of the compute dtype."""
+    encoder = enlarge(kt.Backbone(tiny_config(), dtype="mixed_bfloat16")).encoder
+    rng = np.random.default_rng(0)
+    for block in encoder.blocks:
+        norm = block.pre_self_norm
+        norm.scale.assign(rng.normal(size=norm.scale.shape))
+    plain = through_layers(encoder, *batch())
+    fast = in_inference(encoder, *batch())
+    assert runs and float((fast - plain).abs().max()) < 1e-2 * float(plain.abs().max())
+
+
+def test_what_a_user_changed_in_layers_counts(runs):
+    encoder = enlarge(kt.Backbone(tiny_config())).encoder
+    before = in_inference(encoder, *batch())
+    attention = encoder.blocks[0].self_attention
+    attention.soft_cap, attention.query_scale = None, 3 * attention.query_scale
+    fast, plain = in_inference(encoder, *batch()), through_layers(encoder, *batch())
+    assert len(runs) == 2 and float((fast - before).abs().max()) > 1e-3
+    assert float((fast - plain).abs().max()) < 2e-5 * float(plain.abs().max())
+    norm, calls = encoder.blocks[1].pre_mlp_norm, []
+    call = norm.call
+    norm.call = lambda x: calls.append(1) or call(x)
+    in_inference(encoder, *batch())
+    assert calls and len(runs) == 2
