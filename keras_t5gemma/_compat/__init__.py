@@ -87,8 +87,8 @@ __all__ = [
     "torch_is_tracing",
     "torch_onednn_product",
     "track_parameters",
-    "variables_as_stored",
     "update_once",
     "uses_weight_decay",
     "variable_layout",
+    "variables_as_stored",
 ]

@@ -12,7 +12,7 @@ time, in many small calls and in functions for which there are faster forms:
 - a batch is read in parts of rows whose activations fit the processor's cache.
 
 Weights are read from the layers at every call: nothing is copied. Where a layer has a
-hook or a `call` of its own, the layers are called.
+hook or another `call` than its class, the layers are called.
 """
 
 import math

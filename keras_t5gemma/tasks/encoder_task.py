@@ -25,7 +25,7 @@ from keras_t5gemma.tasks.fit import FitMixin, positions_of
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.accumulation import weighted_batch
-from keras_t5gemma.training.loss_by_weight import LossByWeight
+from keras_t5gemma.training.loss_by_weight import LossByWeight, with_metrics
 from keras_t5gemma.training.optimizers import prepare_optimizer
 from keras_t5gemma.utils.buckets import SHORT, bucket
 from keras_t5gemma.utils.checks import (
@@ -35,7 +35,6 @@ from keras_t5gemma.utils.checks import (
     number,
     one_of,
     row_weights,
-    shown,
 )
 from keras_t5gemma.utils.files import named_values
 
@@ -200,7 +199,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
             keras_object(kwargs.get(name), name)
         optimizer = prepare_optimizer(optimizer, self.backbone.variable_dtype)
         if kwargs.get("metrics") is not None:
-            kwargs["weighted_metrics"] = _together(
+            kwargs["weighted_metrics"] = with_metrics(
                 kwargs.get("weighted_metrics"), kwargs.pop("metrics")
             )
         super().compile(optimizer=optimizer, **kwargs)
@@ -364,15 +363,6 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "pooling": self.pooling}
-
-
-def _together(weighted, metrics):
-    """Both lists of metrics, the second without names that the first one has."""
-    if not isinstance(metrics, list | tuple):
-        raise ValueError(f"`metrics` must be a list of metrics; got {shown(metrics)}.")
-    weighted = list(weighted or [])
-    names = {getattr(metric, "name", metric) for metric in weighted}
-    return weighted + [m for m in metrics if getattr(m, "name", m) not in names]
 
 
 def load_encoder(preset: Any, load_weights: bool, kwargs: dict) -> tuple:

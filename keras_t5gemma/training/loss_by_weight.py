@@ -1,4 +1,4 @@
-"""Loss of an epoch as the mean over rows by their weights."""
+"""Loss and metrics of an epoch as means over rows by their weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_t5gemma.training.accumulation import divisor_of_mean
+from keras_t5gemma.utils.checks import shown
 
 
 class LossByWeight(keras.metrics.Mean):
@@ -39,3 +40,20 @@ class LossByWeight(keras.metrics.Mean):
         """Add the mean loss of a batch; `sample_weight` is Keras's, its rows."""
         weight = sample_weight if self._weight is None else self._weight
         return super().update_state(values, sample_weight=weight)
+
+
+def with_metrics(weighted: list | None, metrics: Any) -> list:
+    """The `weighted_metrics` of `compile`, with its `metrics` of other names.
+
+    Args:
+        weighted: metrics or their names; `None` is none.
+        metrics: the same, in a list or a tuple.
+
+    Raises:
+        ValueError: for `metrics` of another type.
+    """
+    if not isinstance(metrics, list | tuple):
+        raise ValueError(f"`metrics` must be a list of metrics; got {shown(metrics)}.")
+    weighted = list(weighted or [])
+    names = {getattr(metric, "name", metric) for metric in weighted}
+    return weighted + [m for m in metrics if getattr(m, "name", m) not in names]

@@ -339,7 +339,7 @@ def test_ids_out_of_range_and_unbatched_data_are_refused(fresh):
 
 
 def test_batches_hold_their_weights(fresh):
-    """`sample_weight` beside a generator was ignored."""
+    """With a generator, `sample_weight` was ignored."""
     batches = [({"encoder_text": ["a", "b"], "decoder_text": ["c", "d"]},)]
     for call in (fresh.fit, fresh.evaluate):
         with pytest.raises(ValueError, match="`sample_weight` needs data in memory"):
