@@ -28,6 +28,16 @@ PINNED = {
     "jax": "jax==0.10.2",
     "tensorflow": "tensorflow==2.21.0",
 }
+# Most of the time on JAX and TensorFlow is compilation, which takes a third of its time
+# without fusion.
+XLA_FLAGS = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    )
+)
 # Numbers that the session `tests` has compared; TensorFlow has no part in them.
 NUMBERS = " or ".join(
     (
@@ -71,6 +81,7 @@ def tests(session):
     for backend in BACKENDS:
         session.log(f"backend: {backend}")
         env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+        env["XLA_FLAGS"] = XLA_FLAGS
         if backend == "tensorflow":  # The others run the base classes on Keras alone.
             env["KERAS_HUB_BASES"] = "1"
         chosen = () if backend == "torch" else ("-m", "not one_backend")
@@ -107,7 +118,11 @@ def without_tensorflow(session, backend):
         "tests/checkpoints/test_presets.py",
         "tests/cli/test_cli.py",
         *session.posargs,
-        env={"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},
+        env={
+            "KERAS_BACKEND": backend,
+            "OMP_NUM_THREADS": "1",
+            "XLA_FLAGS": XLA_FLAGS,
+        },
     )
 
 

@@ -53,7 +53,8 @@ def fit_arguments(
         name: of the argument that `x` was passed as, for messages.
         validation_split: share of in-memory data to hold out, from its end.
         batching: of `PairDataset`; `None` is `"packed"` with an objective, else
-            `"bucketed"`.
+            `"bucketed"`. Batches that a user makes are `"bucketed"` (see
+            `text_batches.map_batch`) or `"fixed"`.
         like: the training data, when this is validation data: its bucket widths are
             used here too.
         teacher: of `DocumentDataset`; `None` for pairs and batches.
@@ -121,9 +122,9 @@ def fit_arguments(
     if preprocessor is None:
         return {"x": x, "shuffle": shuffle, "steps_per_epoch": steps}
     if isinstance(x, keras.utils.PyDataset):
-        batches = MappedBatches(preprocessor, x, shuffle, steps, name)
+        batches = MappedBatches(preprocessor, x, shuffle, steps, name, batching)
         return {"x": batches, **dataset_arguments}
-    x, steps = stream(preprocessor, x, steps, name)
+    x, steps = stream(preprocessor, x, steps, name, batching)
     return {"x": x, "shuffle": False, "steps_per_epoch": steps}
 
 

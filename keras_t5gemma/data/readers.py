@@ -177,11 +177,22 @@ def _json_lines(path, names):
             yield f"line {number}", row
 
 
+def _check_header(header, names, path):
+    """Raise `ValueError` when a column that is read is there more than once."""
+    for name in names:
+        if header.count(name) > 1:
+            raise ValueError(
+                f"{path}: the header has {name!r} {header.count(name)} times; got "
+                f"{header}. Rename the others."
+            )
+
+
 def _tsv(path, names):
     """Rows of a TSV file; a stray quotation mark never merges rows."""
     with _open(path) as file:
         lines = list(file)
     header = _cells(lines[0]) if lines else []
+    _check_header(header, names, path)
     start = 1
     while start < len(lines):
         end = start + 1
@@ -245,6 +256,7 @@ def _csv(path, names):
         with _open(path) as file:
             reader = csv.DictReader(file, strict=True)
             try:
+                _check_header(reader.fieldnames or [], names, path)
                 for row in reader:
                     if None in row:
                         raise ValueError(

@@ -10,11 +10,14 @@ import numpy as np
 
 from keras_t5gemma.data.resumable import ResumableDataset, draw_seed
 from keras_t5gemma.data.text_columns import TEXT_KEYS, as_documents
-from keras_t5gemma.distribution import mesh
+from keras_t5gemma.distribution import mesh, process_group
+from keras_t5gemma.tokenization.token_ids import INPUTS, check_names
+from keras_t5gemma.utils.buckets import ceil_div, round_up
 from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.texts import column_names, in_memory
 
 _STEPS = "`steps_per_epoch` (`steps`, `validation_steps`)"
+_PARTS = (8, 4, 2, 1)  # Of the preprocessor's lengths, the widths of batches.
 _MAX_COUNTED = 1_000_000  # Batches that are iterated to count them.
 
 
@@ -30,6 +33,7 @@ class MappedBatches(ResumableDataset):
         steps: batches per epoch; the next epoch continues where this one ends. `None`
             takes all of them.
         name: of the argument that `dataset` was passed as, for messages.
+        batching: see `map_batch`.
 
     Raises:
         ValueError: for an endless dataset without `steps`.
@@ -42,6 +46,7 @@ class MappedBatches(ResumableDataset):
         shuffle: bool = False,
         steps: int | None = None,
         name: str = "x",
+        batching: str | None = None,
     ) -> None:
         super().__init__(
             workers=dataset.workers,
@@ -51,6 +56,7 @@ class MappedBatches(ResumableDataset):
         self.preprocessor = preprocessor
         self.dataset = dataset
         self.name = name
+        self.batching = batching
         self.length = dataset.num_batches if steps is None else steps
         self.seed = None
         if shuffle and dataset.num_batches is not None:
@@ -69,7 +75,8 @@ class MappedBatches(ResumableDataset):
             if self.seed is not None:
                 order = np.random.default_rng((self.seed, epoch)).permutation(count)
                 number = int(order[number])
-        batch = map_batch(self.preprocessor, self.dataset[number], self.name)
+        batch = self.dataset[number]
+        batch = map_batch(self.preprocessor, batch, self.name, self.batching)
         return self._count(index, batch)
 
     def on_epoch_begin(self):
@@ -94,6 +101,7 @@ class StreamBatches(ResumableDataset):
         continues: `True` starts an epoch where the previous one ended, and restarts
             the iterable when it is exhausted; `False` restarts it in every epoch.
         name: of the argument that `batches` was passed as, for messages.
+        batching: see `map_batch`.
     """
 
     def __init__(
@@ -103,9 +111,11 @@ class StreamBatches(ResumableDataset):
         length: int,
         continues: bool = False,
         name: str = "x",
+        batching: str | None = None,
     ) -> None:
         super().__init__(workers=0)
         self.name = name
+        self.batching = batching
         self.preprocessor = preprocessor
         self.batches = batches
         self.length = length
@@ -127,7 +137,8 @@ class StreamBatches(ResumableDataset):
             while self._place[1] <= wanted:
                 batch = self._next()
                 self._place = (epoch, self._place[1] + 1)
-        return self._count(index, map_batch(self.preprocessor, batch, self.name))
+        batch = map_batch(self.preprocessor, batch, self.name, self.batching)
+        return self._count(index, batch)
 
     def _next(self):
         batch = next(self.iterator, None)
@@ -143,7 +154,11 @@ class StreamBatches(ResumableDataset):
 
 
 def stream(
-    preprocessor: Any, batches: Iterable, steps: int | None = None, name: str = "x"
+    preprocessor: Any,
+    batches: Iterable,
+    steps: int | None = None,
+    name: str = "x",
+    batching: str | None = None,
 ) -> tuple[Iterable, int | None]:
     """Arrays from an iterable of text batches.
 
@@ -156,6 +171,7 @@ def stream(
         steps: batches per epoch; with `None` an epoch is all of the iterable, which is
             iterated once to count when it has no length.
         name: of the argument that `batches` was passed as, for messages.
+        batching: see `map_batch`.
 
     Returns:
         `(data for keras.Model.fit, steps)`.
@@ -174,13 +190,17 @@ def stream(
     if again:
         length = _length(batches, name) if steps is None else steps
         has_steps = steps is not None
-        return StreamBatches(preprocessor, batches, length, has_steps, name), None
+        options = length, has_steps, name, batching
+        return StreamBatches(preprocessor, batches, *options), None
     if steps is None:
         raise ValueError(
             f"`{name}` is an iterator ({type(batches).__name__}), which may be "
             f"endless: pass {_STEPS}, or an iterable that can be iterated again."
         )
-    return (map_batch(preprocessor, batch, name) for batch in batches), steps
+    if keras.config.backend() == "tensorflow":
+        batching = "fixed"  # Keras takes the widths of the first two for those of all.
+    arrays = (map_batch(preprocessor, batch, name, batching) for batch in batches)
+    return arrays, steps
 
 
 def _length(batches, name):
@@ -204,13 +224,17 @@ def _endless(name):
     )
 
 
-def map_batch(preprocessor: Any, batch: Any, name: str = "x") -> Any:
+def map_batch(
+    preprocessor: Any, batch: Any, name: str = "x", batching: str | None = None
+) -> Any:
     """Tokenize one batch of text; a batch of arrays is returned unchanged.
 
     Args:
         preprocessor: a `Seq2SeqLMPreprocessor`.
         batch: what the user's iterable yielded.
         name: of the argument that the iterable was passed as, for messages.
+        batching: `"fixed"` pads to the preprocessor's lengths, anything else each side
+            to the smallest of their halves, quarters and eighths that holds it.
 
     Raises:
         ValueError: when it is not a batch of texts or arrays.
@@ -234,6 +258,7 @@ def map_batch(preprocessor: Any, batch: Any, name: str = "x") -> Any:
             f"(sources, targets) of lists; got {shown(batch)}."
         )
     if "encoder_token_ids" in columns:
+        check_names(columns, INPUTS, f"A batch of `{name}`")
         return batch
     for key, column in columns.items():
         if isinstance(column, str | bytes) or getattr(column, "shape", None) == ():
@@ -241,4 +266,22 @@ def map_batch(preprocessor: Any, batch: Any, name: str = "x") -> Any:
                 f"{shown(key)} of `{name}` must be a batch of strings; got one string. "
                 "Batch the dataset first, e.g. `.batch(32)`."
             )
-    return mesh.fill_batch(preprocessor.call(columns, sample_weight=weight))
+    arrays = preprocessor.call(columns, sample_weight=weight)
+    is_whole = batching == "fixed" or preprocessor.pad_to_multiple_of is not None
+    if not is_whole and process_group.process_count() == 1:
+        arrays = _without_padding(*arrays)
+    return mesh.fill_batch(arrays)
+
+
+def _without_padding(x, labels, weights):
+    """Arrays of a batch, cut to widths of which there are few."""
+    cut = {}
+    for side in ("encoder", "decoder"):
+        mask = x[f"{side}_padding_mask"]
+        length = int(mask.any(axis=0).sum())
+        widths = [round_up(ceil_div(mask.shape[1], part), 8) for part in _PARTS]
+        width = next(width for width in widths if width >= length)
+        for name in (f"{side}_token_ids", f"{side}_padding_mask"):
+            cut[name] = x[name][:, :width]
+    width = cut["decoder_token_ids"].shape[1]
+    return cut, labels[:, :width], weights[:, :width]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_t5gemma.data.readers import read_pairs, read_texts
+from keras_t5gemma.tokenization.token_ids import INPUTS
 from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.texts import column_names, in_memory, to_list
 
@@ -35,7 +36,7 @@ def as_columns(x: Any, y: Any = None, name: str = "x") -> dict | None:
     _check_columns(x, TEXT_KEYS, name)
     x = in_memory(x, TEXT_KEYS)
     sides = _two_columns(x, name)
-    if isinstance(x, dict) and any("text" in str(key) for key in x):
+    if isinstance(x, dict) and not set(INPUTS) & set(x):
         columns = x
     elif sides is not None:
         columns = dict(zip(TEXT_KEYS, sides, strict=True))
@@ -49,7 +50,7 @@ def as_columns(x: Any, y: Any = None, name: str = "x") -> dict | None:
                     f"{TEXT_KEYS} holds both."
                 )
             return _lists({"encoder_text": x, "decoder_text": y})
-        if isinstance(first, dict) and any("text" in str(k) for k in first):
+        if isinstance(first, dict) and not set(INPUTS) & set(first):
             columns = {key: [row.get(key) for row in x] for key in first}
         elif (
             isinstance(first, list | tuple)
@@ -64,7 +65,7 @@ def as_columns(x: Any, y: Any = None, name: str = "x") -> dict | None:
     if set(columns) != set(TEXT_KEYS):
         raise ValueError(
             f"`{name}` must be text pairs with keys {TEXT_KEYS}; got "
-            f"{shown(list(columns))}."
+            f"{shown(list(columns))}. Rename them first."
         )
     if y is not None:
         raise ValueError(f"`y` must be None when `{name}` has the targets.")

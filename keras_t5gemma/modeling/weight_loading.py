@@ -20,7 +20,7 @@ from keras_t5gemma.checkpoints import (
     keras_format,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.checkpoint import Checkpoint
+from keras_t5gemma.checkpoints.checkpoint import Checkpoint, stored_dtype
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import process_group
@@ -32,6 +32,7 @@ from keras_t5gemma.modeling.quantized_loading import (
     quantized_tensors,
     without_garbage_collection,
 )
+from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.sizes import UNITS
 
 Model: TypeAlias = Any  # A `Backbone`, which is defined above this module.
@@ -118,8 +119,15 @@ def load_quantized(
         **kwargs: further arguments of `Backbone`: `dtype`, `name`, `trainable`.
 
     Raises:
-        ValueError: if a weight file is missing or damaged, or of another mode.
+        ValueError: if a weight file is missing or damaged, or of another mode, or for
+            a `dtype` of float weights.
     """
+    if stored_dtype(kwargs["dtype"]) != "quantized":
+        raise ValueError(
+            f"`dtype` must be None, or the mode of the weights: those of "
+            f"{checkpoint.location} are quantized, and are loaded as they were saved; "
+            f"got {shown(kwargs['dtype'])}."
+        )
     config = checkpoint.config
     if encoder_only:
         config = dataclasses.replace(config, decoder=None)

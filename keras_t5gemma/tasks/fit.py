@@ -9,6 +9,7 @@ from keras_t5gemma.data.resumable import ResumableDataset, any_width, follow
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.prediction import SafeInference, exclusive_loop
 from keras_t5gemma.tasks.compiled_training import CompiledTraining
+from keras_t5gemma.tokenization.token_ids import check_names
 from keras_t5gemma.training import accumulation
 from keras_t5gemma.training.backup import BackupAndRestore
 from keras_t5gemma.training.callbacks import StopOnNaN, TrainingReport
@@ -185,8 +186,14 @@ class FitMixin(CompiledTraining, SafeInference):
             sample_weight: as in `fit`.
         """
         if is_arrays(x) or self.preprocessor is None:
+            if isinstance(x, dict):
+                self._check_names(x)
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return self._text_batch(x, y, sample_weight)
+
+    def _check_names(self, x):
+        """Raise `ValueError` when a dict of arrays lacks inputs of the model."""
+        check_names(x, list(self.input), "`x`")  # type: ignore[attr-defined]
 
     def _text_batch(self, x, y, sample_weight):
         """Arrays of one batch of texts, `(x, y, sample_weight)`."""

@@ -94,6 +94,22 @@ def check_ids(x: Mapping[str, Any], y: Any, vocabulary_size: int) -> None:
         raise ValueError(f"`x` and `y` must have the same number of rows; got {shapes}")
 
 
+def check_names(x: Mapping[str, Any], needed: Sequence[str], name: str) -> None:
+    """Raise `ValueError` when a dict of arrays lacks one that a model reads.
+
+    Args:
+        x: dict of arrays.
+        needed: names of the model's inputs.
+        name: what has them, for the message.
+    """
+    missing = [key for key in needed if key not in x]
+    if missing:
+        raise ValueError(
+            f"{name} must have the arrays {tuple(needed)}; it has {shown(list(x))}, "
+            f"without {shown(missing)}."
+        )
+
+
 def id_array(ids: Any, name: str) -> np.ndarray:
     """Ids, or a padding mask, of any array or nested list as a NumPy array.
 

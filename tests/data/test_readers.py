@@ -86,6 +86,8 @@ GOOD = '{"source": "a", "target": "b"}\n'
         ("a.jsonl", '{"source": "a", "target": null}', "line 1: 'target'.*NoneType"),
         ("a.csv", "source;target\na;b\n", r"line 2: no field.*\['source;target'\]"),
         ("a.csv", "source,target\na,b,c\n", "line 2: more cells than the header"),
+        ("a.csv", "source,target,source\na,b,c\n", "'source' 2 times.*Rename"),
+        ("a.tsv", "target\tsource\ttarget\na\tb\tc\n", "'target' 2 times"),
         ("a.csv", "source,target\na\n", "line 2: 'target' must be a string.*None"),
         ("a.csv", 'source,target\na,"b\n', r"line \d: unexpected end of data"),
     ],

@@ -10,7 +10,8 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# Most of the time on JAX and TensorFlow is compilation: do less of it.
+# Most of the time on JAX and TensorFlow is compilation: do less of it. `nox` sets more
+# flags, which the versions that it installs have: an unknown one ends the process.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",

@@ -75,6 +75,9 @@ def test_int8_by_dtype(tokenizer, tmp_path):
         assert embedder.backbone.encoder.blocks[0].mlp.up.kernel.dtype == "int8"
     with pytest.raises(ValueError, match="`dtype` is 'int4', but .* are int8"):
         kt.Backbone.from_preset(tmp_path / "int8", dtype="int4")
+    for kind in (kt.Seq2SeqLM, kt.TextEmbedder):
+        with pytest.raises(ValueError, match="`dtype` must be None.* got 'bfloat16'"):
+            kind.from_preset(tmp_path / "int8", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
