@@ -21,9 +21,11 @@ from keras_t5gemma import _compat
 from keras_t5gemma.config import SLIDING
 from keras_t5gemma.modeling.float_products import is_faster, matmul
 from keras_t5gemma.modeling.kv_cache import slot_positions
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.masks import causal_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
 from keras_t5gemma.modeling.soft_cap import soft_cap
+from keras_t5gemma.modeling.torch_encoder import is_changed
 from keras_t5gemma.utils.buckets import equal_chunks
 
 _LOGIT_CHUNKS = 4
@@ -33,8 +35,10 @@ _MLP = ("gate", "up", "down")
 
 
 def is_supported(backbone: Any) -> bool:
-    """Whether every projection is a plain float or int8 matrix, without LoRA."""
+    """Whether all projections are plain float or int8 matrices, nothing is hooked."""
     layers = _projections(backbone.decoder)
+    if any(map(is_changed, iter_layers(backbone.decoder))):
+        return False
     modes = {layer.quantization_mode for layer in layers}
     lora = any(getattr(layer, "lora_enabled", False) for layer in layers)
     if modes == {"int8"}:
@@ -125,6 +129,7 @@ class TorchStep:
             return {name: self._product(getattr(layer, name)) for name in names}
 
         return {
+            "layer": block,
             "self": products(block.self_attention, _ATTENTION),
             "cross": products(block.cross_attention, ("query", "output_projection")),
             "mlp": products(block.mlp, _MLP),
@@ -185,7 +190,7 @@ class TorchStep:
             )
             y = self._rms(x, norms["pre_cross"])
             x = x + self._rms(
-                self._cross_attention(y, block["cross"], cache["cross"][i], mask),
+                self._cross_attention(y, block, cache["cross"][i], mask),
                 norms["post_cross"],
             )
             y = self._rms(x, norms["pre_mlp"])
@@ -202,6 +207,7 @@ class TorchStep:
 
     def _self_attention(self, y, layer, cache, index):
         weights = self.blocks[layer]["self"]
+        attention = self.blocks[layer]["layer"].self_attention
         heads, kv_heads = self.stack.num_query_heads, self.stack.num_key_value_heads
         several = isinstance(index, _Positions)
         place = index.flat if several else index
@@ -219,22 +225,24 @@ class TorchStep:
             is_local = self.stack.layer_types[layer] == SLIDING
             window = self.stack.sliding_window if is_local else None
             mask = index.mask(slots, window)
-            mixed = self._attend(query, keys, values, mask)
+            mixed = self._attend(attention, query, keys, values, mask)
         elif self.compiled:
             keys.index_copy_(2, slot, key[:, :, None])
             values.index_copy_(2, slot, value[:, :, None])
             mask = torch.arange(slots, device=keys.device) > index
-            mixed = self._attend(query, keys, values, mask)
+            mixed = self._attend(attention, query, keys, values, mask)
         else:
             keys[:, :, slot] = key
             values[:, :, slot] = value
             seen = slice(0, min(index + 1, slots))
-            mixed = self._attend(query, keys[:, :, seen], values[:, :, seen], None)
+            past = keys[:, :, seen], values[:, :, seen]
+            mixed = self._attend(attention, query, *past, None)
         return weights["output_projection"](mixed)
 
-    def _cross_attention(self, y, weights, cache, mask):
-        query = weights["query"](y)
-        return weights["output_projection"](self._attend(query, *cache, mask))
+    def _cross_attention(self, y, block, cache, mask):
+        weights, attention = block["cross"], block["layer"].cross_attention
+        mixed = self._attend(attention, weights["query"](y), *cache, mask)
+        return weights["output_projection"](mixed)
 
     def _turn(self, x, heads, index):
         """Rotary embedding in float32: `(R, heads H)` to `(R, heads, H)`."""
@@ -244,16 +252,16 @@ class TorchStep:
         turned = (first * cos - second * sin, second * cos + first * sin)
         return torch.cat(turned, dim=-1).to(self.dtype)
 
-    def _attend(self, query, key, value, mask):
+    def _attend(self, attention, query, key, value, mask):
         """Queries of `(R, N H)`, keys `(B, K, S, H)`; R a multiple of B."""
         sources, kv_heads, _, size = key.shape
         query = query.view(sources, -1, kv_heads, self.groups, size)
         rows = query.shape[1]
         query = query.transpose(1, 2).reshape(sources, kv_heads, -1, size)
         # Keras's products of float64 are float32 on PyTorch, those of the cache too.
-        query = query.to(key.dtype) * self.stack.query_scale
+        query = query.to(key.dtype) * attention.query_scale
         logits = (query @ key.transpose(-1, -2)).float()  # B K (rows G) S
-        logits = soft_cap(logits, self.stack.attention_soft_cap)
+        logits = soft_cap(logits, attention.soft_cap)
         if mask is None:
             weights = logits.softmax(-1)
         else:

@@ -112,7 +112,7 @@ def are_plain(layers: list[Projection], x: torch.Tensor, dtypes: Iterable = ()) 
     """
     if any(type(layer) is not Projection or layer.lora_enabled for layer in layers):
         return False
-    if any(map(_is_changed, layers)):
+    if any(map(is_changed, layers)):
         return False
     dtypes = {layer.compute_dtype for layer in layers}.union(dtypes)
     # Keras's products of float64 are float32 on PyTorch.
@@ -122,7 +122,7 @@ def are_plain(layers: list[Projection], x: torch.Tensor, dtypes: Iterable = ()) 
     return modes == {None} or (modes == {"int8"} and int8_products.is_fast(x))
 
 
-def _is_changed(layer):
+def is_changed(layer: Any) -> bool:
     """Whether a user gave a layer a hook or another `call`."""
     is_replaced = not {"call", "forward"}.isdisjoint(vars(layer))
     return is_replaced or _compat.has_torch_hooks(layer)
@@ -149,7 +149,7 @@ def _is_plain(encoder, x):
         layers += [block, attention, mlp, *norms]
         projections += [attention.query, attention.key, attention.value]
         projections += [attention.output_projection, mlp.gate, mlp.up, mlp.down]
-    if any(map(_is_changed, layers)):
+    if any(map(is_changed, layers)):
         return False
     dtypes = {layer.compute_dtype for layer in layers} | {encoder.compute_dtype}
     return are_plain(projections, x, dtypes)

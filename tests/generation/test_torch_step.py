@@ -46,6 +46,44 @@ def test_torch_step_equals_the_layers(dtype):
             assert float((uncapped - a).abs().max()) > 0
 
 
+@pytest.mark.parametrize("kind", ["self", "cross"])
+@pytest.mark.parametrize("change", [{"query_scale": 0.1}, {"soft_cap": 0.5}])
+def test_what_a_user_changes_in_a_layer_counts(tokenizer, kind, change):
+    """The step had the numbers of the config, whatever the layers had."""
+    model = tiny_model(tokenizer)
+    enlarge(model.backbone, 8.0)
+    options = {"stop_token_ids": None, "max_length": LENGTH, "return_scores": True}
+    before = model.generate(SOURCES, **options)["log_prob"]
+    for block in model.backbone.decoder.blocks:
+        vars(getattr(block, f"{kind}_attention")).update(change)
+    found = model.generate(SOURCES, **options)
+    assert not np.allclose(found["log_prob"], before, atol=0.05)
+    ids = np.stack(found["token_ids"])
+    arrays = model.preprocessor.generate_preprocess(SOURCES, LENGTH)
+    start = model.preprocessor.tokenizer.start_token_id
+    decoder = np.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=start)
+    arrays["decoder_token_ids"] = decoder
+    arrays["decoder_padding_mask"] = np.ones_like(decoder)
+    logits = keras.ops.log_softmax(keras.ops.cast(model(arrays), "float32"))
+    expected = np.take_along_axis(
+        keras.ops.convert_to_numpy(logits), ids[..., None], axis=2
+    )[..., 0].sum(1)
+    assert np.allclose(found["log_prob"], expected, atol=1e-3)
+
+
+def test_hooks_of_projections_run_at_every_token(tokenizer):
+    model = tiny_model(tokenizer)
+    model.generate(SOURCES, max_length=LENGTH, stop_token_ids=None)
+    calls = []
+    layer = model.backbone.decoder.blocks[0].mlp.down
+    hook = layer.register_forward_hook(lambda *args: calls.append(1))
+    model.generate(SOURCES, max_length=LENGTH, stop_token_ids=None)
+    assert len(calls) == LENGTH - 1
+    hook.remove()
+    model.generate(SOURCES, max_length=LENGTH, stop_token_ids=None)
+    assert len(calls) == LENGTH - 1
+
+
 def test_int8_product_keeps_seven_bits_of_each_row():
     """Weights that copy: what comes out is the input, rounded to 1 / 63 at most."""
     import torch
