@@ -37,16 +37,15 @@ _MLP = ("gate", "up", "down")
 def is_supported(backbone: Any) -> bool:
     """Whether all projections are plain float or int8 matrices, nothing is hooked."""
     layers = _projections(backbone.decoder)
-    if any(map(is_changed, iter_layers(backbone.decoder))):
-        return False
     modes = {layer.quantization_mode for layer in layers}
-    lora = any(getattr(layer, "lora_enabled", False) for layer in layers)
+    more = any(getattr(layer, "lora_enabled", False) for layer in layers)
+    more |= any(map(is_changed, iter_layers(backbone.decoder)))
     if modes == {"int8"}:
         on_cpu = backbone.variables[0].value.device.type == "cpu"
         has_kernels = "fbgemm" in torch.backends.quantized.supported_engines
         has_kernels &= _compat.has_per_channel_int8()
-        return not lora and on_cpu and has_kernels
-    return not lora and modes == {None}
+        return not more and on_cpu and has_kernels
+    return not more and modes == {None}
 
 
 def _projections(decoder):
@@ -234,8 +233,7 @@ class TorchStep:
         else:
             keys[:, :, slot] = key
             values[:, :, slot] = value
-            seen = slice(0, min(index + 1, slots))
-            past = keys[:, :, seen], values[:, :, seen]
+            past = (part[:, :, : index + 1] for part in cache)
             mixed = self._attend(attention, query, *past, None)
         return weights["output_projection"](mixed)
 

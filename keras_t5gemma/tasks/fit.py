@@ -187,13 +187,9 @@ class FitMixin(CompiledTraining, SafeInference):
         """
         if is_arrays(x) or self.preprocessor is None:
             if isinstance(x, dict):
-                self._check_names(x)
+                check_names(x, list(self.input), "`x`")  # type: ignore[attr-defined]
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return self._text_batch(x, y, sample_weight)
-
-    def _check_names(self, x):
-        """Raise `ValueError` when a dict of arrays lacks inputs of the model."""
-        check_names(x, list(self.input), "`x`")  # type: ignore[attr-defined]
 
     def _text_batch(self, x, y, sample_weight):
         """Arrays of one batch of texts, `(x, y, sample_weight)`."""
