@@ -184,7 +184,7 @@ def _open(source, file):
         stored = string(stored, "dtype")
         return Checkpoint(source, huggingface.read_config(fields, file), stored)
     fields = json_object(source.config.get("config"), "config")
-    stored = stored_dtype(fields.get("dtype"))
+    stored = _stored_dtype(fields)
     if source.format == presets.KERAS_HUB:
         return Checkpoint(source, keras_hub_format.read_config(fields, file), stored)
     if "config" not in fields:
@@ -198,15 +198,7 @@ def _open(source, file):
     return Checkpoint(source, config, stored, fields.get("lineage"))
 
 
-def stored_dtype(dtype: Any) -> str:
-    """Dtype of the weights of a model with a dtype policy.
-
-    Args:
-        dtype: see `parse_policy`.
-
-    Returns:
-        A name of `DTYPES`, or `"quantized"`.
-    """
-    policy = parse_policy(dtype)
+def _stored_dtype(fields):
+    policy = parse_policy(fields.get("dtype"))
     is_plain = type(policy) is keras.DTypePolicy and policy.variable_dtype in DTYPES
     return policy.variable_dtype if is_plain else "quantized"

@@ -233,8 +233,9 @@ def map_batch(
         preprocessor: a `Seq2SeqLMPreprocessor`.
         batch: what the user's iterable yielded.
         name: of the argument that the iterable was passed as, for messages.
-        batching: `"fixed"` pads to the preprocessor's lengths, anything else each side
-            to the smallest of their halves, quarters and eighths that holds it.
+        batching: with `"fixed"` the widths are the preprocessor's; otherwise each side
+            is padded to the smallest of its length's eighth, quarter, half and whole
+            that holds it, in one process and without `pad_to_multiple_of`.
 
     Raises:
         ValueError: when it is not a batch of texts or arrays.
@@ -275,10 +276,11 @@ def map_batch(
 
 def _without_padding(x, labels, weights):
     """Arrays of a batch, cut to widths of which there are few."""
-    cut = {}
+    cut = dict(x)
     for side in ("encoder", "decoder"):
         mask = x[f"{side}_padding_mask"]
-        length = int(mask.any(axis=0).sum())
+        used = np.flatnonzero(np.any(mask, axis=0))
+        length = used[-1] + 1 if len(used) else 0
         widths = [round_up(ceil_div(mask.shape[1], part), 8) for part in _PARTS]
         width = next(width for width in widths if width >= length)
         for name in (f"{side}_token_ids", f"{side}_padding_mask"):

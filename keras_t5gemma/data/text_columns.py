@@ -64,8 +64,8 @@ def as_columns(x: Any, y: Any = None, name: str = "x") -> dict | None:
         return None
     if set(columns) != set(TEXT_KEYS):
         raise ValueError(
-            f"`{name}` must be text pairs with keys {TEXT_KEYS}; got "
-            f"{shown(list(columns))}. Rename them first."
+            f"`{name}` must be text pairs with keys {TEXT_KEYS}, or arrays with keys "
+            f"{INPUTS}; got {shown(list(columns))}. Rename them, and drop others."
         )
     if y is not None:
         raise ValueError(f"`y` must be None when `{name}` has the targets.")

@@ -21,7 +21,7 @@ from keras_t5gemma import _compat
 from keras_t5gemma.config import SLIDING
 from keras_t5gemma.modeling.float_products import is_faster, matmul
 from keras_t5gemma.modeling.kv_cache import slot_positions
-from keras_t5gemma.modeling.layer_iteration import iter_layers
+from keras_t5gemma.modeling.layers import Projection
 from keras_t5gemma.modeling.masks import causal_mask
 from keras_t5gemma.modeling.rotary import rotary_angles
 from keras_t5gemma.modeling.soft_cap import soft_cap
@@ -35,11 +35,12 @@ _MLP = ("gate", "up", "down")
 
 
 def is_supported(backbone: Any) -> bool:
-    """Whether all projections are plain float or int8 matrices, nothing is hooked."""
+    """Whether all projections are plain float or int8 matrices, no LoRA, no hooks."""
     layers = _projections(backbone.decoder)
     modes = {layer.quantization_mode for layer in layers}
     more = any(getattr(layer, "lora_enabled", False) for layer in layers)
-    more |= any(map(is_changed, iter_layers(backbone.decoder)))
+    more |= any(map(is_changed, layers))
+    more |= any(type(layer) is not Projection for layer in layers[1:])
     if modes == {"int8"}:
         on_cpu = backbone.variables[0].value.device.type == "cpu"
         has_kernels = "fbgemm" in torch.backends.quantized.supported_engines
@@ -115,7 +116,7 @@ class TorchStep:
         return lambda token: values[token], _Table(values)
 
     def _norm(self, layer):
-        return 1.0 + layer.scale.value.detach().float()
+        return 1.0 + layer.scale.value.detach().float(), layer.epsilon
 
     def _product(self, layer):
         kernel = layer.kernel.value.detach()
@@ -198,10 +199,9 @@ class TorchStep:
             x = x + self._rms(mlp["down"](gate * mlp["up"](y)), norms["post_mlp"])
         return self._rms(x, self.final_norm)
 
-    def _rms(self, x, weight):
-        y = torch.nn.functional.rms_norm(
-            x.float(), weight.shape, weight, self.stack.rms_norm_epsilon
-        )
+    def _rms(self, x, norm):
+        weight, epsilon = norm
+        y = torch.nn.functional.rms_norm(x.float(), weight.shape, weight, epsilon)
         return y.to(self.dtype)
 
     def _self_attention(self, y, layer, cache, index):

@@ -20,8 +20,12 @@ from keras_t5gemma.checkpoints import (
     keras_format,
     weight_maps,
 )
-from keras_t5gemma.checkpoints.checkpoint import Checkpoint, stored_dtype
-from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor, VariableTensor
+from keras_t5gemma.checkpoints.checkpoint import Checkpoint
+from keras_t5gemma.checkpoints.lazy_tensors import (
+    LazyTensor,
+    VariableTensor,
+    parse_policy,
+)
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.shared_arrays import is_shared
@@ -122,7 +126,8 @@ def load_quantized(
         ValueError: if a weight file is missing or damaged, or of another mode, or for
             a `dtype` of float weights.
     """
-    if stored_dtype(kwargs["dtype"]) != "quantized":
+    quantized = [_is_quantized(p) for p in (checkpoint.saved_policy(), kwargs["dtype"])]
+    if load_weights and quantized == [True, False]:
         raise ValueError(
             f"`dtype` must be None, or the mode of the weights: those of "
             f"{checkpoint.location} are quantized, and are loaded as they were saved; "
@@ -147,6 +152,14 @@ def load_quantized(
         )
         backbone.load_weights(h5_file.weights_file(checkpoint.source.download()))
     return backbone
+
+
+def _is_quantized(dtype):
+    """Whether a dtype policy, or one in a map of them, is of quantized weights."""
+    policy = parse_policy(dtype)
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    parts = [policy, *policy.values()] if is_map else [policy]
+    return any(part.quantization_mode for part in parts)
 
 
 def fill(

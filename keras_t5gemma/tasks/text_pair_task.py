@@ -85,8 +85,9 @@ class TextPairTask(FitMixin, ChunkedLossTask):
                 preprocessor's lengths. The loss is the same. `None`: packed with an
                 objective, else bucketed. Batches that you make keep their rows: each
                 side is padded to an eighth, a quarter or half of the preprocessor's
-                length, or to all of it; always to all of it if `"fixed"`, for
-                iterators on TensorFlow, and with several processes.
+                length, or to all of it (few shapes, each a compiled program); always
+                to all of it if `"fixed"`, for iterators on TensorFlow, and with several
+                processes.
             callbacks: of `keras.Model.fit`, or of `keras_t5gemma.callbacks`. A NaN loss
                 always stops the training, see `StopOnNaN`.
             **kwargs: further arguments of `keras.Model.fit`.

@@ -59,9 +59,9 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
             instruction-tuned checkpoints, or a string with one `{text}`. Control tokens
             of the template become single ids, those in the user's text do not. With a
             template the response ends in `<end_of_turn>`, otherwise in `<eos>`.
-        pad_to_multiple_of: `None` pads every batch to the full lengths; n pads it to
-            its longest row, rounded up to a multiple of n (less padding, more compiled
-            shapes on JAX and TensorFlow).
+        pad_to_multiple_of: `None` pads every batch to the full lengths, which `fit` may
+            cut, see its `batching`; n pads it to its longest row, rounded up to a
+            multiple of n (less padding, more compiled shapes on JAX and TensorFlow).
         objective: an `objectives.PrefixLM` or `UL2`, which makes the pairs from plain
             text for continued pretraining: `fit` then takes texts. It is not saved with
             the preset, which is used and fine-tuned without it.

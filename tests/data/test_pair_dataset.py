@@ -273,8 +273,9 @@ def test_batches_of_a_user_start_anywhere(preprocessor, make, steps):
         wanted = [expected[i % 7] for i in range(first, first + length)]
         assert [sources(batch) for batch in epoch(batches, number)] == wanted
     x = batches[0][0]
-    tokens = sum((x[f"{s}_padding_mask"] > 0).sum() for s in ("encoder", "decoder"))
-    assert batches.counts(0) == (tokens, 5 * (64 + 32))
+    masks = [x[f"{side}_padding_mask"] for side in ("encoder", "decoder")]
+    assert [mask.shape for mask in masks] == [(5, 16), (5, 16)]
+    assert batches.counts(0) == (sum((m > 0).sum() for m in masks), 5 * (16 + 16))
     again = make(preprocessor, steps)
     again.start_at(1, 2)
     again[0], again[1]  # Keras looks at the first ones to build.

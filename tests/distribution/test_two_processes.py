@@ -74,7 +74,7 @@ def run(folder, *options, devices=2):
             )
         )
     try:
-        texts = [process.communicate(timeout=300)[0] for process in started]
+        texts = [process.communicate(timeout=900)[0] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -230,7 +230,17 @@ class Again:
         return iter(self.batches)
 
 
-@pytest.mark.parametrize("data", [Again, lambda: iter(Again())])
+class Numbered(keras.utils.PyDataset):
+    """The same batches by number."""
+
+    def __len__(self):
+        return len(Again.batches)
+
+    def __getitem__(self, index):
+        return Again.batches[index]
+
+
+@pytest.mark.parametrize("data", [Again, lambda: iter(Again()), Numbered])
 def test_batches_of_a_user_train_as_if_padded_to_the_lengths(tokenizer, data):
     def losses(batching):
         keras.utils.set_random_seed(0)
@@ -238,7 +248,7 @@ def test_batches_of_a_user_train_as_if_padded_to_the_lengths(tokenizer, data):
         model = kt.Seq2SeqLM(kt.Backbone(one_block_config()), preprocessor)
         model.compile(optimizer=keras.optimizers.SGD(0.1))
         arguments = {"batching": batching, "steps_per_epoch": 3, "verbose": 0}
-        return model.fit(data(), **arguments).history["loss"]
+        return model.fit(data(), shuffle=False, **arguments).history["loss"]
 
     assert np.allclose(losses(None), losses("fixed"), atol=1e-5)
 
@@ -260,6 +270,9 @@ def test_batches_of_a_user_are_padded_little(tokenizer):
     assert 100 < counts[0] <= 200 and 16 < counts[1] < 32
     assert [*shapes()] == [(56, 8), (56, 8), (200, 32)]
     assert [*shapes(batching="fixed")] == 3 * [(400, 64)]
+    weighted = (Again.batches[0], None, np.arange(8))
+    weights = map_batch(preprocessor, weighted)[2]
+    assert (weights[:, 0] == np.arange(8)).all()
     preprocessor.pad_to_multiple_of = 64
     assert [*shapes()] == [(64, 64), (64, 64), (192, 64)]
 
