@@ -116,7 +116,7 @@ class TorchStep:
         return lambda token: values[token], _Table(values)
 
     def _norm(self, layer):
-        return 1.0 + layer.scale.value.detach().float(), layer.epsilon
+        return 1.0 + layer.scale.value.detach().float(), layer
 
     def _product(self, layer):
         kernel = layer.kernel.value.detach()
@@ -200,8 +200,8 @@ class TorchStep:
         return self._rms(x, self.final_norm)
 
     def _rms(self, x, norm):
-        weight, epsilon = norm
-        y = torch.nn.functional.rms_norm(x.float(), weight.shape, weight, epsilon)
+        weight, layer = norm
+        y = torch.nn.functional.rms_norm(x.float(), weight.shape, weight, layer.epsilon)
         return y.to(self.dtype)
 
     def _self_attention(self, y, layer, cache, index):

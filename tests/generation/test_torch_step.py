@@ -46,16 +46,24 @@ def test_torch_step_equals_the_layers(dtype):
             assert float((uncapped - a).abs().max()) > 0
 
 
-@pytest.mark.parametrize("kind", ["self", "cross"])
-@pytest.mark.parametrize("change", [{"query_scale": 0.1}, {"soft_cap": 0.5}])
-def test_what_a_user_changes_in_a_layer_counts(tokenizer, kind, change):
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("self_attention", {"query_scale": 0.1}),
+        ("self_attention", {"soft_cap": 0.5}),
+        ("cross_attention", {"query_scale": 0.1}),
+        ("cross_attention", {"soft_cap": 0.5}),
+        ("pre_mlp_norm", {"epsilon": 1.0}),
+    ],
+)
+def test_what_a_user_changes_in_a_layer_counts(tokenizer, part, change):
     """The step had the numbers of the config, whatever the layers had."""
     model = tiny_model(tokenizer)
     enlarge(model.backbone, 8.0)
     options = {"stop_token_ids": None, "max_length": LENGTH, "return_scores": True}
     before = model.generate(SOURCES, **options)["log_prob"]
     for block in model.backbone.decoder.blocks:
-        vars(getattr(block, f"{kind}_attention")).update(change)
+        vars(getattr(block, part)).update(change)
     found = model.generate(SOURCES, **options)
     assert not np.allclose(found["log_prob"], before, atol=0.05)
     ids = np.stack(found["token_ids"])

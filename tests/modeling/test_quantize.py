@@ -78,6 +78,9 @@ def test_int8_by_dtype(tokenizer, tmp_path):
     for kind in (kt.Seq2SeqLM, kt.TextEmbedder):
         with pytest.raises(ValueError, match="`dtype` must be None.* got 'bfloat16'"):
             kind.from_preset(tmp_path / "int8", dtype="bfloat16")
+    # Random weights have no mode.
+    found = kt.Backbone.from_preset(tmp_path / "int8", False, dtype="bfloat16")
+    assert found.encoder.blocks[0].mlp.up.kernel.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
