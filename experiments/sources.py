@@ -34,6 +34,7 @@ class Size:
         epochs: over all texts, in mixed precision; `None` for 4 million tokens of
             fewer texts, in float32.
         seed: of the initial weights and the order of the texts.
+        start: size whose trained weights it starts from, with a new schedule.
     """
 
     width: int
@@ -42,6 +43,7 @@ class Size:
     learning_rate: float
     epochs: int | None = None
     seed: int = 0
+    start: str | None = None
 
 
 SIZES = {
@@ -52,6 +54,8 @@ SIZES = {
     "deep": Size(64, 8, 192, 3e-3, epochs=1),
     # Shallow again, another seed and twice the training.
     "twice": Size(64, 2, 192, 4e-3, epochs=2, seed=1),
+    # Twice, and all texts once more, in another order.
+    "thrice": Size(64, 2, 192, 2e-3, epochs=1, seed=2, start="twice"),
 }
 RESULTS = Path(__file__).parent / "results"
 LENGTH, ROWS, ROUND = 256, 8, 200  # Tokens a row, rows a step, steps a round.
@@ -178,6 +182,10 @@ def pretrain(size, data, runs, million_tokens=None):
         million_tokens = epochs * len(rows) * LENGTH / 1e6 if everything else 4
     rounds = int(million_tokens * 1e6) // (a_round * LENGTH)
     source = make_source(size, "mixed_bfloat16" if everything else "float32")
+    if SIZES[size].start:
+        preset = Path(runs) / f"sources/{SIZES[size].start}/preset"
+        weights = keras_hub.models.GemmaBackbone.from_preset(str(preset)).get_weights()
+        source.backbone.set_weights(weights)
     model = trainer(source, SIZES[size].learning_rate, rounds * ROUND)
     state = Rounds(folder, model)
     print(f"{size}: {model.count_params():,} parameters, {len(rows) * LENGTH:,} tokens")

@@ -15,6 +15,7 @@ from keras_t5gemma.distribution import layouts, mesh
 from keras_t5gemma.distribution.prediction import SafeInference
 from keras_t5gemma.modeling import bases, weight_loading
 from keras_t5gemma.modeling.blockwise_attention import WithAttentionKernel
+from keras_t5gemma.modeling.exportable import Exportable
 from keras_t5gemma.modeling.in_place import ChangesInPlace
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
@@ -30,6 +31,7 @@ class Backbone(
     WithAttentionKernel,
     SafeInference,
     AtomicSaveToPreset,
+    Exportable,
     bases.Backbone,
 ):
     """T5Gemma encoder-decoder (arXiv 2504.06225), without a task.

@@ -38,7 +38,7 @@ class ChangesBackbone:
         self._forget_compiled()
 
     def save_lora_weights(self, filepath: Any) -> None:
-        """Save only the adapters.
+        """Save only the adapters, without the head of a `TextClassifier`.
 
         Args:
             filepath: path in `.lora.h5`; or of a folder for the `peft` library, which

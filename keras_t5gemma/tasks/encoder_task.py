@@ -17,10 +17,12 @@ from keras_t5gemma.data.pair_dataset import BATCHINGS
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
+from keras_t5gemma.modeling.exportable import Exportable
 from keras_t5gemma.modeling.heads import POOLINGS
 from keras_t5gemma.modeling.inference import inference
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.weight_loading import normal_tensors
+from keras_t5gemma.tasks.backbone_changes import ChangesBackbone
 from keras_t5gemma.tasks.fit import FitMixin, positions_of
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
@@ -42,7 +44,9 @@ INPUTS = ("encoder_token_ids", "encoder_padding_mask")
 TASK_FILE, TASK_WEIGHTS_FILE = "task.json", "task.weights.h5"
 
 
-class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
+class EncoderTask(
+    ChangesBackbone, FitMixin, AtomicSaveToPreset, Exportable, bases.Task
+):
     """A task with one output vector per text, from an encoder alone.
 
     Args:
@@ -249,9 +253,7 @@ class EncoderTask(FitMixin, AtomicSaveToPreset, bases.Task):
         """
         own = {} if parts is None else {"parts": parts}  # KerasHub's has no `parts`.
         self.backbone.enable_lora(rank, target_layer_names, **own)
-        self.train_function = self.test_function = self.predict_function = None
-        track_parameters(self.backbone)
-        track_parameters(self)
+        self._forget_compiled()
 
     def _columns(self, x, y, name):
         """`(columns, labels)` from a user's data, see `EncoderDataset`."""

@@ -11,13 +11,14 @@ from keras_t5gemma.data.resumable import any_width
 from keras_t5gemma.data.text_columns import TEXT_KEYS, as_columns, as_documents
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.prediction import exclusive_loop, predict_on_batch
+from keras_t5gemma.modeling.exportable import Exportable
 from keras_t5gemma.tasks.chunked_loss_task import ChunkedLossTask
 from keras_t5gemma.tasks.fit import FitMixin, check_sizes
 from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.utils.texts import in_memory
 
 
-class TextPairTask(FitMixin, ChunkedLossTask):
+class TextPairTask(FitMixin, Exportable, ChunkedLossTask):
     """A `ChunkedLossTask` with `fit`, `evaluate` and `predict` on text of any form.
 
     Those of KerasHub's tasks accept fewer kinds of data, and never shuffle.

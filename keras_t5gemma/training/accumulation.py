@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma import _compat
-from keras_t5gemma.training.teacher_in_memory import no_gradients
+from keras_t5gemma.utils.backends import no_gradients
 from keras_t5gemma.utils.types import Tensor
 
 _MEANS = ("mean_with_sample_weight", "sum_over_batch_size", "mean")

@@ -7,8 +7,9 @@ from keras import ops
 
 from keras_t5gemma.training.chunked_cross_entropy import TeacherTargets, top_choices
 from keras_t5gemma.training.losses import TokenCrossEntropy
-from keras_t5gemma.training.teacher_in_memory import TeacherInMemory, no_gradients
+from keras_t5gemma.training.teacher_in_memory import TeacherInMemory
 from keras_t5gemma.training.teacher_scores import TeacherScores
+from keras_t5gemma.utils.backends import no_gradients
 from keras_t5gemma.utils.checks import number, shown, whole_number
 
 INPUTS = "teacher_"  # Prefix of the names of a teacher's arrays in a batch.

@@ -1,6 +1,5 @@
 """Distillation teacher in memory: a causal LM that reads the texts of each batch."""
 
-import contextlib
 from typing import Any
 
 import keras
@@ -11,6 +10,7 @@ from keras_t5gemma.checkpoints import hub, presets
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.environment import require_keras_hub
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
+from keras_t5gemma.utils.backends import no_gradients
 from keras_t5gemma.utils.buckets import round_up
 from keras_t5gemma.utils.files import read_bytes
 from keras_t5gemma.utils.ragged import Ragged
@@ -155,12 +155,3 @@ def spread(values: np.ndarray, mask: np.ndarray, fill: float) -> np.ndarray:
     out = np.full((*mask.shape, *values.shape[1:]), fill, values.dtype)
     out[mask > 0] = values
     return out
-
-
-def no_gradients() -> contextlib.AbstractContextManager:
-    """`torch.no_grad()` on PyTorch, else a null context."""
-    if keras.config.backend() == "torch":
-        import torch
-
-        return torch.no_grad()
-    return contextlib.nullcontext()

@@ -1,5 +1,6 @@
 """What differs between the backends below the level of Keras."""
 
+import contextlib
 from collections.abc import Callable
 
 import keras
@@ -71,3 +72,12 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(*tensors), gradients
 
     return call
+
+
+def no_gradients() -> contextlib.AbstractContextManager:
+    """`torch.no_grad()` on PyTorch, else a null context."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    return contextlib.nullcontext()
