@@ -40,16 +40,16 @@ def load_package() -> Any:
 
 
 def read_texts(o: options.Generate) -> list[str]:
-    """Texts from the arguments, a file or standard input.
+    """Texts from the arguments, a file or, also for `-`, standard input.
 
     Raises:
         ValueError: for both arguments and a file, and for empty input.
     """
     if o.text and o.file:
         raise ValueError("pass TEXT or --file, not both.")
-    if o.text:
+    if o.text and list(o.text) != ["-"]:
         return list(o.text)
-    if o.file:
+    if o.file and str(o.file) != "-":
         content = read_text(o.file, "utf-8-sig")
     else:
         if sys.stdin.isatty():

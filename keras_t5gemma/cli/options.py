@@ -52,7 +52,7 @@ class Generate(Sampling):
     """Generate an answer to each text."""
 
     text: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts; without any, --file or standard input is read."""
+    """Texts; without any, --file or standard input is read, which is also `-`."""
     file: Path | None = None
     """File to read the text from."""
     lines: bool = False

@@ -47,10 +47,16 @@ def as_columns(x: Any, y: Any = None, name: str = "x") -> dict | None:
                 raise ValueError(
                     f"`y` must be the list of targets when `{name}` is a list of "
                     "strings; got None. A dict with keys "
-                    f"{TEXT_KEYS} holds both."
+                    f"{TEXT_KEYS} holds both; `generate` takes sources alone."
                 )
             return _lists({"encoder_text": x, "decoder_text": y})
         if isinstance(first, dict) and not set(INPUTS) & set(first):
+            if any(isinstance(value, list | tuple) for value in first.values()):
+                raise ValueError(
+                    f"`{name}` must have one pair in each dict of a list; got lists of "
+                    "texts. Pass batches as a generator, e.g. `(b for b in batches)`, "
+                    "with `steps_per_epoch`."
+                )
             columns = {key: [row.get(key) for row in x] for key in first}
         elif (
             isinstance(first, list | tuple)

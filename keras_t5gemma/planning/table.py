@@ -38,13 +38,19 @@ def header(o: PlanOptions, plan: Plan) -> list[str]:
         trained += f" on {o.quantize} weights"
     data, model = plan.mesh["data"], plan.mesh["model"]
     group = "device" if model == 1 else f"group of {model} devices"
-    return [
+    lines = [
         f"{name}: {config.count_params():,} parameters, {trained}",
         f"{o.devices} devices, mesh data {data} x model {model}, strategy "
         f"{plan.strategy}",
         f"batch {o.batch} ({o.batch // data} per {group}), length {source} + {target} "
         f"tokens, {o.dtype}, {optimizer}",
     ]
+    if max(source, target) > config.max_positions:
+        lines.append(
+            f"Longer than the model's {config.max_positions} positions: it never saw "
+            "such distances."
+        )
+    return lines
 
 
 def sections(o: PlanOptions, plan: Plan) -> dict[str, list[Row]]:

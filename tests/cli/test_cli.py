@@ -45,9 +45,10 @@ def test_generate_from_arguments_a_file_and_a_pipe(
     file = tmp_path / "text.txt"
     file.write_text("A board\n")
     assert run(capsys, "generate", "--file", str(file), *options)[1] == out
-    with open(file) as stream:
-        monkeypatch.setattr(sys, "stdin", stream)
-        assert run(capsys, "generate", *options)[1] == out
+    for dash in ([], ["-"], ["--file", "-"]):
+        with open(file) as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            assert run(capsys, "generate", *dash, *options)[1] == out
 
 
 def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):

@@ -252,7 +252,7 @@ def test_command_prints_a_table_and_json(capsys):
     assert main.main(command) == 0
     text = capsys.readouterr().out
     table, found = rows(text), plan(*TALL)
-    assert "20,333,401,088 parameters" in text
+    assert "20,333,401,088 parameters" in text and "positions" not in text
     assert f"16 devices, mesh data {found.mesh['data']} x model" in text
     assert "batch 64 " in text and "length 4096 + 4096 tokens, mixed_bfloat16" in text
     assert table["weights"][0] == f"{found.weights / 1e9:,.2f} GB"
@@ -268,9 +268,10 @@ def test_command_prints_a_table_and_json(capsys):
     assert "step: recomputation" not in table and "missing" in table
     assert main.main([*command, "--json", "--mesh", "16", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["mesh"] == {"data": 16, "model": 1}
-    command[command.index("80GB")] = "8GB"
+    command[command.index("80GB")], command[-1] = "8GB", "9000"
     assert main.main(command) == 1
-    assert "Would fit" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Would fit" in text and "model's 8192 positions" in text
     command[command.index("8GB")] = "much"
     assert main.main(command) == 1
     assert "`memory` must be" in capsys.readouterr().err

@@ -73,10 +73,12 @@ def exported(model, folder):
     return lambda arrays: keras.tree.flatten(loaded.serve(arrays))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+# PyTorch refuses int8; the other kinds are of the same layers and cost compilation.
+KINDS = set(MODELS) - {"int8"} if TORCH else {"Seq2SeqLM", "TextEmbedder", "int8"}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_it_gives_what_the_model_gives(preset, tmp_path, kind):
-    if TORCH and kind == "int8":
-        pytest.skip("refused, see below")
     model = MODELS[kind](preset)
     function = exported(model, tmp_path)
     for lengths in LENGTHS:
