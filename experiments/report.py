@@ -188,9 +188,11 @@ def draw_sources(results):
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     panel = figure.subplots()
-    for i, size in enumerate(FULL_SIZES):
+    for i, size in enumerate((*FULL_SIZES, "thrice")):
         if result := results.get(f"source/{size}"):
-            x = [entry["tokens"] / 1e6 for entry in result["log"]]
+            start = results.get(f"source/{result['run'].get('start')}")
+            before = start["log"][-1]["tokens"] if start else 0
+            x = [(before + entry["tokens"]) / 1e6 for entry in result["log"]]
             for key, style in (("held_out_loss", "-"), ("loss", ":")):
                 y = [entry[key] for entry in result["log"]]
                 label = size if key == "held_out_loss" else None

@@ -211,7 +211,8 @@ def pretrain(size, data, runs, million_tokens=None):
     assets.mkdir(parents=True, exist_ok=True)
     (assets / "vocabulary.spm").write_bytes(corpus.tokenizer().proto)
     (folder / "log.json").write_text(json.dumps(state.log, indent=1) + "\n")
-    result = {"run": {"name": f"source/{size}"}, "log": state.log}
+    run = {"name": f"source/{size}", "start": SIZES[size].start}
+    result = {"run": run, "log": state.log}
     path = RESULTS / f"source_{size}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
 

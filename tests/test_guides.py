@@ -10,7 +10,7 @@ import sys
 
 import keras
 import pytest
-from helpers import ROOT
+from helpers import ROOT, xla_flags
 
 import keras_t5gemma as kt
 
@@ -176,9 +176,9 @@ def test_train_on_a_pod(tmp_path):
 
     def start(folder, count, index, port):
         folder.mkdir(exist_ok=True)
-        flags = f"--xla_force_host_platform_device_count={8 // count}"
         pod = {"PROCESSES": count, "INDEX": index, "ADDRESS": f"127.0.0.1:{port}"}
         environment = {f"POD_{name}": str(value) for name, value in pod.items()}
+        flags = xla_flags(8 // count)
         return run("train_on_a_pod", folder, XLA_FLAGS=flags, **environment)
 
     with socket.socket() as free:

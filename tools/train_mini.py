@@ -309,7 +309,7 @@ def finetune(runs, stage, dropout, smoothing, name):
     tuned.backbone.set_weights(model.backbone.get_weights())
     tuned.preprocessor.encoder_sequence_length = SYNOPSIS_LENGTHS[0]
     tuned.preprocessor.decoder_sequence_length = SYNOPSIS_LENGTHS[1]
-    tuned.generation_defaults = {"no_repeat_ngram_size": 3}
+    tuned.generation_defaults = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.5}
     tuned.save_to_preset(folder / "preset")
 
 

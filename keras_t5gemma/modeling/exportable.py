@@ -74,8 +74,8 @@ class Exportable:
             # Keras gives each length a name of its own, so ids and mask differ.
             shapes = {name: f"(batch, {name.split('_')[0]})" for name in names}
             kwargs["jax2tf_kwargs"] = {"polymorphic_shapes": [shapes]} | options
-        if backend == "torch":
-            self._check_float32(format)
+        if backend == "torch" and format == "onnx":
+            self._check_float32()
         tokens = np.ones((1, 2), "int32")
         # PyTorch warns of shapes that are read in Python; Keras traces one token.
         with self._without_gradients(), warnings.catch_warnings():
@@ -106,13 +106,13 @@ class Exportable:
             for tensor in tensors:
                 tensor.requires_grad_(True)
 
-    def _check_float32(self, format):
+    def _check_float32(self):
         for layer in iter_layers(self):
             mode = getattr(layer, "quantization_mode", None)
             if mode or layer.compute_dtype in ("float16", "bfloat16"):
                 raise ValueError(
-                    f"`format={format!r}` needs a model in float32 on PyTorch; layer "
+                    "`format='onnx'` needs a model in float32 on PyTorch; layer "
                     f"{layer.path!r} has {mode or layer.compute_dtype}. Load it with "
-                    "dtype='float32' and not quantized; the runtime's own tools make "
-                    "the file smaller."
+                    "dtype='float32' and do not quantize it: ONNX Runtime's own tools "
+                    "make the file smaller."
                 )

@@ -357,7 +357,7 @@ def test_embedded_preset_summarises_a_real_paragraph(embedded):
     assert 2 <= len(answer.split()) <= 20
     words = answer.lower()
     assert any(word in words for word in ("image", "convert", "format"))
-    assert embedded.generation_defaults["no_repeat_ngram_size"] == 3
+    assert embedded.generation_defaults["repetition_penalty"] == 1.5
 
 
 def test_embedded_preset_prefers_the_right_synopsis(embedded):

@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import TESTS
+from helpers import TESTS, xla_flags
 from helpers.keras_hub_models import make_kerashub
 
 from keras_t5gemma.checkpoints import lazy_tensors
@@ -161,11 +161,10 @@ print(json.dumps(results))
 
 def run_on_8_devices(script, *arguments):
     """What a script prints last, as JSON."""
-    flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla_flags(8),
     }
     command = [sys.executable, "-c", script, str(HERE), *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import TESTS
+from helpers import TESTS, xla_flags
 
 import keras_t5gemma as kt
 from keras_t5gemma.distribution import mesh
@@ -251,10 +251,9 @@ def whole_report():
     if not IS_JAX:
         pytest.skip("elsewhere Keras splits nothing")
     script = ["-m", "helpers.eight_devices"]
-    flags = "--xla_force_host_platform_device_count=8"
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+        "XLA_FLAGS": xla_flags(8),
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

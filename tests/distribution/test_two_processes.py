@@ -12,7 +12,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import TESTS, two_processes
+from helpers import TESTS, two_processes, xla_flags
 from helpers.models import SENTENCES, one_block_config
 
 import keras_t5gemma as kt
@@ -53,10 +53,9 @@ def free_port():
 
 def run(folder, *options, devices=2):
     """Start a process for each list of options; what they print, and their codes."""
-    flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     port = str(free_port())
     started = []

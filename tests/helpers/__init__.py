@@ -16,3 +16,8 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
+
+
+def xla_flags(devices):
+    """`XLA_FLAGS` for a process that simulates this many devices on a CPU."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from helpers import xla_flags
 from helpers.attention import plain_attention, random_arrays, values_and_gradients
 from helpers.models import (
     enlarge,
@@ -333,7 +334,7 @@ def test_rows_and_heads_on_a_mesh_are_never_gathered():
         env={
             **os.environ,
             "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": xla_flags(8),
         },
         capture_output=True,
         text=True,
