@@ -160,8 +160,8 @@ def score_section(scores, repeating, shown):
     answers = "\n".join(f"- `{package}`: {answer}" for package, answer in shown)
     return f"""{score_table(scores)}
 
-The preset's `generation_config.json` keeps an answer from repeating two tokens and
-makes repeated ones less likely (`no_repeat_ngram_size=2`, `repetition_penalty=1.5`,
+The preset's `generation_config.json` keeps an answer from repeating a pair of tokens
+and makes repeated ones less likely (`no_repeat_ngram_size=2`, `repetition_penalty=1.5`,
 chosen on the validation set). With 0 and 1.0: ROUGE-L {rouge}, a word twice in a
 row in {twice} of the answers.
 

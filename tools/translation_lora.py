@@ -39,6 +39,7 @@ def read_rows(path, kind):
 def make_model(method, rank):
     """Load the preset and make the weights of a method trainable."""
     model = kt.Seq2SeqLM.from_preset(PRESET)
+    model.generation_defaults = None  # They are for summaries.
     model.preprocessor.decoder_sequence_length = DECODER_LENGTH
     if method == "lora":
         model.enable_lora(rank, PROJECTIONS)

@@ -69,7 +69,7 @@ RETURNED = {
 # Methods of base classes that are shown with each public class that has them.
 INHERITED = ["from_preset", "fit", "evaluate", "predict", "save_to_preset"]
 INHERITED += ["enable_lora", "save_lora_weights", "load_lora_weights"]
-INHERITED += ["default_lora_layer_names", "quantize"]
+INHERITED += ["default_lora_layer_names", "quantize", "export"]
 INHERITED += ["attention_kernel", "generation_defaults"]
 
 

@@ -51,11 +51,11 @@ def as_columns(x: Any, y: Any = None, name: str = "x") -> dict | None:
                 )
             return _lists({"encoder_text": x, "decoder_text": y})
         if isinstance(first, dict) and not set(INPUTS) & set(first):
-            if any(isinstance(value, list | tuple) for value in first.values()):
+            if all(isinstance(first.get(key), list | tuple) for key in TEXT_KEYS):
                 raise ValueError(
                     f"`{name}` must have one pair in each dict of a list; got lists of "
-                    "texts. Pass batches as a generator, e.g. `(b for b in batches)`, "
-                    "with `steps_per_epoch`."
+                    "texts. Join such batches in one dict of two lists, or pass a "
+                    "`keras.utils.PyDataset` of them."
                 )
             columns = {key: [row.get(key) for row in x] for key in first}
         elif (

@@ -1,14 +1,17 @@
 """`export` to other runtimes: lengths that vary, on every backend."""
 
 import contextlib
+import importlib.util
+import itertools
 import warnings
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling.layer_iteration import iter_layers
-from keras_t5gemma.utils.checks import one_of
+from keras_t5gemma.utils.checks import one_of, path
 
 FORMATS = ("tf_saved_model", "onnx", "openvino", "litert", "torch")
 
@@ -17,6 +20,7 @@ class Exportable:
     """`export` of a functional model whose inputs are ids and padding masks."""
 
     inputs: Any
+    layers: Any
     variables: Any
 
     def export(
@@ -36,7 +40,8 @@ class Exportable:
         others generate from.
 
         - `"tf_saved_model"`: a folder; on TensorFlow, and on JAX with TensorFlow
-          installed.
+          installed. From JAX each call copies the weights that are not trainable, as
+          below adapters and when quantized.
         - `"onnx"`: on PyTorch, float32, with the extra `onnx` installed. On the other
           backends Keras asks for a converter (tf2onnx, jax2onnx), which is not
           tested here.
@@ -47,12 +52,13 @@ class Exportable:
             filepath: file, or folder of a SavedModel.
             format: `"tf_saved_model"`, `"onnx"`, `"openvino"`, `"litert"` or `"torch"`.
             verbose: print what was written; `None` is Keras's default of the format.
-            input_signature: shapes and dtypes of the inputs, in a list; `None` leaves
-                batch and lengths open.
+            input_signature: `[{name: keras.InputSpec(shape, dtype)}]` of all inputs,
+                `None` in a shape leaves it open; by default batch and lengths are.
             **kwargs: options of the format.
 
         Raises:
-            ValueError: for a format that is unknown or that the backend cannot write.
+            ValueError: for a format that is unknown or that the backend cannot write,
+                or on the devices of `distribute`.
             ImportError: for a format whose package is not installed, named.
 
         Examples:
@@ -68,14 +74,24 @@ class Exportable:
                 "`format` must be 'onnx' or 'torch' on PyTorch: 'tf_saved_model' needs "
                 "TensorFlow or JAX (KERAS_BACKEND)."
             )
-        names = [x.name for x in self.inputs]
-        if backend == "jax" and format == "tf_saved_model" and input_signature is None:
-            options = dict(kwargs.pop("jax2tf_kwargs", None) or {})
-            # Keras gives each length a name of its own, so ids and mask differ.
-            shapes = {name: f"(batch, {name.split('_')[0]})" for name in names}
-            kwargs["jax2tf_kwargs"] = {"polymorphic_shapes": [shapes]} | options
+        if backend == "jax" and mesh.current() is not None:
+            raise ValueError(
+                "`export` needs a process without `distribute`: save_to_preset here, "
+                "load the preset there."
+            )
         if backend == "torch" and format == "onnx":
+            _need_onnx()
             self._check_float32()
+        names = [x.name for x in self.inputs]
+        if input_signature is None:
+            spec = keras.InputSpec(shape=(None, None), dtype="int32")
+            shapes: Any = dict.fromkeys(names, spec)
+        else:
+            shapes = input_signature[0] if len(input_signature) == 1 else None
+        if backend == "jax" and format == "tf_saved_model" and isinstance(shapes, dict):
+            options = dict(kwargs.pop("jax2tf_kwargs", None) or {})
+            named = {name: _named(name, spec.shape) for name, spec in shapes.items()}
+            kwargs["jax2tf_kwargs"] = {"polymorphic_shapes": [named]} | options
         tokens = np.ones((1, 2), "int32")
         # PyTorch warns of shapes that are read in Python; Keras traces one token.
         with self._without_gradients(), warnings.catch_warnings():
@@ -85,7 +101,7 @@ class Exportable:
             # Keras refuses a model that was never called.
             self({n: tokens for n in names}, training=False)  # type: ignore[operator]
             super().export(  # type: ignore[misc]
-                filepath, format, verbose, input_signature, **kwargs
+                path(filepath, "filepath"), format, verbose, input_signature, **kwargs
             )
 
     @contextlib.contextmanager
@@ -107,7 +123,10 @@ class Exportable:
                 tensor.requires_grad_(True)
 
     def _check_float32(self):
-        for layer in iter_layers(self):
+        # Not the preprocessor and the inputs, which compute nothing and have a dtype.
+        for layer in itertools.chain.from_iterable(map(iter_layers, self.layers)):
+            if isinstance(layer, keras.layers.InputLayer):
+                continue
             mode = getattr(layer, "quantization_mode", None)
             if mode or layer.compute_dtype in ("float16", "bfloat16"):
                 raise ValueError(
@@ -116,3 +135,20 @@ class Exportable:
                     "dtype='float32' and do not quantize it: ONNX Runtime's own tools "
                     "make the file smaller."
                 )
+
+
+def _need_onnx():
+    if importlib.util.find_spec("onnx") is None:
+        raise ImportError(
+            "`format='onnx'` needs the package onnx: pip install 'keras-t5gemma[onnx]'."
+        )
+
+
+def _named(name, shape):
+    """An input's shape for jax2tf, with open lengths named by the side.
+
+    Keras gives each length a name of its own, so those of ids and mask differ.
+    """
+    sizes = zip(shape, ("batch", name.split("_")[0]), strict=True)
+    words = [open_size if size is None else str(size) for size, open_size in sizes]
+    return f"({', '.join(words)})"

@@ -84,6 +84,15 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
             return own
         return [*own, *teacher.variables]
 
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        """See `modeling.exportable`; without the variables of a teacher."""
+        loss = self.chunked_loss
+        object.__setattr__(self, "chunked_loss", None)
+        try:
+            super().export(*args, **kwargs)
+        finally:
+            object.__setattr__(self, "chunked_loss", loss)
+
     def train_step(self, *args: Any) -> Any:
         """One step; on JAX `(state, data)`, elsewhere `(data,)`."""
         if keras.config.backend() == "torch":

@@ -129,7 +129,7 @@ def test_embedded_presets_have_metadata_and_a_description(row):
     assert all(result.dataset_split for result in data.eval_results)
     if row.name == "t5gemma_mini_synopsis":
         values = {r.metric_name: r.metric_value for r in data.eval_results}
-        assert values["ROUGE-L (greedy)"] == 38.6
+        assert values["ROUGE-L (greedy)"] == 38.7
         assert values["ROUGE-L (5 beams)"] == 41.0
         for result in data.eval_results:  # The same numbers as in the table.
             assert re.search(rf"\| {result.metric_value} \|", text)

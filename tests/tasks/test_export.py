@@ -1,5 +1,7 @@
 """`export`: files of other runtimes give what the model gives, at every length."""
 
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def preset(tmp_path_factory, tokenizer):
 def lora(preset):
     model = kt.Seq2SeqLM.from_preset(preset)
     model.backbone.enable_lora(2)
-    for weight in model.backbone.trainable_variables:
+    for weight in model.trainable_variables:
         weight.assign(keras.random.normal(weight.shape, stddev=0.1, seed=1))
     return model
 
@@ -58,17 +60,22 @@ def batch(model, lengths, rows=2):
     return {x.name: arrays[x.name] for x in model.inputs}
 
 
-def exported(model, folder):
+def needs_gradients(model):
+    """Paths of the variables that PyTorch keeps gradients of."""
+    return [v.path for v in model.variables if TORCH and v.value.requires_grad]
+
+
+def exported(model, folder, **options):
     """What `export` wrote, as a function of arrays."""
     if TORCH:
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
-        model.export(folder / "model.onnx", format="onnx", verbose=False)
+        model.export(folder / "model.onnx", format="onnx", verbose=False, **options)
         session = runtime.InferenceSession(folder / "model.onnx")
         return lambda arrays: session.run(None, arrays)
     import tensorflow as tf
 
-    model.export(folder / "model", verbose=False)
+    model.export(folder / "model", verbose=False, **options)
     loaded = tf.saved_model.load(folder / "model")
     return lambda arrays: keras.tree.flatten(loaded.serve(arrays))
 
@@ -80,7 +87,9 @@ KINDS = set(MODELS) - {"int8"} if TORCH else {"Seq2SeqLM", "TextEmbedder", "int8
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_it_gives_what_the_model_gives(preset, tmp_path, kind):
     model = MODELS[kind](preset)
+    trainable = needs_gradients(model)
     function = exported(model, tmp_path)
+    assert needs_gradients(model) == trainable
     for lengths in LENGTHS:
         arrays = batch(model, lengths)
         expected = keras.tree.flatten(model(arrays))
@@ -92,9 +101,8 @@ def test_it_gives_what_the_model_gives(preset, tmp_path, kind):
 @pytest.mark.skipif(not TORCH, reason="PyTorch's formats")
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"quantize": "int8"}])
 def test_pytorch_needs_float32(preset, tmp_path, change):
-    mode = change.pop("quantize", None)
-    model = kt.TextEmbedder.from_preset(preset, **change)
-    if mode:
+    model = kt.TextEmbedder.from_preset(preset, dtype=change.get("dtype"))
+    if mode := change.get("quantize"):
         model.quantize(mode)
     with pytest.raises(ValueError, match="in float32 .* (bfloat16|int8)"):
         model.export(tmp_path / "model.onnx", format="onnx")
@@ -109,3 +117,32 @@ def test_formats(preset, tmp_path):
         with pytest.raises(ValueError, match="must be 'onnx' or 'torch' on PyTorch"):
             model.export(tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signature_and_a_global_policy(preset, tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:  # The preprocessor has this policy.
+        model = kt.TextEmbedder.from_preset(preset, dtype="float32")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    spec = keras.InputSpec(shape=(2, None), dtype="int32")
+    signature = [{x.name: spec for x in model.inputs}]
+    function = exported(model, tmp_path, input_signature=signature)
+    arrays = batch(model, (12, 1))
+    expected = keras.ops.convert_to_numpy(model(arrays))
+    np.testing.assert_allclose(function(arrays)[0], expected, atol=1e-5)
+
+
+def test_a_teacher_is_not_exported(preset, tmp_path, monkeypatch):
+    model = kt.Seq2SeqLM.from_preset(preset)
+    own = len(model.non_trainable_variables)
+    teacher = SimpleNamespace(variables=[keras.Variable(1.0)])
+    object.__setattr__(model, "chunked_loss", SimpleNamespace(teacher=teacher))
+    count = []
+    monkeypatch.setattr(
+        keras.Model,
+        "export",
+        lambda self, *args, **kwargs: count.append(len(self.non_trainable_variables)),
+    )
+    model.export(tmp_path / "file", format="openvino")
+    assert count == [own] and model.chunked_loss.teacher is teacher

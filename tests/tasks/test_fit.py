@@ -330,7 +330,11 @@ def test_saved_and_loaded_models_give_the_same_logits(fresh, tmp_path):
         ([], [], "`x` is empty"),
         (3, None, "`x` must.*iterable of batches of them; got 3"),
         ([{"encoder_text": "a", "decoder_text": 3}], None, "must be a string; got int"),
-        ([{"encoder_text": ["a"], "decoder_text": ["b"]}], None, "as a generator"),
+        (
+            [{"encoder_text": ["a"], "decoder_text": ["b"]}],
+            None,
+            "one pair in each dict",
+        ),
         ([3], [4], "A batch of `x` must be a dict"),
         ([{"source": "a", "target": "b"}], None, "'source', 'target'.*Rename them"),
         ({"source": ["a"], "target": ["b"]}, None, "'source', 'target'.*Rename them"),

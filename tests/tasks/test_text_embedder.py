@@ -251,6 +251,24 @@ def test_adapters_and_projection_learn(tokenizer):
     assert all("lora" in path or "projection" in path for path in moved)
 
 
+def test_adapters_are_saved_and_weights_quantized(tokenizer, tmp_path):
+    embedder = make_embedder(tokenizer)
+    embedder.enable_lora(2)
+    for weight in embedder.trainable_variables:
+        weight.assign(keras.random.normal(weight.shape, stddev=0.1, seed=1))
+    vectors = embedder.embed(TEXTS)
+    embedder.save_lora_weights(tmp_path / "adapters.lora.h5")
+    again = make_embedder(tokenizer)
+    plain = again.embed(TEXTS)
+    assert max_difference(plain, vectors) > 1e-2
+    again.enable_lora(2)
+    again.load_lora_weights(tmp_path / "adapters.lora.h5")
+    assert max_difference(again.embed(TEXTS), vectors) < 1e-6
+    rounded = make_embedder(tokenizer)
+    rounded.quantize("int8")
+    assert 0 < max_difference(rounded.embed(TEXTS), plain) < 0.1
+
+
 def shapes(lengths, batch_size):
     rows = Ragged(np.asarray(lengths), np.zeros(np.sum(lengths), "int32"))
     batches = by_length(rows, batch_size, limit=512)
