@@ -88,6 +88,8 @@ class Exportable:
             shapes: Any = dict.fromkeys(names, spec)
         else:
             shapes = input_signature[0] if len(input_signature) == 1 else None
+            if isinstance(shapes, dict):
+                input_signature = [{n: _with_name(n, s) for n, s in shapes.items()}]
         if backend == "jax" and format == "tf_saved_model" and isinstance(shapes, dict):
             options = dict(kwargs.pop("jax2tf_kwargs", None) or {})
             named = {name: _named(name, spec.shape) for name, spec in shapes.items()}
@@ -142,6 +144,13 @@ def _need_onnx():
         raise ImportError(
             "`format='onnx'` needs the package onnx: pip install 'keras-t5gemma[onnx]'."
         )
+
+
+def _with_name(name, spec):
+    """An `InputSpec` with the input's name, which ONNX files have."""
+    if not isinstance(spec, keras.InputSpec):
+        return spec
+    return keras.InputSpec(shape=spec.shape, dtype=spec.dtype, name=name)
 
 
 def _named(name, shape):
