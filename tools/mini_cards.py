@@ -113,24 +113,27 @@ def unsupported(answers, sources):
     return 100 * counts[0] / max(counts[1], 1)
 
 
-def measure(preset, data, **defaults):
-    """Scores and answers on the synopsis test set by decoding method.
+def measure(preset, data, split="test", rows=None, **defaults):
+    """Scores and answers on the synopsis data by decoding method.
 
     Args:
         preset: name or folder.
         data: folder of the data.
+        split: `"test"` or `"valid"`.
+        rows: only the first ones.
         **defaults: options of `generate`.
     """
     model = kt.Seq2SeqLM.from_preset(preset)
-    test = corpus.read_synopsis(data, "test")
+    pairs = corpus.read_synopsis(data, split)
+    sources, targets = (pairs[f"{side}_text"][:rows] for side in ("encoder", "decoder"))
     scores, answers = {}, {}
     for method, options in METHODS.items():
-        answers[method] = model.generate(test["encoder_text"], **defaults, **options)
-        scores[method] = kt.score_texts(answers[method], test["decoder_text"], METRICS)
+        answers[method] = model.generate(sources, **defaults, **options)
+        scores[method] = kt.score_texts(answers[method], targets, METRICS)
         for name, is_so in SHARES.items():
             found = list(map(is_so, answers[method]))
             scores[method][name] = {"mean": 100 * sum(found) / len(found)}
-        share = unsupported(answers[method], test["encoder_text"])
+        share = unsupported(answers[method], sources)
         scores[method]["words not in the source, %"] = {"mean": share}
     return scores, answers
 
