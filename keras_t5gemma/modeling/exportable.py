@@ -7,11 +7,10 @@ import warnings
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.modeling.layer_iteration import iter_layers
-from keras_t5gemma.utils.checks import one_of, path
+from keras_t5gemma.utils.checks import one_of, path, shown
 
 FORMATS = ("tf_saved_model", "onnx", "openvino", "litert", "torch")
 
@@ -52,13 +51,14 @@ class Exportable:
             filepath: file, or folder of a SavedModel.
             format: `"tf_saved_model"`, `"onnx"`, `"openvino"`, `"litert"` or `"torch"`.
             verbose: print what was written; `None` is Keras's default of the format.
-            input_signature: `[{name: keras.InputSpec(shape, dtype)}]` of all inputs,
-                `None` in a shape leaves it open; by default batch and lengths are.
+            input_signature: dict of a `keras.InputSpec` by name of each input, also as
+                the only element of a list. `None` in a shape leaves a size open; by
+                default batch and lengths are open.
             **kwargs: options of the format.
 
         Raises:
             ValueError: for a format that is unknown or that the backend cannot write,
-                or on the devices of `distribute`.
+                a signature of other inputs, or on the devices of `distribute`.
             ImportError: for a format whose package is not installed, named.
 
         Examples:
@@ -82,28 +82,18 @@ class Exportable:
         if backend == "torch" and format == "onnx":
             _need_onnx()
             self._check_float32()
-        names = [x.name for x in self.inputs]
-        if input_signature is None:
-            spec = keras.InputSpec(shape=(None, None), dtype="int32")
-            shapes: Any = dict.fromkeys(names, spec)
-        else:
-            shapes = input_signature[0] if len(input_signature) == 1 else None
-            if isinstance(shapes, dict):
-                input_signature = [{n: _with_name(n, s) for n, s in shapes.items()}]
-        if backend == "jax" and format == "tf_saved_model" and isinstance(shapes, dict):
+        specs = _specs([x.name for x in self.inputs], input_signature)
+        if backend == "jax" and format == "tf_saved_model":
             options = dict(kwargs.pop("jax2tf_kwargs", None) or {})
-            named = {name: _named(name, spec.shape) for name, spec in shapes.items()}
+            named = {name: _named(name, spec.shape) for name, spec in specs.items()}
             kwargs["jax2tf_kwargs"] = {"polymorphic_shapes": [named]} | options
-        tokens = np.ones((1, 2), "int32")
         # PyTorch warns of shapes that are read in Python; Keras traces one token.
         with self._without_gradients(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(softmax over axis|trace)")
             # Keras calls the exporter that takes lengths that vary.
             warnings.simplefilter("ignore", DeprecationWarning)
-            # Keras refuses a model that was never called.
-            self({n: tokens for n in names}, training=False)  # type: ignore[operator]
             super().export(  # type: ignore[misc]
-                path(filepath, "filepath"), format, verbose, input_signature, **kwargs
+                path(filepath, "filepath"), format, verbose, [specs], **kwargs
             )
 
     @contextlib.contextmanager
@@ -146,17 +136,31 @@ def _need_onnx():
         )
 
 
-def _with_name(name, spec):
-    """An `InputSpec` with the input's name, which ONNX files have."""
-    if not isinstance(spec, keras.InputSpec):
-        return spec
-    return keras.InputSpec(shape=spec.shape, dtype=spec.dtype, name=name)
+def _specs(names, given):
+    """An `InputSpec` for each input, with its name, which ONNX files have."""
+    if given is None:
+        given = dict.fromkeys(names, keras.InputSpec(shape=(None, None), dtype="int32"))
+    elif isinstance(given, list | tuple) and len(given) == 1:
+        (given,) = given
+    are_specs = isinstance(given, dict) and all(
+        isinstance(spec, keras.InputSpec) and len(spec.shape or ()) == 2
+        for spec in given.values()
+    )
+    if not are_specs or set(given) != set(names):
+        raise ValueError(
+            "`input_signature` must be a dict of a `keras.InputSpec` of two sizes for "
+            f"each of {names}; got {shown(given)}."
+        )
+    return {
+        name: keras.InputSpec(shape=spec.shape, dtype=spec.dtype, name=name)
+        for name, spec in given.items()
+    }
 
 
 def _named(name, shape):
     """An input's shape for jax2tf, with open lengths named by the side.
 
-    Keras gives each length a name of its own, so those of ids and mask differ.
+    Keras names each length separately, which ids and their mask do not allow.
     """
     sizes = zip(shape, ("batch", name.split("_")[0]), strict=True)
     words = [open_size if size is None else str(size) for size, open_size in sizes]

@@ -113,6 +113,10 @@ def test_formats(preset, tmp_path):
     model = kt.TextEmbedder.from_preset(preset)
     with pytest.raises(ValueError, match="`format` must be one of .*'onnx'.* got 'pt'"):
         model.export(tmp_path / "model", format="pt")
+    spec = keras.InputSpec(shape=(1, None), dtype="int32")
+    for signature in ([spec, spec], {"ids": spec}, {x.name: 3 for x in model.inputs}):
+        with pytest.raises(ValueError, match="`input_signature` must.*encoder_token_i"):
+            model.export(tmp_path / "model", "openvino", input_signature=signature)
     if TORCH:
         with pytest.raises(ValueError, match="must be 'onnx' or 'torch' on PyTorch"):
             model.export(tmp_path / "model")
