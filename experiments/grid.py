@@ -9,7 +9,7 @@ import dataclasses
 
 SIZES = ("small", "medium", "large")
 # Trained on all texts; their runs have `LONGER` times the steps.
-FULL_SIZES = ("shallow", "deep", "twice")
+FULL_SIZES = ("shallow", "deep", "twice", "thrice")
 # name: (encoder size, decoder size)
 PAIRS = {
     "small-small": ("small", "small"),
@@ -20,6 +20,7 @@ PAIRS = {
     "deep-shallow": ("deep", "shallow"),
     "deep-deep": ("deep", "deep"),
     "twice-twice": ("twice", "twice"),
+    "thrice-thrice": ("thrice", "thrice"),
 }
 STEPS = 500  # Of continued pretraining, each 8 rows of 128 + 128 tokens.
 ROWS = 6_000  # Fine-tuning pairs, one epoch.
@@ -158,7 +159,11 @@ def full_grid():
         # f: a teacher that has learned to copy.
         options = {"teacher": "deep" + COPYING, "top_k": 64}
         add("shallow-shallow", "copying-teacher", seed, **options)
-    # b: from a second source of the shallow shape, with twice the training.
-    add("twice-twice", "prefixlm", 0)
-    decoder_only("twice", 0)
+    # b: from a second source of the shallow shape, with twice the training, and more.
+    for seed in SEEDS:
+        add("twice-twice", "prefixlm", seed)
+        decoder_only("twice", seed)
+    for seed in SEEDS:
+        add("thrice-thrice", "prefixlm", seed)
+        decoder_only("thrice", seed)
     return runs

@@ -45,8 +45,8 @@ class TextPairTask(FitMixin, Exportable, ChunkedLossTask):
 
         In-memory text is tokenized once, before training. Sources are truncated to the
         preprocessor's `encoder_sequence_length`, 512 tokens unless it was set. A
-        warning counts truncated texts and empty targets: pairs with an empty target are
-        kept, and teach the model to answer nothing.
+        warning counts truncated and empty texts: pairs with an empty source or target
+        are kept, and teach the model to answer without reading, or nothing.
 
         With `gradient_accumulation_steps=k` of the optimizer an update has the gradient
         of one batch as large as k: the mean over all their tokens. Batches left at the

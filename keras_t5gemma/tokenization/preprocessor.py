@@ -200,7 +200,7 @@ class Seq2SeqLMPreprocessor(CountsTruncation, bases.Preprocessor):
         sources, targets = text_pairs(x)
         with self.report_truncation():
             rows = [ids + [self.end_id] for ids in self.tokenizer.tokenize(targets)]
-            self.count("empty", sum(len(row) == 1 for row in rows), len(rows))
+            self.count_empty(sources=sources, targets=targets)
             rows = self._truncate(rows, self.decoder_sequence_length, "decoder")
             return self.encoder_rows(sources), rows
 

@@ -1,4 +1,4 @@
-"""Length of encoder texts; warnings about truncated texts and empty targets."""
+"""Length of encoder texts; warnings about truncated and empty texts."""
 
 import contextlib
 import contextvars
@@ -16,6 +16,9 @@ Counts: TypeAlias = dict[str, tuple[int, int]]  # `(affected, total)` by kind.
 # other threads use at the same time.
 _running: contextvars.ContextVar[dict[int, Counts]] = contextvars.ContextVar("running")
 _STACKLEVEL = 4  # The `with` block of the caller of `report_truncation`.
+
+# What pairs with an empty text teach.
+_TAUGHT = {"empty sources": "without reading", "empty targets": "nothing"}
 
 
 class _Shared:
@@ -80,14 +83,14 @@ class CountsTruncation:
     @contextlib.contextmanager
     def report_truncation(
         self,
-        empty_targets: bool = False,
+        empty: bool = False,
         all_threads: bool = False,
         pad_to: int | None = None,
     ) -> Iterator[None]:
         """Warn once, with counts, about all texts that were truncated in the context.
 
         Args:
-            empty_targets: also warn about empty targets.
+            empty: also warn about empty sources and targets.
             all_threads: include other threads, such as those that read data for `fit`.
             pad_to: the argument of this name that encoder texts are truncated to, for
                 the message; `None` is `encoder_sequence_length`.
@@ -112,7 +115,7 @@ class CountsTruncation:
                 if "text" in counts:
                     lengths["text"] = self.longest_text()
                 names = {} if pad_to is None else {"encoder": "pad_to"}
-                warn_of_truncation(counts, lengths, empty_targets, names)
+                warn_of_truncation(counts, lengths, empty, names)
 
     def longest_text(self) -> int:
         """Maximum number of tokens of a text of an objective."""
@@ -132,6 +135,11 @@ class CountsTruncation:
         before = counts.get(kind, (0, 0))
         counts[kind] = (before[0] + truncated, before[1] + total)
 
+    def count_empty(self, **texts: list[str]) -> None:
+        """Add texts that are blank to the counts, by the name of the argument."""
+        for name, column in texts.items():
+            self.count(f"empty {name}", sum(map(_is_blank, column)), len(column))
+
     def _truncate(self, rows, length, side):
         self.count(side, sum(len(row) > length for row in rows), len(rows))
         return [row[:length] for row in rows]
@@ -141,29 +149,34 @@ class CountsTruncation:
         return _running.get({}).get(id(self), shared)
 
 
+def _is_blank(text):
+    return not text.strip()
+
+
 def warn_of_truncation(
     counts: Mapping[str, tuple[int, int]],
     lengths: Mapping[str, int],
-    empty_targets: bool,
+    empty: bool,
     names: Mapping[str, str] | None = None,
 ) -> None:
     """Warn of what was truncated, with counts.
 
     Args:
         counts: `(affected, total)` by kind: `"encoder"` and `"decoder"` texts, `"text"`
-            of an objective, and `"empty"` targets.
+            of an objective, `"empty sources"` and `"empty targets"`.
         lengths: maximum number of tokens by kind.
-        empty_targets: also warn about empty targets.
+        empty: also warn about empty sources and targets.
         names: of the arguments that hold the lengths, by kind; by default those of the
             preprocessor.
     """
     for kind, (affected, total) in counts.items():
-        if not affected or (kind == "empty" and not empty_targets):
+        if not affected or (kind in _TAUGHT and not empty):
             continue
-        if kind == "empty":
+        if kind in _TAUGHT:
             message = (
-                f"{affected} of {total} targets are empty: they teach the model to "
-                "answer nothing. Remove such pairs if that is not intended."
+                f"{affected} of {total} {kind.removeprefix('empty ')} are empty: they "
+                f"teach the model to answer {_TAUGHT[kind]}. Remove such pairs if that "
+                "is not intended."
             )
         elif kind == "text":
             message = (

@@ -101,12 +101,15 @@ PAIRS = {
 def batches(model):
     """One batch each, with the same pairs: a pair a row, and several."""
     weights = [1.0, 0.5, 2.0, 1.0, 1.0]
-    with pytest.warns(UserWarning, match="2 of 10 targets are empty"):
-        with model.preprocessor.report_truncation(empty_targets=True):
-            plain, packed = (
-                PairDataset(model.preprocessor, PAIRS, weights, 5, batching=batching)
-                for batching in ("fixed", "packed")
-            )
+    with (
+        pytest.warns(UserWarning, match="2 of 10 sources are empty"),
+        pytest.warns(UserWarning, match="2 of 10 targets are empty"),
+        model.preprocessor.report_truncation(empty=True),
+    ):
+        plain, packed = (
+            PairDataset(model.preprocessor, PAIRS, weights, 5, batching=batching)
+            for batching in ("fixed", "packed")
+        )
     return plain, packed
 
 

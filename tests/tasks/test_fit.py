@@ -289,17 +289,21 @@ def test_truncation_is_reported_once_a_fit(fresh):
     assert sum("longer than" in str(w.message) for w in seen) == 1
 
 
-def test_empty_targets_are_reported_before_training(fresh):
+@pytest.mark.parametrize("kind", ["sources", "targets"])
+def test_empty_texts_are_reported_before_training(fresh, kind):
     """Also by `evaluate`, and in batches of a user; not where they are no mistake."""
-    targets = ["", *TARGETS[1:8]]
-    message = "1 of 8 targets are empty"
+    pairs = {"sources": SOURCES[:8], "targets": TARGETS[:8]}
+    pairs[kind] = [" \n", *pairs[kind][1:]]
+    x, y = pairs.values()
+    message = f"1 of 8 {kind} are empty"
     with pytest.warns(UserWarning, match=message) as seen:
-        fresh.fit(SOURCES[:8], targets, batch_size=8, epochs=2, verbose=0)
+        fresh.fit(x, y, batch_size=8, epochs=2, verbose=0)
     # For TensorFlow the first batch of a user's is looked at once more, and counted.
-    with pytest.warns(UserWarning, match=f"{message}|2 of 16 targets are empty"):
-        fresh.evaluate([(SOURCES[:8], targets)], verbose=0)
+    with pytest.warns(UserWarning, match=f"{message}|2 of 16 {kind} are empty"):
+        fresh.evaluate([(x, y)], verbose=0)
     assert sum("empty" in str(w.message) for w in seen) == 1
     fresh.score(SOURCES[0], "")
+    fresh.generate(["", SOURCES[0]], max_length=4)
 
 
 def test_saved_and_loaded_models_give_the_same_logits(fresh, tmp_path):
