@@ -28,14 +28,20 @@ NAMES = {
     "random-cross": "adapted, random cross-attention",
     "causal": "adapted, causal encoder",
 }
-
+FULL_PAIRS = (
+    "shallow-shallow",
+    "deep-shallow",
+    "deep-deep",
+    "twice-twice",
+    "thrice-thrice",
+)
 # Rows of the table of `full`: label, run before fine-tuning, run of fine-tuning.
 FULL = [
     (f"decoder-only, {size}", f"decoder-only/{size}", f"decoder-only/{size}")
     for size in FULL_SIZES
 ] + [
     (f"{pair}, {label}", f"pretrain/{pair}/{variant}", f"synopsis/{pair}/{variant}")
-    for pair in ("shallow-shallow", "deep-shallow", "deep-deep", "twice-twice")
+    for pair in FULL_PAIRS
     for variant, label in NAMES.items()
 ]
 
@@ -188,7 +194,7 @@ def draw_sources(results):
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     panel = figure.subplots()
-    for i, size in enumerate((*FULL_SIZES, "thrice")):
+    for i, size in enumerate(FULL_SIZES):
         if result := results.get(f"source/{size}"):
             start = results.get(f"source/{result['run'].get('start')}")
             before = start["log"][-1]["tokens"] if start else 0
