@@ -20,8 +20,9 @@ from keras_t5gemma.utils.checks import path
 from keras_t5gemma.utils.files import read_bytes
 from keras_t5gemma.utils.sizes import UNITS, parse_shard_size
 
-# Keras restores neither from a preset; both depend on the machine.
-_LEFT_OUT = ("compile_config", "build_config")
+FROZEN = "frozen_layers"  # In the configuration of a model that has any.
+# Not of a preset: how a model was trained, and on which machine.
+_LEFT_OUT = ("compile_config", "build_config", FROZEN)
 
 
 class AtomicSaveToPreset:

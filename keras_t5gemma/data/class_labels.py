@@ -146,11 +146,9 @@ class LabelReader:
         Raises:
             ValueError: for unknown labels, negative weights, or another `kind`.
         """
-        if (
-            self.kind != "single_label"
-            or y is None
-            or not isinstance(class_weight, dict)
-        ):
+        if y is None:
+            raise ValueError("`class_weight` needs the labels as `y`; got None.")
+        if self.kind != "single_label" or not isinstance(class_weight, dict):
             raise ValueError(
                 "`class_weight` must be a dict of labels and weights, for labels `y` "
                 f"of kind 'single_label'; got {shown(class_weight)} for {self.kind!r}."

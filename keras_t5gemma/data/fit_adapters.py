@@ -128,6 +128,20 @@ def fit_arguments(
     return {"x": x, "shuffle": False, "steps_per_epoch": steps}
 
 
+def rows_for_training(rows: int, validation_split: float) -> int:
+    """Number of rows that a validation split leaves; it takes those at the end.
+
+    Raises:
+        ValueError: for a split that takes no row.
+    """
+    held_out = int(rows * validation_split)
+    if validation_split and not held_out:
+        raise ValueError(
+            f"`validation_split` {validation_split} of {rows} rows leaves none."
+        )
+    return rows - held_out
+
+
 def _split_datasets(make, columns, sample_weight, share, like, training):
     """Datasets for training and, with a validation split, for validation.
 
@@ -151,9 +165,7 @@ def _split_datasets(make, columns, sample_weight, share, like, training):
     rows = len(next(iter(columns.values())))
     if sample_weight is not None:
         sample_weight = row_weights(sample_weight, "sample_weight", rows)
-    cut = rows - int(rows * share)
-    if share and cut == rows:
-        raise ValueError(f"`validation_split` {share} of {rows} rows leaves none.")
+    cut = rows_for_training(rows, share)
     data = {"x": dataset(slice(cut), like, **training)}
     if share:
         data["held_out"] = {"x": dataset(slice(cut, None), data["x"])}

@@ -251,12 +251,13 @@ def map_batch(
         if len(batch) and isinstance(batch[0], dict):
             columns = batch[0]
             weight = batch[2] if len(batch) > 2 else None
-        elif len(batch) == 2:
-            columns = dict(zip(TEXT_KEYS, batch, strict=True))
+        elif len(batch) in (2, 3):
+            columns = dict(zip(TEXT_KEYS, batch[:2], strict=True))
+            weight = batch[2] if len(batch) > 2 else None
     if not isinstance(columns, dict):
         raise ValueError(
-            f"A batch of `{name}` must be a dict with keys {TEXT_KEYS}, or a pair "
-            f"(sources, targets) of lists; got {shown(batch)}."
+            f"A batch of `{name}` must be a dict with keys {TEXT_KEYS}, or lists "
+            f"(sources, targets) or (sources, targets, weights); got {shown(batch)}."
         )
     if "encoder_token_ids" in columns:
         check_names(columns, INPUTS, f"A batch of `{name}`")

@@ -13,12 +13,13 @@ from keras_t5gemma.modeling.layer_iteration import (
     iter_layers,
 )
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
+from keras_t5gemma.modeling.trainability import KeepsTrainability
 from keras_t5gemma.utils.checks import one_of
 
 _MODES = (*QUANTIZED, "float8", "gptq", "awq")  # Keras's.
 
 
-class ChangesInPlace:
+class ChangesInPlace(KeepsTrainability):
     """Mixin of a `Backbone`: quantization and adapters."""
 
     config: Any

@@ -3,10 +3,11 @@
 from typing import Any
 
 from keras_t5gemma._compat import track_parameters
+from keras_t5gemma.modeling.trainability import KeepsTrainability
 from keras_t5gemma.utils.checks import path
 
 
-class ChangesBackbone:
+class ChangesBackbone(KeepsTrainability):
     """Mixin of a task: changes its `Backbone`, and forgets what was compiled before."""
 
     backbone: Any

@@ -11,6 +11,7 @@ from keras_t5gemma.training.chunked_cross_entropy import token_losses
 from keras_t5gemma.training.distillation import INPUTS as TEACHER_INPUTS
 from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy
+from keras_t5gemma.utils.backends import replica_count
 from keras_t5gemma.utils.checks import is_auto, keras_object
 from keras_t5gemma.utils.types import Tensor
 
@@ -38,12 +39,14 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
         keras_object(weighted_metrics, "weighted_metrics")
         own = is_auto(weighted_metrics)
         known = type(loss) in (TokenCrossEntropy, Distillation)
-        chunked = own and metrics is None and known
+        # Keras applies the weights of losses, to those of logits.
+        plain = metrics is None and kwargs.get("loss_weights") is None
+        chunked = own and plain and known
         chunked = chunked and loss.reduction == "mean_with_sample_weight"
         if isinstance(loss, Distillation) and not chunked:
             raise ValueError(
-                "`metrics` and `weighted_metrics` must have their defaults with "
-                "`Distillation`, which is computed without logits."
+                "`metrics`, `weighted_metrics` and `loss_weights` must have their "
+                "defaults with `Distillation`, which is computed without logits."
             )
         if own:
             accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
@@ -166,13 +169,19 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Tensor:
-        """The weighted mean over tokens, plus the losses of layers."""
+        """The weighted mean over tokens, plus the losses of layers.
+
+        In a replica of a `tf.distribute` strategy it is divided by their number, since
+        gradients are summed: as in Keras, the mean of the replicas' means.
+        """
         if not isinstance(y_pred, dict):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         losses = y_pred["losses"]
         weights = _weights(losses, sample_weight)
         total = ops.sum(losses * weights) / ops.maximum(ops.sum(weights), 1e-30)
-        return total + sum(ops.cast(ops.sum(x), total.dtype) for x in self.losses)
+        total += sum(ops.cast(ops.sum(x), total.dtype) for x in self.losses)
+        count = replica_count()
+        return total if count == 1 else total / count
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None

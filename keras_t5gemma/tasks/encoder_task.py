@@ -13,6 +13,7 @@ from keras_t5gemma._compat import set_loss_tracker, track_parameters
 from keras_t5gemma.checkpoints import catalog, keras_format, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.data.encoder_dataset import EncoderDataset, arrays, encoder_ids
+from keras_t5gemma.data.fit_adapters import rows_for_training
 from keras_t5gemma.data.pair_dataset import BATCHINGS
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
@@ -328,7 +329,7 @@ class EncoderTask(
 
         if batching is not None:
             one_of(batching, "batching", BATCHINGS)
-        cut = count - int(count * validation_split)
+        cut = rows_for_training(count, validation_split)
         data = batches(slice(cut), shuffle=shuffle, steps=steps, widths=widths)
         result = {"x": data, "shuffle": False, "steps_per_epoch": None}
         if cut < count:

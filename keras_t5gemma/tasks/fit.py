@@ -66,11 +66,8 @@ class FitMixin(CompiledTraining, SafeInference):
         flag(shuffle, "shuffle")
         if self.preprocessor is not None:
             self.preprocessor.check_positions(positions_of(self.backbone))
-        if kwargs.get("class_weight") is not None:
-            raise ValueError(
-                "`class_weight` must be None: only a TextClassifier has classes. Pass "
-                f"`sample_weight`; got {shown(kwargs['class_weight'])}."
-            )
+        _check_class_weight(kwargs.get("class_weight"))
+        whole_number(kwargs.get("initial_epoch", 0), "initial_epoch", 0)
         with self._report_truncation():  # Of in-memory text, before training.
             data = self._data(
                 x,
@@ -175,6 +172,29 @@ class FitMixin(CompiledTraining, SafeInference):
             with exclusive_loop(self):
                 return keras.Model.evaluate(self, **data, **kwargs)
 
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`keras.Model.train_on_batch` of a batch of the texts of `fit`, or of arrays.
+
+        Args:
+            x: see `preprocess_samples`.
+            y: as there.
+            sample_weight: as there.
+            class_weight: for arrays, and for the texts of a `TextClassifier`.
+            **kwargs: `return_dict`.
+        """
+        if class_weight is not None:
+            if not is_arrays(x):
+                _check_class_weight(class_weight)
+            kwargs["class_weight"] = class_weight
+        return super().train_on_batch(x, y, sample_weight, **kwargs)  # type: ignore[misc]
+
     def preprocess_samples(
         self, x: Any, y: Any = None, sample_weight: Any = None
     ) -> Any:
@@ -259,6 +279,14 @@ def check_sizes(epochs: Any = 1, **sizes: Any) -> None:
         if value is not None:
             high = MAX_ROWS if "batch_size" in name else None
             whole_number(value, name, 1, high)
+
+
+def _check_class_weight(class_weight):
+    if class_weight is not None:
+        raise ValueError(
+            "`class_weight` must be None: only a TextClassifier has classes. Pass "
+            f"`sample_weight`; got {shown(class_weight)}."
+        )
 
 
 def _callbacks(callbacks):

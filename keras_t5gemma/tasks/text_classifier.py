@@ -211,10 +211,22 @@ class TextClassifier(EncoderTask):
             number(held_out, "validation_split", at_least=0, below=1)
             weights[len(weights) - int(len(weights) * held_out) :] = 1
             given = kwargs.get("sample_weight")
-            if given is not None:
-                weights *= row_weights(given, "sample_weight", len(weights))
-            kwargs["sample_weight"] = weights
+            kwargs["sample_weight"] = _product(weights, given)
         return super().fit(x, y, batch_size, **kwargs)
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`keras.Model.train_on_batch` of texts and labels of `fit`, or of arrays."""
+        if class_weight is not None and not is_arrays(x):
+            weights = self._label_reader().weights(y, class_weight)
+            sample_weight, class_weight = _product(weights, sample_weight), None
+        return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
 
     def predict(self, x: Any, batch_size: int = 32) -> np.ndarray:
         """Probabilities of the classes.
@@ -351,6 +363,13 @@ class TextClassifier(EncoderTask):
             "dropout": self.dropout,
             "separator": self.separator,
         }
+
+
+def _product(weights, given):
+    """Weights of texts, times those of a user."""
+    if given is None:
+        return weights
+    return weights * row_weights(given, "sample_weight", len(weights))
 
 
 def _names(class_names):

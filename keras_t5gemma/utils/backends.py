@@ -23,6 +23,15 @@ def on_cpu(x: Tensor | keras.Variable) -> bool:
     return not tf.config.list_logical_devices("GPU")
 
 
+def replica_count() -> int:
+    """Number of replicas of the current `tf.distribute` strategy; 1 elsewhere."""
+    if keras.config.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
 def compiled(function: Callable) -> Callable:
     """Compile with XLA on TensorFlow, whose other CPU kernels take twice as long.
 

@@ -38,6 +38,8 @@ def to_list(values: Any, name: str) -> list:
         return to_list(values[names[0]], name)
     if hasattr(values, "numpy") and not hasattr(values, "to_list"):  # A tensor.
         values = values.numpy()
+        if isinstance(values, bytes):  # Of one string.
+            raise ValueError(_message(values, name))
     for method in _TO_LIST:
         convert = getattr(values, method, None)
         if callable(convert):
@@ -145,9 +147,8 @@ def check_unicode(text: str, place: str) -> None:
 
 def _message(values: Any, name: str) -> str:
     kind = type(values).__name__
-    return (
-        f"`{name}` must be a string or a list of strings; got {kind} {shown(values)}."
-    )
+    accepted = "a list of strings" if kind == "str" else "a string or a list of strings"
+    return f"`{name}` must be {accepted}; got {kind} {shown(values)}."
 
 
 def text_pairs(x: Any, decoder_optional: bool = False) -> tuple[list[str], list[str]]:

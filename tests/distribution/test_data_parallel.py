@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, TESTS
 
 import keras_t5gemma as kt
 
@@ -94,3 +94,14 @@ def test_two_mirrored_devices_are_one(arguments, tmp_path):
         output = ["--output", str(tmp_path / count), "--cpus", count]
         finish([start("train_mirrored.py", *arguments, *output)])
     check_equal(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
+def test_fit_in_the_scope_of_a_strategy_takes_the_same_step():
+    command = [sys.executable, "-m", "helpers.mirrored_fit"]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("REPORT"))
+    for task, found in json.loads(line.removeprefix("REPORT ")).items():
+        assert found["moved"] > 1e-3, task
+        assert found["update"] < 1e-6 and found["loss"] < 1e-5, task

@@ -1,6 +1,7 @@
 """Texts in the containers of other libraries, in every method that takes texts."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.data.text_batches import map_batch
 from keras_t5gemma.data.text_columns import as_columns, as_documents, pairs_of
 from keras_t5gemma.planning.planner import read_length
+from keras_t5gemma.utils.texts import as_texts
 
 pytestmark = pytest.mark.one_backend
 TEXTS = ["A board game", "Fonts of the old kind", "cards"]
@@ -38,6 +40,12 @@ def tables(data):
             yield __import__(library).DataFrame(data)
         except ImportError:
             continue
+
+
+def test_a_tensor_of_one_string_is_no_list_of_its_bytes():
+    tensor = types.SimpleNamespace(shape=(), numpy=lambda: b"A board game")
+    with pytest.raises(ValueError, match="`x` must be a string or a .*got bytes b'A b"):
+        as_texts(tensor, "x")
 
 
 def test_columns_and_tables_are_pairs():

@@ -79,6 +79,81 @@ def test_a_copy_answers_and_is_compiled_like_the_original(
     assert len(found.evaluate(*data(model), verbose=0)) > 1  # Loss and metrics.
 
 
+def freeze_backbone(model):
+    model.backbone.trainable = False
+
+
+def freeze_all(model):
+    model.trainable = False
+
+
+def freeze_most_of_the_encoder(model):
+    model.backbone.encoder.trainable = False
+    model.backbone.encoder.final_norm.trainable = True
+
+
+def freeze_head(model):
+    for layer in model.layers:
+        layer.trainable = layer is model.backbone
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize(
+    "freeze", [freeze_backbone, freeze_all, freeze_most_of_the_encoder, freeze_head]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_frozen_like_the_original(kind, freeze, copied, tokenizer, tmp_path):
+    model = make(kind, tokenizer)
+    freeze(model)
+    model.compile(keras.optimizers.AdamW(1e-2))
+    model.optimizer.build(model.trainable_variables)
+    found = copied(model, tmp_path)
+    flags = [v.trainable for v in model.weights]
+    assert not all(flags) or kind == "lm"
+    assert [v.trainable for v in found.weights] == flags
+    assert found.get_config() == model.get_config()
+    for one, other in ((found, model), (found.backbone, model.backbone)):
+        assert one.trainable == other.trainable
+        assert len(one.trainable_variables) == len(other.trainable_variables)
+    assert len(found.optimizer.variables) == len(model.optimizer.variables)
+
+
+def test_frozen_training_goes_on_in_a_copy(tokenizer, tmp_path):
+    model = make("lm", tokenizer)
+    model.backbone.encoder.trainable = False
+    model.compile(keras.optimizers.AdamW(1e-2))
+    model.fit(*data(model), verbose=0)
+    found = through_file(model, tmp_path)
+    losses = [
+        m.fit(*data(m), epochs=2, shuffle=False, verbose=0).history["loss"]
+        for m in (model, found)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    for a, b in zip(model.get_weights(), found.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_preset_is_not_frozen(tokenizer, tmp_path):
+    model = make("classifier", tokenizer)
+    freeze_all(model)
+    model.save_to_preset(tmp_path)
+    assert "frozen" not in (tmp_path / "task.json").read_text()
+    found = kt.TextClassifier.from_preset(tmp_path)
+    assert len(found.trainable_variables) == len(model.weights)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_adapters_are_merged_into_a_copy_with_a_warning(copied, tokenizer, tmp_path):
+    model = make("lm", tokenizer)
+    model.enable_lora(2)
+    for variable in model.trainable_variables:
+        variable.assign(np.full(variable.shape, 0.1, "float32"))
+    with pytest.warns(UserWarning, match="the adapters into.*save_lora_weights"):
+        found = copied(model, tmp_path)
+    np.testing.assert_allclose(answer(found), answer(model), atol=1e-5)
+    assert len(found.trainable_variables) == len(found.weights)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_configuration_makes_a_task_without_a_vocabulary(kind, tokenizer):
     model = make(kind, tokenizer)

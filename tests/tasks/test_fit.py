@@ -306,6 +306,13 @@ def test_empty_texts_are_reported_before_training(fresh, kind):
     fresh.generate(["", SOURCES[0]], max_length=4)
 
 
+@pytest.mark.one_backend
+@pytest.mark.parametrize("value", [-1, 1.5, "1", None])
+def test_the_first_epoch_is_checked(fresh, value):
+    with pytest.raises(ValueError, match="`initial_epoch` must be a whole number"):
+        fresh.fit(SOURCES, TARGETS, initial_epoch=value, verbose=0)
+
+
 def test_saved_and_loaded_models_give_the_same_logits(fresh, tmp_path):
     fresh.compile(optimizer=keras.optimizers.AdamW(1e-2), sampler="beam")
     fresh.fit(SOURCES, TARGETS, batch_size=8, verbose=0)

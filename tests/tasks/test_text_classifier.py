@@ -295,12 +295,34 @@ def test_class_weights(tokenizer):
         ({"tool": -1}, r"`class_weight\['tool'\]` must be a number at least 0"),
         ([1, 2, 3], "`class_weight` must be a dict"),
     ):
-        with pytest.raises(ValueError, match=message):
-            classifier.fit(TEXTS, LABELS, class_weight=weights)
+        for method in (classifier.fit, classifier.train_on_batch):
+            with pytest.raises(ValueError, match=message):
+                method(TEXTS, LABELS, class_weight=weights)
+    with pytest.raises(ValueError, match="`class_weight` needs the labels as `y`"):
+        classifier.fit(TEXTS, class_weight={"tool": 0.5})
     with pytest.raises(ValueError, match="`class_weight` must be.*for 'regression'"):
         make_classifier(tokenizer, kind="regression").fit(
             TEXTS, range(6), class_weight={0: 1}
         )
+
+
+def test_class_weights_of_a_batch(tokenizer):
+    """The loss is that of `sample_weight`, with which they are multiplied."""
+    classifier = make_classifier(tokenizer)
+    classifier.compile(keras.optimizers.SGD(0.0))
+    found = classifier.train_on_batch(
+        TEXTS[:2], ["game", "tool"], [1, 3], class_weight={"game": 5}, return_dict=True
+    )
+    weighted = classifier.train_on_batch(
+        TEXTS[:2], ["game", "tool"], sample_weight=[5, 3], return_dict=True
+    )
+    assert found["loss"] == pytest.approx(weighted["loss"], rel=1e-5)
+
+
+@pytest.mark.one_backend
+def test_a_split_without_rows_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="`validation_split` 0.01 of 6 rows leaves"):
+        make_classifier(tokenizer).fit(TEXTS, LABELS, validation_split=0.01)
 
 
 @pytest.mark.one_backend

@@ -1,0 +1,99 @@
+"""Which layers are frozen, kept by `.keras` files, pickles and deep copies."""
+
+import warnings
+from typing import Any
+
+import keras
+
+from keras_t5gemma.checkpoints.preset_saving import FROZEN
+from keras_t5gemma.modeling.layer_iteration import iter_layers, sublayers
+
+
+class KeepsTrainability:
+    """Mixin of a model that is saved by the arguments of its constructor.
+
+    Keras saves `trainable` with each layer of a functional model. Here the layers are
+    made by the constructor, so the configuration lists those that are frozen.
+    """
+
+    def get_config(self) -> dict:
+        config = super().get_config()  # type: ignore[misc]
+        frozen = _frozen(self)
+        return {**config, FROZEN: frozen} if frozen else config
+
+    @classmethod
+    def from_config(cls, config: dict) -> Any:
+        """Make an instance from the dict of `get_config`."""
+        frozen = set(config.get(FROZEN, ()))
+        config = {name: value for name, value in config.items() if name != FROZEN}
+        model = super().from_config(config)  # type: ignore[misc]
+        if frozen:
+            for layer in _own_layers(model):
+                layer.trainable = _path(layer, model) not in frozen
+        return model
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.save`: the model, how it is compiled, its optimizer's state.
+
+        Adapters are merged into the weights, with a warning: the loaded model has none.
+
+        Args:
+            filepath: ending in `.keras`.
+            *args: those of `keras.Model.save`.
+            **kwargs: those of `keras.Model.save`.
+        """
+        _warn_of_adapters(self, "`save` merges")
+        super().save(filepath, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        _warn_of_adapters(self, "a pickle or deep copy merges")
+        return super().__reduce__()
+
+
+def _own_layers(model):
+    """Layers of a model but those of its backbone, each after all that contain it.
+
+    Assigning `trainable` changes all layers below, too.
+    """
+    backbone = getattr(model, "backbone", None)
+    seen = set()
+    if isinstance(backbone, KeepsTrainability):
+        seen = {id(layer) for layer in iter_layers(backbone)}
+    order: list[keras.layers.Layer] = []
+
+    def visit(layer):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            for below in sublayers(layer):
+                visit(below)
+            order.append(layer)
+
+    visit(model)
+    return order[::-1]
+
+
+def _path(layer, model):
+    """Of a layer in its model, whatever the name of the model is."""
+    return "" if layer is model else layer.path or layer.name
+
+
+def _frozen(model):
+    """Sorted paths of the frozen layers; none with adapters, which are merged."""
+    if _has_adapters(model):
+        return []
+    layers = _own_layers(model)
+    return sorted(_path(layer, model) for layer in layers if not layer.trainable)
+
+
+def _has_adapters(model):
+    return any(getattr(layer, "lora_enabled", False) for layer in iter_layers(model))
+
+
+def _warn_of_adapters(model, what):
+    if _has_adapters(model):
+        warnings.warn(
+            f"{what} the adapters into the weights: the new model has none, and its "
+            "training would go on with all weights. `save_lora_weights` saves "
+            "adapters, `callbacks.BackupAndRestore` a training that is to go on.",
+            stacklevel=3,
+        )
