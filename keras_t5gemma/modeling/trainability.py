@@ -28,8 +28,14 @@ class KeepsTrainability:
         config = {name: value for name, value in config.items() if name != FROZEN}
         model = super().from_config(config)  # type: ignore[misc]
         if frozen:
-            for layer in _own_layers(model):
-                layer.trainable = _path(layer, model) not in frozen
+            layers = _parents_first(model)
+            wanted = [layer.trainable for layer in layers]  # Those of a backbone.
+            own = {id(layer) for layer in _own_layers(model)}
+            for i, layer in enumerate(layers):
+                if id(layer) in own:
+                    wanted[i] = _path(layer, model) not in frozen
+            for layer, value in zip(layers, wanted, strict=True):
+                layer.trainable = value
         return model
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
@@ -50,15 +56,12 @@ class KeepsTrainability:
         return super().__reduce__()
 
 
-def _own_layers(model):
-    """Layers of a model but those of its backbone, each after all that contain it.
+def _parents_first(model):
+    """All layers, each after those that contain it.
 
     Assigning `trainable` changes all layers below, too.
     """
-    backbone = getattr(model, "backbone", None)
     seen = set()
-    if isinstance(backbone, KeepsTrainability):
-        seen = {id(layer) for layer in iter_layers(backbone)}
     order: list[keras.layers.Layer] = []
 
     def visit(layer):
@@ -70,6 +73,16 @@ def _own_layers(model):
 
     visit(model)
     return order[::-1]
+
+
+def _own_layers(model):
+    """Layers with weights, without those that the configuration of a backbone lists."""
+    backbone = getattr(model, "backbone", None)
+    others = set()
+    if isinstance(backbone, KeepsTrainability):
+        others = {id(layer) for layer in iter_layers(backbone)}
+    layers = iter_layers(model)
+    return [layer for layer in layers if layer.weights and id(layer) not in others]
 
 
 def _path(layer, model):
