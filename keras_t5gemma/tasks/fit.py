@@ -66,7 +66,8 @@ class FitMixin(CompiledTraining, SafeInference):
         flag(shuffle, "shuffle")
         if self.preprocessor is not None:
             self.preprocessor.check_positions(positions_of(self.backbone))
-        _check_class_weight(kwargs.get("class_weight"))
+        if kwargs.get("class_weight") is not None:
+            self._weights_by_class(y, kwargs["class_weight"], sample_weight)
         whole_number(kwargs.get("initial_epoch", 0), "initial_epoch", 0)
         with self._report_truncation():  # Of in-memory text, before training.
             data = self._data(
@@ -188,12 +189,25 @@ class FitMixin(CompiledTraining, SafeInference):
             sample_weight: as there.
             class_weight: for arrays, and for the texts of a `TextClassifier`.
             **kwargs: `return_dict`.
+
+        Returns:
+            Loss and metrics, as of Keras.
+
+        Raises:
+            ValueError: for `class_weight` with texts without classes.
         """
-        if class_weight is not None:
-            if not is_arrays(x):
-                _check_class_weight(class_weight)
+        if class_weight is not None and is_arrays(x):
             kwargs["class_weight"] = class_weight
+        elif class_weight is not None:
+            sample_weight = self._weights_by_class(y, class_weight, sample_weight)
         return super().train_on_batch(x, y, sample_weight, **kwargs)  # type: ignore[misc]
+
+    def _weights_by_class(self, y, class_weight, sample_weight):
+        """Weights of texts by their labels `y`, times `sample_weight`."""
+        raise ValueError(
+            "`class_weight` must be None: only a TextClassifier has classes. Pass "
+            f"`sample_weight`; got {shown(class_weight)}."
+        )
 
     def preprocess_samples(
         self, x: Any, y: Any = None, sample_weight: Any = None
@@ -279,14 +293,6 @@ def check_sizes(epochs: Any = 1, **sizes: Any) -> None:
         if value is not None:
             high = MAX_ROWS if "batch_size" in name else None
             whole_number(value, name, 1, high)
-
-
-def _check_class_weight(class_weight):
-    if class_weight is not None:
-        raise ValueError(
-            "`class_weight` must be None: only a TextClassifier has classes. Pass "
-            f"`sample_weight`; got {shown(class_weight)}."
-        )
 
 
 def _callbacks(callbacks):

@@ -206,27 +206,20 @@ class TextClassifier(EncoderTask):
                 NaN, or empty texts.
         """
         if class_weight is not None:
-            weights = self._label_reader().weights(y, class_weight)
             held_out = kwargs.get("validation_split", 0.0)
             number(held_out, "validation_split", at_least=0, below=1)
-            weights[len(weights) - int(len(weights) * held_out) :] = 1
-            given = kwargs.get("sample_weight")
-            kwargs["sample_weight"] = _product(weights, given)
+            kwargs["sample_weight"] = self._weights_by_class(
+                y, class_weight, kwargs.get("sample_weight"), held_out
+            )
         return super().fit(x, y, batch_size, **kwargs)
 
-    def train_on_batch(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        class_weight: dict | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """`keras.Model.train_on_batch` of texts and labels of `fit`, or of arrays."""
-        if class_weight is not None and not is_arrays(x):
-            weights = self._label_reader().weights(y, class_weight)
-            sample_weight, class_weight = _product(weights, sample_weight), None
-        return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
+    def _weights_by_class(self, y, class_weight, sample_weight, held_out=0.0):
+        """See `FitMixin`; those of the share that is held out, from the end, are 1."""
+        weights = self._label_reader().weights(y, class_weight)
+        weights[len(weights) - int(len(weights) * held_out) :] = 1
+        if sample_weight is None:
+            return weights
+        return weights * row_weights(sample_weight, "sample_weight", len(weights))
 
     def predict(self, x: Any, batch_size: int = 32) -> np.ndarray:
         """Probabilities of the classes.
@@ -363,13 +356,6 @@ class TextClassifier(EncoderTask):
             "dropout": self.dropout,
             "separator": self.separator,
         }
-
-
-def _product(weights, given):
-    """Weights of texts, times those of a user."""
-    if given is None:
-        return weights
-    return weights * row_weights(given, "sample_weight", len(weights))
 
 
 def _names(class_names):
