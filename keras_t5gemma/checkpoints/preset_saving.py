@@ -117,7 +117,8 @@ def _write_json(value, path):
 
 
 def _without(value):
-    """A serialized object without the keys `_LEFT_OUT`, at any depth."""
+    """A serialized object without the keys `_LEFT_OUT` and not frozen, at any depth."""
     if not isinstance(value, dict):
         return value
-    return {k: _without(v) for k, v in value.items() if k not in _LEFT_OUT}
+    kept = {k: _without(v) for k, v in value.items() if k not in _LEFT_OUT}
+    return {**kept, "trainable": True} if "trainable" in kept else kept

@@ -129,15 +129,15 @@ def fit_arguments(
 
 
 def rows_for_training(rows: int, validation_split: float) -> int:
-    """Number of rows that a validation split leaves; it takes those at the end.
+    """Number of rows before those that a validation split holds out, at the end.
 
     Raises:
-        ValueError: for a split that takes no row.
+        ValueError: for a split that holds out no row.
     """
     held_out = int(rows * validation_split)
     if validation_split and not held_out:
         raise ValueError(
-            f"`validation_split` {validation_split} of {rows} rows leaves none."
+            f"`validation_split` {validation_split} of {rows} rows holds out no row."
         )
     return rows - held_out
 

@@ -18,7 +18,10 @@ class KeepsTrainability:
 
     def get_config(self) -> dict:
         config = super().get_config()  # type: ignore[misc]
-        frozen = _frozen(self)
+        if _has_adapters(self):  # They are merged; all else was frozen for them.
+            return {**config, **({"trainable": True} if "trainable" in config else {})}
+        layers = _own_layers(self)
+        frozen = sorted(_path(layer, self) for layer in layers if not layer.trainable)
         return {**config, FROZEN: frozen} if frozen else config
 
     @classmethod
@@ -52,7 +55,7 @@ class KeepsTrainability:
         super().save(filepath, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
-        _warn_of_adapters(self, "a pickle or deep copy merges")
+        _warn_of_adapters(self, "A pickle or a deep copy merges")
         return super().__reduce__()
 
 
@@ -86,16 +89,11 @@ def _own_layers(model):
 
 
 def _path(layer, model):
-    """Of a layer in its model, whatever the name of the model is."""
-    return "" if layer is model else layer.path or layer.name
-
-
-def _frozen(model):
-    """Sorted paths of the frozen layers; none with adapters, which are merged."""
-    if _has_adapters(model):
-        return []
-    layers = _own_layers(model)
-    return sorted(_path(layer, model) for layer in layers if not layer.trainable)
+    """Of a layer in its model, whatever the names of the model and what holds it."""
+    folders = "" if layer is model else layer.path or layer.name
+    parts = folders.split("/")
+    tower = next((i for i, x in enumerate(parts) if x in ("encoder", "decoder")), 0)
+    return "/".join(parts[tower:])
 
 
 def _has_adapters(model):
@@ -107,6 +105,7 @@ def _warn_of_adapters(model, what):
         warnings.warn(
             f"{what} the adapters into the weights: the new model has none, and its "
             "training would go on with all weights. `save_lora_weights` saves "
-            "adapters, `callbacks.BackupAndRestore` a training that is to go on.",
+            "adapters, `keras_t5gemma.callbacks.BackupAndRestore` a training that is "
+            "to go on.",
             stacklevel=3,
         )

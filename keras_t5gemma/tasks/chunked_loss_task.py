@@ -39,9 +39,9 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
         keras_object(weighted_metrics, "weighted_metrics")
         own = is_auto(weighted_metrics)
         known = type(loss) in (TokenCrossEntropy, Distillation)
-        # Keras applies the weights of losses, to those of logits.
-        plain = metrics is None and kwargs.get("loss_weights") is None
-        chunked = own and plain and known
+        # Keras applies `loss_weights`, to losses of logits only.
+        has_defaults = metrics is None and kwargs.get("loss_weights") is None
+        chunked = own and has_defaults and known
         chunked = chunked and loss.reduction == "mean_with_sample_weight"
         if isinstance(loss, Distillation) and not chunked:
             raise ValueError(

@@ -154,10 +154,10 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
                 example; it needs little memory and works with bfloat16 weights. For
                 `gradient_accumulation_steps` see `fit`.
             loss: `"auto"` is `TokenCrossEntropy()`, the mean over the target tokens
-                of the batch without padding. This loss with the default metrics, or a
-                `Distillation`, is computed in chunks; any other loss gets the logits.
-            weighted_metrics: `"auto"` is the accuracy of the next token, and the
-                perplexity.
+                of the batch without padding. With the default metrics and no
+                `loss_weights`, and as a `Distillation`, it is computed in chunks.
+            weighted_metrics: `"auto"` is the accuracy of the next token, and
+                perplexity if the loss is computed in chunks.
             sampler: for `generate`: `"auto"` is `generation_defaults`, or greedy;
                 `"greedy"`, `"beam"`, `"random"`, `"top_k"`, `"top_p"`, or a sampler.
             rematerialize: keep only the input of each block for the backward pass and

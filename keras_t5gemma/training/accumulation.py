@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma import _compat
-from keras_t5gemma.utils.backends import no_gradients
+from keras_t5gemma.utils.backends import no_gradients, replica_count
 from keras_t5gemma.utils.types import Tensor
 
 _MEANS = ("mean_with_sample_weight", "sum_over_batch_size", "mean")
@@ -108,9 +108,20 @@ def accumulate_exactly(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def callbacks(optimizer: keras.optimizers.Optimizer) -> list[ApplyRest]:
-    """The callback that ends a `fit`; none without accumulation."""
+    """The callback that ends a `fit`; none without accumulation.
+
+    Raises:
+        ValueError: for accumulation in the scope of a `tf.distribute` strategy.
+    """
     accumulation = _accumulation(optimizer)
-    return [] if accumulation is None else [ApplyRest(accumulation)]
+    if accumulation is None:
+        return []
+    if replica_count() > 1:
+        raise ValueError(
+            "`gradient_accumulation_steps` must be None in the scope of a strategy of "
+            f"{replica_count()} replicas; got {optimizer.gradient_accumulation_steps}."
+        )
+    return [ApplyRest(accumulation)]
 
 
 @contextlib.contextmanager

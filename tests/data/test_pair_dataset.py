@@ -312,7 +312,10 @@ def test_what_cannot_go_on_says_so(preprocessor):
         ({"batch_size": 2.5}, "`batch_size` must be a whole number.*2.5"),
         ({"steps": 8, "batch_size": 5}, "7 batches of 5 rows, fewer than the 8 steps"),
         ({"sample_weight": [1.0]}, r"one weight for each of the 35 rows.*\(1,\)"),
-        ({"validation_split": 0.01}, "`validation_split` 0.01 of 35 rows leaves none"),
+        (
+            {"validation_split": 0.01},
+            "`validation_split` 0.01 of 35 rows holds out no row",
+        ),
         ({"x": {key: [] for key in PAIRS}}, "same number of rows.*at least"),
         (
             {"x": {key: [] for key in PAIRS}, "name": "validation_data"},

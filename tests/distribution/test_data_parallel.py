@@ -99,9 +99,15 @@ def test_two_mirrored_devices_are_one(arguments, tmp_path):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
 def test_fit_in_the_scope_of_a_strategy_takes_the_same_step():
     command = [sys.executable, "-m", "helpers.mirrored_fit"]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=TESTS, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("REPORT"))
-    for task, found in json.loads(line.removeprefix("REPORT ")).items():
+    report = json.loads(line.removeprefix("REPORT "))
+    error = report.pop("error")
+    assert error.startswith("`gradient_accumulation_steps` must be None in the scope")
+    assert len(report) == 2
+    for task, found in report.items():
         assert found["moved"] > 1e-3, task
         assert found["update"] < 1e-6 and found["loss"] < 1e-5, task

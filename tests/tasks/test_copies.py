@@ -97,10 +97,22 @@ def freeze_head(model):
         layer.trainable = layer is model.backbone
 
 
+def freeze_head_and_encoder(model):
+    freeze_head(model)
+    model.backbone.encoder.trainable = False
+
+
+FREEZE = [
+    freeze_backbone,
+    freeze_all,
+    freeze_most_of_the_encoder,
+    freeze_head,
+    freeze_head_and_encoder,
+]
+
+
 @pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize(
-    "freeze", [freeze_backbone, freeze_all, freeze_most_of_the_encoder, freeze_head]
-)
+@pytest.mark.parametrize("freeze", FREEZE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_frozen_like_the_original(kind, freeze, copied, tokenizer, tmp_path):
     model = make(kind, tokenizer)
@@ -109,7 +121,7 @@ def test_a_copy_is_frozen_like_the_original(kind, freeze, copied, tokenizer, tmp
     model.optimizer.build(model.trainable_variables)
     found = copied(model, tmp_path)
     flags = [v.trainable for v in model.weights]
-    assert not all(flags) or kind == "lm"
+    assert not all(flags)
     assert [v.trainable for v in found.weights] == flags
     assert found.get_config() == model.get_config()
     for one, other in ((found, model), (found.backbone, model.backbone)):
@@ -140,6 +152,18 @@ def test_a_preset_is_not_frozen(tokenizer, tmp_path):
     assert "frozen" not in (tmp_path / "task.json").read_text()
     found = kt.TextClassifier.from_preset(tmp_path)
     assert len(found.trainable_variables) == len(model.weights)
+    assert found.backbone.trainable
+
+
+def test_a_backbone_alone_keeps_what_is_frozen(tokenizer, tmp_path):
+    """Wherever it was made."""
+    with keras.name_scope("outside"):
+        backbone = make("lm", tokenizer).backbone
+    backbone.decoder.trainable = False
+    for found in (through_file(backbone, tmp_path), copy.deepcopy(backbone)):
+        flags = [v.trainable for v in found.weights]
+        assert flags == [v.trainable for v in backbone.weights] and any(flags)
+        assert not found.decoder.trainable and found.encoder.trainable
 
 
 @pytest.mark.parametrize("copied", COPIES)
@@ -151,7 +175,8 @@ def test_adapters_are_merged_into_a_copy_with_a_warning(copied, tokenizer, tmp_p
     with pytest.warns(UserWarning, match="the adapters into.*save_lora_weights"):
         found = copied(model, tmp_path)
     np.testing.assert_allclose(answer(found), answer(model), atol=1e-5)
-    assert len(found.trainable_variables) == len(found.weights)
+    for part in (found, found.backbone):
+        assert len(part.trainable_variables) == len(found.weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)

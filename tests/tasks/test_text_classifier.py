@@ -321,7 +321,9 @@ def test_class_weights_of_a_batch(tokenizer):
 
 @pytest.mark.one_backend
 def test_a_split_without_rows_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="`validation_split` 0.01 of 6 rows leaves"):
+    with pytest.raises(
+        ValueError, match="`validation_split` 0.01 of 6 rows holds out no"
+    ):
         make_classifier(tokenizer).fit(TEXTS, LABELS, validation_split=0.01)
 
 
