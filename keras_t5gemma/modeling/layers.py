@@ -44,8 +44,22 @@ def stored_weight(layer, name):
     return next(v for v in layer.variables if v.name == name)
 
 
+class _FreshAdapters:
+    """Mixin of a layer with adapters: they go on learning after `load_weights`.
+
+    `save_weights` of Keras merges adapters, and `load_weights` sets both factors to
+    zero, so that neither has a gradient any more.
+    """
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        if self.lora_enabled:
+            first = next(v for v in self.variables if v.name.startswith("lora_"))
+            first.assign(keras.initializers.HeUniform()(first.shape, first.dtype))
+
+
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class TokenEmbedding(keras.layers.ReversibleEmbedding):
+class TokenEmbedding(_FreshAdapters, keras.layers.ReversibleEmbedding):
     """Token embedding, tied to the logits; int8 quantizes the weights only.
 
     Keras also quantizes the activations: the gradient through its int8 logits has a
@@ -91,7 +105,7 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Projection(keras.layers.Dense):
+class Projection(_FreshAdapters, keras.layers.Dense):
     """Dense layer without bias; int8 quantizes the weights only.
 
     They are dequantized for a float product: inputs and gradients stay exact.

@@ -130,6 +130,25 @@ def gradient(quantize):
     return [value - numpy(variable) for value, variable in pairs]
 
 
+def test_adapters_learn_after_load_weights(tmp_path):
+    """Keras loads merged weights, and makes both factors zero, without a gradient."""
+    model = make_model(make_config=one_block_config)
+    model.enable_lora(2, parts=["decoder", "embeddings"])
+    train(model)
+    x = random_inputs()
+    expected = numpy(model(x))
+    model.save_weights(tmp_path / "best.weights.h5")
+    model.load_weights(tmp_path / "best.weights.h5")
+    assert max_difference(model(x), expected) < 1e-3 * np.abs(expected).max()
+    before = {v.path: numpy(v).copy() for v in model.trainable_variables}
+    kept = base(model)
+    train(model)
+    for variable in model.trainable_variables:
+        assert np.abs(numpy(variable) - before[variable.path]).max() > 1e-3
+    for path, value in base(model).items():
+        np.testing.assert_array_equal(value, kept[path])
+
+
 def test_adapters_on_int8_have_the_gradient_of_float32():
     """Trap: through Keras's int8 logits it points nowhere."""
     exact, quantized = (
