@@ -22,7 +22,7 @@ from keras_t5gemma.utils.sizes import UNITS, parse_shard_size
 
 FROZEN = "frozen_layers"  # In the configuration of a model that has any.
 # Not of a preset: how a model was trained, and on which machine.
-_LEFT_OUT = ("compile_config", "build_config", FROZEN)
+_LEFT_OUT = ("compile", "compile_config", "build_config", FROZEN)
 
 
 class AtomicSaveToPreset:

@@ -17,7 +17,7 @@ from keras_t5gemma.modeling import bases, weight_loading
 from keras_t5gemma.modeling.blockwise_attention import WithAttentionKernel
 from keras_t5gemma.modeling.exportable import Exportable
 from keras_t5gemma.modeling.in_place import ChangesInPlace
-from keras_t5gemma.modeling.layer_iteration import iter_layers
+from keras_t5gemma.modeling.layer_iteration import iter_layers, path_of
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.modeling.towers import Decoder, Encoder
 from keras_t5gemma.utils.checks import flag, instance, path
@@ -101,7 +101,7 @@ class Backbone(
             # Keras 3.15 cannot save a quantized layer that holds the map itself.
             for tower in filter(None, (encoder, decoder)):
                 for layer in iter_layers(tower):
-                    _compat.set_dtype_policy(layer, dtype[layer.path])
+                    _compat.set_dtype_policy(layer, dtype[path_of(layer)])
         super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
         self.config = config
         self.lineage = lineage

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_t5gemma.modeling.layer_iteration import iter_layers
-
 
 class _Properties:
     """Assignment through properties, and before a model is constructed.
@@ -58,20 +56,6 @@ class _Backbone(_FromConfig, _Properties, keras.Model):
         self._can_track = True
         if dtype is not None:
             self.dtype_policy = keras.dtype_policies.get(dtype)
-
-    def get_config(self) -> dict:
-        policy = self.dtype_policy
-        if not isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-            quantized = keras.dtype_policies.DTypePolicyMap()
-            for layer in iter_layers(self):
-                if layer.quantization_mode is not None:
-                    quantized[layer.path] = layer.dtype_policy
-            policy = quantized if len(quantized) else policy
-        return {
-            "name": self.name,
-            "trainable": self.trainable,
-            "dtype": keras.dtype_policies.serialize(policy),
-        }
 
 
 class _Task(_FromConfig, _Properties, keras.Model):

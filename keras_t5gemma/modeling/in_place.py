@@ -6,11 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import keras
+
 from keras_t5gemma.distribution import mesh, process_group
 from keras_t5gemma.modeling import lora
 from keras_t5gemma.modeling.layer_iteration import (
     is_projection_or_embedding,
     iter_layers,
+    path_of,
 )
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.modeling.trainability import KeepsTrainability
@@ -23,6 +26,22 @@ class ChangesInPlace(KeepsTrainability):
     """Mixin of a `Backbone`: quantization and adapters."""
 
     config: Any
+    name: str
+    trainable: bool
+    dtype_policy: Any
+
+    def get_config(self) -> dict:
+        """What KerasHub's `Backbone.get_config` gives; with the dtypes as they are.
+
+        KerasHub leaves out the policy of the layers that are not quantized, and those
+        that were quantized after the model had a map of policies.
+        """
+        config = {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.dtype_policies.serialize(_policy(self)),
+        }
+        return self._with_frozen_layers(config)
 
     def quantize(
         self, mode: str | None = None, filters: Any = None, **kwargs: Any
@@ -129,3 +148,16 @@ class ChangesInPlace(KeepsTrainability):
             Names of the query and value projections, of self- and cross-attention.
         """
         return ["query", "value"]
+
+
+def _policy(model):
+    """The dtype policy of a model, a map of them if layers are quantized."""
+    policy = model.dtype_policy
+    layers = [x for x in iter_layers(model) if x.quantization_mode is not None]
+    if not layers:
+        return policy
+    policies = {}
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy, policies = policy.default_policy, dict(policy)
+    policies |= {path_of(layer): layer.dtype_policy for layer in layers}
+    return keras.dtype_policies.DTypePolicyMap(policy.name, policies)

@@ -35,6 +35,13 @@ def iter_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
             stack += reversed(sublayers(found))
 
 
+def path_of(layer: keras.layers.Layer) -> str:
+    """Path of a layer, without the names of what its model was made in."""
+    folders = (layer.path or layer.name).split("/")
+    towers = [i for i, name in enumerate(folders) if name in ("encoder", "decoder")]
+    return "/".join(folders[towers[-1] if towers else 0 :])
+
+
 def is_projection_or_embedding(layer: keras.layers.Layer) -> bool:
     """Whether `Backbone.quantize` quantizes a layer by default."""
     return isinstance(layer, keras.layers.Dense | keras.layers.Embedding)

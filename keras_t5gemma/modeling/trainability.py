@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_t5gemma.checkpoints.preset_saving import FROZEN
-from keras_t5gemma.modeling.layer_iteration import iter_layers, sublayers
+from keras_t5gemma.modeling.layer_iteration import iter_layers, path_of, sublayers
 
 
 class KeepsTrainability:
@@ -17,7 +17,10 @@ class KeepsTrainability:
     """
 
     def get_config(self) -> dict:
-        config = super().get_config()  # type: ignore[misc]
+        return self._with_frozen_layers(super().get_config())  # type: ignore[misc]
+
+    def _with_frozen_layers(self, config):
+        """A configuration, and the paths of the frozen layers if there are any."""
         if _has_adapters(self):  # They are merged; all else was frozen for them.
             return {**config, **({"trainable": True} if "trainable" in config else {})}
         layers = _own_layers(self)
@@ -89,11 +92,8 @@ def _own_layers(model):
 
 
 def _path(layer, model):
-    """Of a layer in its model, whatever the names of the model and what holds it."""
-    folders = "" if layer is model else layer.path or layer.name
-    parts = folders.split("/")
-    tower = next((i for i, x in enumerate(parts) if x in ("encoder", "decoder")), 0)
-    return "/".join(parts[tower:])
+    """Of a layer in its model, whatever the name of the model is."""
+    return "" if layer is model else path_of(layer)
 
 
 def _has_adapters(model):

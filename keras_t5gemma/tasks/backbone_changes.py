@@ -11,6 +11,11 @@ class ChangesBackbone(KeepsTrainability):
     """Mixin of a task: changes its `Backbone`, and forgets what was compiled before."""
 
     backbone: Any
+    compiled: bool
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        return config if self.compiled else {**config, "compile": False}
 
     def enable_lora(
         self,

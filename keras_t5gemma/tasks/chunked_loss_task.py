@@ -62,7 +62,7 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
 
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()
-        if config is not None and self.chunked_loss is not None:
+        if config and self.chunked_loss is not None:
             config["weighted_metrics"] = "auto"
         return config
 

@@ -184,7 +184,8 @@ class EncoderTask(
 
     def _not_the_head(self):
         """Layers of the backbone; and the optimizer, which KerasHub never loads."""
-        return [*iter_layers(self.backbone), *filter(None, [self.optimizer])]
+        optimizer = getattr(self, "optimizer", None)  # There is none before `compile`.
+        return [*iter_layers(self.backbone), *filter(None, [optimizer])]
 
     def compile(
         self, optimizer: Any = "auto", *, rematerialize: bool = False, **kwargs: Any

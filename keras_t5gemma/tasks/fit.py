@@ -26,6 +26,7 @@ class FitMixin(CompiledTraining, SafeInference):
     backbone: Any
     preprocessor: Any
     optimizer: Any
+    has_classes = False
 
     def _data(self, x: Any, y: Any = None, *args: Any, **kwargs: Any) -> dict:
         """Keyword arguments of `keras.Model.fit` for a user's data.
@@ -120,7 +121,7 @@ class FitMixin(CompiledTraining, SafeInference):
         self._check_processes(data["x"])
         dataset, data["x"] = data["x"], any_width(data["x"])
         # First and last: see `ApplyRest`.
-        rest = accumulation.callbacks(self.optimizer)
+        rest = accumulation.callbacks(self)
         callbacks = [*_reports(dataset, data["x"]), *rest, *callbacks, *rest]
         with self._report_truncation(), exclusive_loop(self, lent=False):
             history = keras.Model.fit(
@@ -187,16 +188,16 @@ class FitMixin(CompiledTraining, SafeInference):
             x: see `preprocess_samples`.
             y: as there.
             sample_weight: as there.
-            class_weight: for arrays, and for the texts of a `TextClassifier`.
+            class_weight: of a `TextClassifier`.
             **kwargs: `return_dict`.
 
         Returns:
             Loss and metrics, as of Keras.
 
         Raises:
-            ValueError: for `class_weight` with texts without classes.
+            ValueError: for `class_weight` without classes.
         """
-        if class_weight is not None and is_arrays(x):
+        if class_weight is not None and is_arrays(x) and self.has_classes:
             kwargs["class_weight"] = class_weight
         elif class_weight is not None:
             sample_weight = self._weights_by_class(y, class_weight, sample_weight)
@@ -231,7 +232,7 @@ class FitMixin(CompiledTraining, SafeInference):
 
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()  # type: ignore[misc]
-        if config is not None:
+        if config:  # It is compiled.
             encoder = getattr(self.backbone, "encoder", None)
             config["rematerialize"] = getattr(encoder, "rematerialize", False)
             config["optimizer_built"] = self.optimizer.built

@@ -167,21 +167,21 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
                 first token of a new batch size, then faster, and nothing else.
 
         Raises:
-            ValueError: for an optimizer that cannot update weights of this dtype, or
-                an unknown sampler.
+            ValueError: for an unknown sampler, or an optimizer not for this dtype.
         """
-        self.is_auto_sampler = is_auto(sampler)
-        sampler = samplers.get("greedy" if self.is_auto_sampler else sampler)
+        flag(rematerialize, "rematerialize")
+        is_auto_sampler = is_auto(sampler)
+        sampler = samplers.get("greedy" if is_auto_sampler else sampler)
         super().compile(
             optimizer=prepare_optimizer(optimizer, self.backbone.variable_dtype),
             loss=TokenCrossEntropy() if is_auto(loss) else loss,
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
-        self.sampler = sampler
+        self.sampler, self.is_auto_sampler = sampler, is_auto_sampler
         self.generate_function = None
         for tower in (self.backbone.encoder, self.backbone.decoder):
-            tower.rematerialize = flag(rematerialize, "rematerialize")
+            tower.rematerialize = rematerialize
 
     @property
     def sampler_options(self) -> dict | None:
@@ -193,7 +193,7 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
 
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()
-        if config is not None:
+        if config:  # It is compiled.
             sampler = samplers.serialize(self.sampler)
             config["sampler"] = "auto" if self.is_auto_sampler else sampler
         return config

@@ -72,6 +72,7 @@ class TextClassifier(EncoderTask):
     """
 
     HEAD = ("class_names", "num_classes", "kind")
+    has_classes = True
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class TextClassifier(EncoderTask):
                 raise ValueError(
                     f"`class_names` must be two classes at least; got {class_names!r}."
                 )
-            if num_classes is not None and num_classes is not outputs:
+            if num_classes is not None and num_classes != outputs:
                 raise ValueError(
                     f"`num_classes` must be None or the number of `class_names`, "
                     f"{outputs}; got {shown(num_classes)}."

@@ -138,17 +138,17 @@ class TextEmbedder(EncoderTask):
             weighted_metrics = [metric]
         if gradient_cache_rows is not None:
             rows_of_batch(gradient_cache_rows, "gradient_cache_rows")
-        self.gradient_cache_rows = gradient_cache_rows
         super().compile(
             optimizer=optimizer,
             loss=InfoNCE() if is_auto(loss) else loss,
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
+        self.gradient_cache_rows, self._parts = gradient_cache_rows, 1
 
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()
-        if config is not None:
+        if config:  # It is compiled.
             config["gradient_cache_rows"] = self.gradient_cache_rows
         return config
 

@@ -107,19 +107,19 @@ def accumulate_exactly(optimizer: keras.optimizers.Optimizer) -> None:
         inner.gradient_accumulation = GradientAccumulation(inner)
 
 
-def callbacks(optimizer: keras.optimizers.Optimizer) -> list[ApplyRest]:
-    """The callback that ends a `fit`; none without accumulation.
+def callbacks(model: keras.Model) -> list[ApplyRest]:
+    """The callback that ends a `fit` of a model; none without accumulation.
 
     Raises:
-        ValueError: for accumulation in the scope of a `tf.distribute` strategy.
+        ValueError: for accumulation with a strategy of several replicas.
     """
-    accumulation = _accumulation(optimizer)
+    accumulation = _accumulation(model.optimizer)
     if accumulation is None:
         return []
-    if replica_count() > 1:
+    if (count := replica_count(model)) > 1:
         raise ValueError(
-            "`gradient_accumulation_steps` must be None in the scope of a strategy of "
-            f"{replica_count()} replicas; got {optimizer.gradient_accumulation_steps}."
+            "`gradient_accumulation_steps` must be None with a strategy of "
+            f"{count} replicas; got {model.optimizer.gradient_accumulation_steps}."
         )
     return [ApplyRest(accumulation)]
 

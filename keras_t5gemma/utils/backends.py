@@ -23,13 +23,18 @@ def on_cpu(x: Tensor | keras.Variable) -> bool:
     return not tf.config.list_logical_devices("GPU")
 
 
-def replica_count() -> int:
-    """Number of replicas of the current `tf.distribute` strategy; 1 elsewhere."""
+def replica_count(model: keras.Model | None = None) -> int:
+    """Number of replicas of a `tf.distribute` strategy; 1 without one.
+
+    Args:
+        model: whose strategy; `None` is the current one.
+    """
     if keras.config.backend() != "tensorflow":
         return 1
     import tensorflow as tf
 
-    return tf.distribute.get_strategy().num_replicas_in_sync
+    strategy = tf.distribute.get_strategy() if model is None else None
+    return (strategy or model.distribute_strategy).num_replicas_in_sync  # type: ignore
 
 
 def compiled(function: Callable) -> Callable:

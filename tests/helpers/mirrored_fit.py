@@ -65,13 +65,13 @@ def main():
             "update": float(np.abs(two - one).max()),
             "loss": abs(loss - its_loss),
         }
-    model = language_model(preprocessor())[0]
     with strategy.scope():
+        model = language_model(preprocessor())[0]
         model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
-        try:
-            model.fit(SOURCES, TARGETS, verbose=0)
-        except ValueError as error:
-            report["error"] = str(error)
+    try:
+        model.fit(SOURCES, TARGETS, verbose=0)
+    except ValueError as error:
+        report["error"] = str(error)
     print("REPORT", json.dumps(report))
 
 

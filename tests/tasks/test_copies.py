@@ -9,6 +9,7 @@ import pytest
 from helpers.models import SENTENCES, one_block_config
 
 import keras_t5gemma as kt
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 
 KINDS = ["lm", "embedder", "classifier"]
 
@@ -164,6 +165,82 @@ def test_a_backbone_alone_keeps_what_is_frozen(tokenizer, tmp_path):
         flags = [v.trainable for v in found.weights]
         assert flags == [v.trainable for v in backbone.weights] and any(flags)
         assert not found.decoder.trainable and found.encoder.trainable
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_a_quantized_model_has_its_dtypes(copied, tokenizer, tmp_path):
+    """Of the layers that are not quantized, and after more of them are."""
+    config, preprocessor = one_block_config(), kt.Seq2SeqLMPreprocessor(tokenizer)
+    model = kt.Seq2SeqLM(kt.Backbone(config, dtype="mixed_bfloat16"), preprocessor)
+
+    def policies(model):
+        layers = [*iter_layers(model.backbone)][1:]  # Its own may be a map.
+        return {x.path: x.dtype_policy.name for x in layers}
+
+    for filters in ("query", "gate"):
+        model.backbone.quantize("int8", filters=filters)
+        expected = policies(model)
+        assert "int8_from_mixed_bfloat16" in expected.values()
+        assert expected["encoder/final_norm"] == "mixed_bfloat16"
+        expected_scores = answer(model)
+        found = copied(model, tmp_path)
+        assert policies(model) == policies(found) == expected
+        np.testing.assert_array_equal(answer(found), expected_scores)
+        model = found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_that_was_never_compiled_is_saved(kind, tokenizer, tmp_path):
+    compiled = make(kind, tokenizer)
+    model = type(compiled).from_config({**compiled.get_config(), "compile": False})
+    model.set_weights(compiled.get_weights())
+    model.preprocessor = compiled.preprocessor
+    model.save_to_preset(tmp_path / "preset")
+    for found in (
+        through_file(model, tmp_path),
+        copy.deepcopy(model),
+        type(model).from_preset(tmp_path / "preset"),
+    ):
+        np.testing.assert_array_equal(answer(found), answer(model))
+
+
+@pytest.mark.one_backend
+def test_a_classifier_of_many_classes_is_saved(tokenizer, tmp_path):
+    encoder = kt.T5GemmaConfig(one_block_config().encoder, None, 480)
+    names = [f"class {i}" for i in range(300)]
+    preprocessor = kt.Seq2SeqLMPreprocessor(tokenizer, 64, 8)
+    model = kt.TextClassifier(kt.Backbone(encoder), preprocessor, class_names=names)
+    model.save_to_preset(tmp_path / "preset")
+    copies = copy.deepcopy(model), kt.TextClassifier.from_preset(tmp_path / "preset")
+    for found in copies:
+        assert found.class_names == names
+        np.testing.assert_array_equal(answer(found), answer(model))
+
+
+@pytest.mark.one_backend
+def test_a_shallow_copy_of_a_preprocessor_shares_its_vocabulary(tokenizer):
+    """Every `generate` makes one for a model that reads more than it trains on."""
+    preprocessor = kt.Seq2SeqLMPreprocessor(
+        tokenizer, objective=kt.objectives.PrefixLM()
+    )
+    found = preprocessor.for_reading(8192)
+    assert found is not preprocessor
+    assert found.encoder_sequence_length == 8192
+    assert preprocessor.encoder_sequence_length == 512
+    assert found.tokenizer is preprocessor.tokenizer
+    assert found.objective is preprocessor.objective
+
+
+@pytest.mark.one_backend
+def test_a_refused_compile_changes_nothing(tokenizer):
+    model, embedder = make("lm", tokenizer), make("embedder", tokenizer)
+    for wrong in ({"sampler": 5}, {"sampler": "greedy", "rematerialize": 2}):
+        with pytest.raises((ValueError, TypeError), match=list(wrong)[-1]):
+            model.compile(**wrong)
+        assert model.is_auto_sampler
+    with pytest.raises(ValueError):
+        embedder.compile(optimizer=5, gradient_cache_rows=2)
+    assert embedder.gradient_cache_rows is None
 
 
 @pytest.mark.parametrize("copied", COPIES)

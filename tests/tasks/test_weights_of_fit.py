@@ -58,3 +58,6 @@ def test_batches_of_texts_may_hold_weights(fresh):
 def test_weights_of_classes_are_refused_for_a_batch_too(fresh):
     with pytest.raises(ValueError, match="`class_weight` must be None: only a TextCl"):
         fresh.train_on_batch(SOURCES[:2], TARGETS[:2], class_weight={1: 2.0})
+    arrays = fresh.preprocess_samples(SOURCES[:2], TARGETS[:2])
+    with pytest.raises(ValueError, match="`class_weight` must be None: only a TextCl"):
+        fresh.train_on_batch(*arrays, class_weight={1: 2.0})
