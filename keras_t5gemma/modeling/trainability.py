@@ -54,11 +54,11 @@ class KeepsTrainability:
             *args: those of `keras.Model.save`.
             **kwargs: those of `keras.Model.save`.
         """
-        _warn_of_adapters(self, "`save` merges")
+        warn_of_adapters(self, "`save` merges")
         super().save(filepath, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
-        _warn_of_adapters(self, "A pickle or a deep copy merges")
+        warn_of_adapters(self, "A pickle or a deep copy merges")
         return super().__reduce__()
 
 
@@ -100,7 +100,13 @@ def _has_adapters(model):
     return any(getattr(layer, "lora_enabled", False) for layer in iter_layers(model))
 
 
-def _warn_of_adapters(model, what):
+def warn_of_adapters(model: keras.layers.Layer, what: str) -> None:
+    """Warn of adapters in a model that is saved.
+
+    Args:
+        model: that may have adapters.
+        what: what merges them, the start of the message.
+    """
     if _has_adapters(model):
         warnings.warn(
             f"{what} the adapters into the weights: the new model has none, and its "

@@ -15,6 +15,7 @@ from keras_t5gemma.modeling.encoder_states import (
     encoder_states,
     layer_numbers,
 )
+from keras_t5gemma.modeling.trainability import warn_of_adapters
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.encoder_task import load_encoder
 from keras_t5gemma.tasks.hidden_states import padding_mask, token_rows
@@ -38,7 +39,8 @@ class TextTower(keras.layers.Layer):
         layers: one layer or a list of them; see `TextEmbedder.hidden_states`.
         final_norm: see `TextEmbedder.hidden_states`.
         trainable: `False` freezes the backbone and turns its dropout off; `True` leaves
-            it as it is, e.g. with adapters of `backbone.enable_lora`.
+            it as it is, e.g. with adapters of `backbone.enable_lora`, which a saved
+            model has merged into its weights.
         **kwargs: `name`, and `dtype`, whose compute dtype the states get; by default
             that of the backbone.
 
@@ -165,6 +167,7 @@ class TextTower(keras.layers.Layer):
         return cls(**config)
 
     def get_config(self) -> dict:
+        warn_of_adapters(self, "Saving a model with a `TextTower` merges")
         parts = {"backbone": self.backbone, "preprocessor": self.preprocessor}
         return {
             **super().get_config(),

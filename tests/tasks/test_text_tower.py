@@ -88,7 +88,7 @@ def test_quantized_towers_are_saved(tokenizer, tmp_path, mode):
 
 
 @pytest.mark.one_backend
-def test_adapters_learn(tokenizer):
+def test_adapters_learn(tokenizer, tmp_path):
     tower = make_tower(tokenizer, trainable=True)
     tower.backbone.enable_lora(2)
     model = make_generator(tower)
@@ -98,6 +98,8 @@ def test_adapters_learn(tokenizer):
     changed = moved(before, model.weights)
     assert sum("lora" in path for path in changed) == 4
     assert all("lora" in path or "head" in path for path in changed)
+    with pytest.warns(UserWarning, match="`TextTower` merges the adapters into"):
+        model.save(tmp_path / "model.keras")
 
 
 @pytest.mark.one_backend
