@@ -17,7 +17,7 @@ from keras_t5gemma.training.optimizers import (
     check_trainable_dtype,
     separate_averages,
 )
-from keras_t5gemma.utils.checks import MAX_ROWS, flag, shown, whole_number
+from keras_t5gemma.utils.checks import MAX_ROWS, flag, is_auto, shown, whole_number
 
 
 class FitMixin(CompiledTraining, SafeInference):
@@ -230,12 +230,19 @@ class FitMixin(CompiledTraining, SafeInference):
         """Arrays of one batch of texts, `(x, y, sample_weight)`."""
         raise NotImplementedError
 
+    def compile(self, *, jit_compile: Any = "auto", **kwargs: Any) -> None:
+        """`keras.Model.compile`, which `"auto"` asks what the backend does."""
+        super().compile(jit_compile=jit_compile, **kwargs)  # type: ignore[misc]
+        self._is_auto_jit_compile = is_auto(jit_compile)
+
     def get_compile_config(self) -> dict | None:
         config = super().get_compile_config()  # type: ignore[misc]
         if config:  # It is compiled.
             encoder = getattr(self.backbone, "encoder", None)
             config["rematerialize"] = getattr(encoder, "rematerialize", False)
             config["optimizer_built"] = self.optimizer.built
+            if self._is_auto_jit_compile:  # Keras keeps the answer of this backend.
+                config["jit_compile"] = "auto"
         return config
 
     def compile_from_config(self, config: dict) -> None:

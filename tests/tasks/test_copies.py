@@ -75,6 +75,10 @@ def test_a_copy_answers_and_is_compiled_like_the_original(
     assert found.backbone.encoder.rematerialize is True
     if kind == "embedder":
         assert found.gradient_cache_rows == 1
+    # Not the answer of this backend to "auto": another one may load it.
+    assert found.get_compile_config()["jit_compile"] == "auto"
+    model.compile("sgd", jit_compile=False)
+    assert model.get_compile_config()["jit_compile"] is False
     for tower in filter(None, (found.backbone.encoder, found.backbone.decoder)):
         tower.rematerialize = False  # It compiles faster.
     assert len(found.evaluate(*data(model), verbose=0)) > 1  # Loss and metrics.
