@@ -169,7 +169,7 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
         Raises:
             ValueError: for an unknown sampler, or an optimizer not for this dtype.
         """
-        flag(rematerialize, "rematerialize")
+        rematerialize = flag(rematerialize, "rematerialize")
         is_auto_sampler = is_auto(sampler)
         sampler = samplers.get("greedy" if is_auto_sampler else sampler)
         super().compile(

@@ -108,7 +108,9 @@ class TextClassifier(EncoderTask):
                 raise ValueError(
                     f"`class_names` must be two classes at least; got {class_names!r}."
                 )
-            if num_classes is not None and num_classes != outputs:
+            if num_classes is not None and outputs != whole_number(
+                num_classes, "num_classes", 2, MAX_ROWS
+            ):
                 raise ValueError(
                     f"`num_classes` must be None or the number of `class_names`, "
                     f"{outputs}; got {shown(num_classes)}."

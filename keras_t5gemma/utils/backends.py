@@ -33,8 +33,8 @@ def replica_count(model: keras.Model | None = None) -> int:
         return 1
     import tensorflow as tf
 
-    strategy = tf.distribute.get_strategy() if model is None else None
-    return (strategy or model.distribute_strategy).num_replicas_in_sync  # type: ignore
+    strategy = getattr(model, "distribute_strategy", None)
+    return (strategy or tf.distribute.get_strategy()).num_replicas_in_sync
 
 
 def compiled(function: Callable) -> Callable:

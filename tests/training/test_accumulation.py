@@ -50,7 +50,7 @@ def updated(name, arguments, steps):
             optimizer.gradient_accumulation.batch_weight = weight
         means = [ops.convert_to_tensor(array.mean(axis=0)) for array in batch]
         optimizer.apply(means, variables)
-    for callback in callbacks(optimizer):
+    for callback in callbacks(types.SimpleNamespace(optimizer=optimizer)):
         callback.accumulation.apply_rest()
         callback.accumulation.apply_rest()  # Nothing is left.
     assert int(optimizer.iterations) == 2
@@ -100,7 +100,7 @@ def test_without_accumulation_keras_is_left_alone():
     # There it is replaced to sum the gradients of repeated tokens.
     on_tensorflow = keras.config.backend() == "tensorflow"
     assert ("_backend_apply_gradients" in vars(optimizer)) == on_tensorflow
-    assert callbacks(optimizer) == []
+    assert callbacks(types.SimpleNamespace(optimizer=optimizer)) == []
     with weighted_batch(types.SimpleNamespace(optimizer=optimizer), None):
         pass
 
