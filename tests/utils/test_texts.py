@@ -37,7 +37,7 @@ def test_series_and_frames(library):
 
 @pytest.mark.parametrize("values", ["one text", b"bytes", 5, None, {"a": 1}, object()])
 def test_others_are_refused_by_name(values):
-    with pytest.raises(ValueError, match="`x` must be (a string or )?a list of strings; got"):
+    with pytest.raises(ValueError, match="`x` must be .*a list of strings"):
         to_list(values, "x")
 
 
