@@ -161,10 +161,7 @@ class Attention(keras.layers.Layer):
             mask = mask[:, None, None]  # B 1 1 T S
             # In float32, so that the constant fits whatever the compute dtype.
             logits = ops.where(mask, logits, -1e30)
-        if logits.shape[-1] == 1:  # Keras warns of a softmax over one value.
-            weights = 0.0 * logits + 1.0
-        else:
-            weights = ops.softmax(logits, axis=-1)
+        weights = ops.softmax(logits, axis=-1)
         if mask is not None:
             weights = ops.where(mask, weights, 0.0)
         weights = ops.cast(weights, value.dtype)
