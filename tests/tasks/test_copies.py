@@ -191,7 +191,8 @@ def test_a_copy_of_a_quantized_model_has_its_dtypes(copied, tokenizer, tmp_path)
         expected_scores = answer(model)
         found = copied(model, tmp_path)
         assert policies(model) == policies(found) == expected
-        np.testing.assert_array_equal(answer(found), expected_scores)
+        # Log probabilities of 12, in bfloat16; two programs of XLA may round otherwise.
+        np.testing.assert_allclose(answer(found), expected_scores, atol=0.02)
         model = found
 
 
