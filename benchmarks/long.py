@@ -109,7 +109,7 @@ def reader(backbone, source):
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
-        encode = tf.function(encode)
+        encode = tf.function(encode, autograph=False)
         return lambda: encode(source).numpy()
     import torch
 

@@ -295,7 +295,8 @@ class TensorFlowFunction:
     ):
         import tensorflow as tf
 
-        self._compiled = tf.function(function, jit_compile=True)
+        # No function has Python conditions on tensors, which AutoGraph would convert.
+        self._compiled = tf.function(function, jit_compile=True, autograph=False)
 
     def __call__(self, *args):
         return self._compiled(*args)

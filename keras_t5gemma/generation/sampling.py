@@ -74,7 +74,7 @@ def _completes_ngram(token_ids, index, n):
     follows = ops.logical_and(positions >= n - 1, positions < index)
     for back in range(1, n):
         earlier = ops.roll(token_ids, back, axis=1)
-        place = ops.broadcast_to(ops.maximum(index - back, 0), (len(token_ids), 1))
+        place = ops.broadcast_to(ops.maximum(index - back, 0), (token_ids.shape[0], 1))
         last = ops.take_along_axis(token_ids, place, axis=1)
         follows = ops.logical_and(follows, earlier == last)
     return ops.logical_and(follows, index >= n)

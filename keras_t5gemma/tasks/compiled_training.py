@@ -38,6 +38,9 @@ class CompiledTraining:
     run_eagerly: Any
     jit_compile: Any
     trainable_variables: Any
+    optimizer: Any
+    distribute_strategy: Any
+    _flatten_layers: Any
 
     def make_train_function(self, force: bool = False) -> Any:
         """As Keras's.
@@ -50,6 +53,8 @@ class CompiledTraining:
         if is_made and not force:
             return make(force)
         if keras.config.backend() != "jax":
+            if keras.config.backend() == "tensorflow":
+                self._build_optimizer()
             make(force)
             self.train_function = _of_shapes(self, self.train_step, self.train_function)
             return self.train_function
@@ -64,6 +69,14 @@ class CompiledTraining:
         # program although `CrossAttentionWarmUp` needs another.
         step = functools.partial(type(self).train_step, self)  # type: ignore
         return _compat.make_jax_train_function(self, step, _compiler_options())
+
+    def _build_optimizer(self):
+        """Make its variables: TensorFlow traces a step that makes some twice."""
+        layers = [layer for layer in self._flatten_layers() if layer is not self]
+        if self.optimizer.built or not all(layer.built for layer in layers):
+            return
+        with self.distribute_strategy.scope():
+            self.optimizer.build(self.trainable_variables)
 
     def make_test_function(self, force: bool = False) -> Any:
         """As Keras's; see `make_train_function`."""

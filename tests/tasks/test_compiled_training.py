@@ -190,3 +190,20 @@ def test_only_the_length_of_the_mask_is_known(traced):
     ).apply(tf.data.experimental.assert_cardinality(2))
     history = keras.Model.fit(model, data, verbose=0, shuffle=False)
     assert np.isfinite(history.history["loss"][0])
+
+
+@only_tensorflow
+@pytest.mark.parametrize("name", ["fit", "train_on_batch"])
+def test_the_first_step_is_traced_once(name, monkeypatch):
+    """TensorFlow traces a step again if it makes variables, as of an optimizer."""
+    traced = []
+    step = kt.Seq2SeqLM.train_step
+
+    def record(self, *args):
+        traced.append(self.optimizer.built)
+        return step(self, *args)
+
+    monkeypatch.setattr(kt.Seq2SeqLM, "train_step", record)
+    model = kt.Seq2SeqLM(kt.Backbone(one_block_config()), preprocessor=None)
+    getattr(model, name)(random_inputs(vocabulary=100), np.ones((2, 14), "int32"))
+    assert traced == [True]
