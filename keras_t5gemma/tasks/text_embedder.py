@@ -200,16 +200,25 @@ class TextEmbedder(EncoderTask):
             inputs = dict(zip(INPUTS, (ids, padding), strict=True))
             return super(TextEmbedder, self).call(inputs, training=training)
 
-        if not training or self._parts == 1:
+        parts = self._parts_of(ids.shape[0])
+        if not training or parts == 1:
             return run(ids, padding)
-        shape = (self._parts, -1, ops.shape(ids)[1])
+        shape = (parts, -1, ops.shape(ids)[1])
         ids, padding = ops.reshape(ids, shape), ops.reshape(padding, shape)
         run = keras.remat(run)
         if keras.config.backend() == "jax":
             # A loop: XLA would run unrolled parts at the same time.
             vectors = ops.map(lambda part: run(*part), (ids, padding))
             return ops.reshape(vectors, (-1, vectors.shape[-1]))
-        return ops.concatenate([run(ids[i], padding[i]) for i in range(self._parts)])
+        return ops.concatenate([run(ids[i], padding[i]) for i in range(parts)])
+
+    def _parts_of(self, count):
+        """The fewest equal parts of so many rows that the gradient cache allows."""
+        rows = getattr(self, "gradient_cache_rows", None)
+        if rows is None or count is None:  # `None`: in a program for all batches.
+            return self._parts
+        few = range(-(-count // rows), count + 1)
+        return next((parts for parts in few if count % parts == 0), 1)
 
     def embed(
         self, texts: Sequence[str], batch_size: int = 32, dimensions: int | None = None

@@ -200,6 +200,24 @@ def test_gradient_cache_changes_nothing(tokenizer):
     assert moved > 1e-3
 
 
+def test_gradient_cache_of_a_single_batch(tokenizer, monkeypatch):
+    """`train_on_batch` comes without a batch size: 6 rows are 2 parts of 3."""
+    seen = []
+
+    def remat(run):
+        def of_part(ids, padding):
+            seen.append(ids.shape[0])
+            return run(ids, padding)
+
+        return of_part
+
+    monkeypatch.setattr(keras, "remat", remat)
+    embedder = make_embedder(tokenizer)
+    embedder.compile(keras.optimizers.SGD(0.05), gradient_cache_rows=4)
+    embedder.train_on_batch(TEXTS[:3] * 2, TEXTS[2:] * 2)
+    assert set(seen) == {3}
+
+
 def test_rows_that_fill_a_batch_change_nothing(tokenizer):
     results = []
     for size in (4, 6):

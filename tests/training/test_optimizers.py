@@ -33,7 +33,6 @@ def trained(optimizer, **options):
 @pytest.mark.parametrize(
     ("options", "compiled"),
     [
-        ({}, {}),
         ({"weight_decay": 3.0}, {}),
         ({"weight_decay": 3.0}, {"run_eagerly": True}),
         ({"weight_decay": 3.0, "gradient_accumulation_steps": 2}, {}),
