@@ -11,6 +11,7 @@ turns a file into arguments, so that both have the same checks and messages.
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import re
 import sys
@@ -242,11 +243,14 @@ def _one_line(message: str) -> str:
     message = re.sub(r"\x1b\[[0-9;]*m", "", message)
     lines = [line.strip().strip("│|").strip() for line in message.splitlines()]
     if "Required options" in lines[0]:
-        flags = [re.match(r"--\w[\w-]*|[A-Z]+(?= |$)", line) for line in lines[1:]]
         unknown = "Unrecognized options:"
-        start = lines.index(unknown) if unknown in lines else 0
-        names = dict.fromkeys(flag.group() for flag in flags[start:] if flag)
-        kind = unknown if start else "Missing options:"
-        return f"{kind} {', '.join(names)}"
+        if unknown in lines:
+            words = itertools.takewhile(
+                lambda line: line.strip("─- "), lines[lines.index(unknown) + 1 :]
+            )
+            return f"{unknown} {' '.join(words)}"
+        flags = [re.match(r"--\w[\w-]*|[A-Z]+(?= |$)", line) for line in lines[1:]]
+        names = dict.fromkeys(flag.group() for flag in flags if flag)
+        return f"Missing options: {', '.join(names)}"
     paragraphs = re.split(r"^\W*$", "\n".join(lines[1:]), flags=re.MULTILINE)
     return " ".join(next(filter(str.strip, paragraphs), message).split())

@@ -57,8 +57,9 @@ class ChangesInPlace(KeepsTrainability):
             **kwargs: those of `keras.Model.quantize`, e.g. `config`.
 
         Raises:
-            ValueError: for an unknown mode; for a `filters` that matches no layer; or
-                with several processes, none of which has a whole weight.
+            ValueError: for an unknown mode; for a `filters` that matches no layer, or
+                one that is quantized already; or with several processes, none of which
+                has a whole weight.
         """
         if process_group.process_count() > 1:
             raise ValueError(
@@ -72,6 +73,7 @@ class ChangesInPlace(KeepsTrainability):
         if filters is None:
             filters = is_projection_or_embedding
         self._check_matches(filters)
+        self._check_float(filters)
         gc.freeze()  # Keras collects garbage after every layer, 0.4 s each time.
         try:
             super().quantize(mode, filters=filters, **kwargs)  # type: ignore[misc]
@@ -96,6 +98,23 @@ class ChangesInPlace(KeepsTrainability):
                 f"`filters` must match the name of a layer, one of {', '.join(names)}; "
                 f"got {filters!r}. Paths are not searched: for a part of the model "
                 "pass a function, e.g. `lambda layer: 'encoder' in layer.path`."
+            )
+
+    def _check_float(self, filters):
+        """Raise `ValueError` for layers that are quantized: Keras does so midway."""
+        layers = [x for x in iter_layers(self) if is_projection_or_embedding(x)]  # type: ignore
+        if callable(filters):
+            chosen = [layer for layer in layers if filters(layer)]
+        else:
+            patterns = [filters] if isinstance(filters, str) else filters
+            chosen = [x for x in layers if any(re.search(p, x.name) for p in patterns)]
+        done = [x for x in chosen if getattr(x, "quantization_mode", None)]
+        if done:
+            raise ValueError(
+                f"`quantize` changes float layers, but {path_of(done[0])!r} is "
+                f"{done[0].quantization_mode} already, like {len(done)} of the "
+                f"{len(chosen)} chosen layers. Load the float preset again, or choose "
+                "other layers with `filters`."
             )
 
     def enable_lora(

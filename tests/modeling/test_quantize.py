@@ -192,3 +192,15 @@ def test_states_keep_the_compute_dtype(dtype, mode):
     assert {keras.backend.standardize_dtype(v.dtype) for v in states.values()} == {
         "bfloat16"
     }
+
+
+def test_quantizing_twice_is_refused_before_anything_changes(model):
+    model.quantize("int8", filters="gate")
+    before = {v.path: v.dtype for v in model.backbone.variables}
+    message = "'encoder/block_0/mlp/gate' is int8 already, like 5 of the 45 chosen"
+    with pytest.raises(ValueError, match=message):
+        model.quantize("int4")
+    with pytest.raises(ValueError, match="like 5 of the 10"):
+        model.quantize("int8", filters=["gate", "up"])
+    assert {v.path: v.dtype for v in model.backbone.variables} == before
+    model.quantize("int8", filters="up")
