@@ -14,6 +14,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -246,9 +247,10 @@ def _one_line(message: str) -> str:
         unknown = "Unrecognized options:"
         if unknown in lines:
             words = itertools.takewhile(
-                lambda line: line.strip("─- "), lines[lines.index(unknown) + 1 :]
+                lambda line: not line.startswith(("──", "---")),
+                lines[lines.index(unknown) + 1 :],
             )
-            return f"{unknown} {' '.join(words)}"
+            return f"{unknown} {shlex.join(words)}"
         flags = [re.match(r"--\w[\w-]*|[A-Z]+(?= |$)", line) for line in lines[1:]]
         names = dict.fromkeys(flag.group() for flag in flags if flag)
         return f"Missing options: {', '.join(names)}"

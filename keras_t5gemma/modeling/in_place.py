@@ -17,7 +17,7 @@ from keras_t5gemma.modeling.layer_iteration import (
 )
 from keras_t5gemma.modeling.quantized_loading import QUANTIZED
 from keras_t5gemma.modeling.trainability import KeepsTrainability
-from keras_t5gemma.utils.checks import one_of
+from keras_t5gemma.utils.checks import one_of, shown
 
 _MODES = (*QUANTIZED, "float8", "gptq", "awq")  # Keras's.
 
@@ -57,8 +57,8 @@ class ChangesInPlace(KeepsTrainability):
             **kwargs: those of `keras.Model.quantize`, e.g. `config`.
 
         Raises:
-            ValueError: for an unknown mode; for a `filters` that matches no layer, or
-                one that is quantized already; or with several processes, none of which
+            ValueError: for an unknown mode; for `filters` that match no layer, or one
+                that is quantized already; or with several processes, none of which
                 has a whole weight.
         """
         if process_group.process_count() > 1:
@@ -82,9 +82,14 @@ class ChangesInPlace(KeepsTrainability):
 
     def _check_matches(self, filters):
         """Raise `ValueError` for regular expressions that match no layer."""
+        if callable(filters):
+            return
         patterns = [filters] if isinstance(filters, str) else filters
         if not isinstance(patterns, list | tuple):
-            return
+            raise ValueError(
+                "`filters` must be a regular expression, a list of them, or a function "
+                f"of a layer; got {shown(filters)}."
+            )
         layers = filter(is_projection_or_embedding, iter_layers(self))  # type: ignore
         names = sorted({layer.name for layer in layers})
         try:

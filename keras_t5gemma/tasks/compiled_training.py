@@ -73,10 +73,11 @@ class CompiledTraining:
     def _build_optimizer(self):
         """Make its variables: TensorFlow traces a step that makes some twice."""
         layers = [layer for layer in self._flatten_layers() if layer is not self]
-        if self.optimizer.built or not all(layer.built for layer in layers):
-            return
-        with self.distribute_strategy.scope():
-            self.optimizer.build(self.trainable_variables)
+        variables = self.trainable_variables
+        is_whole = variables and all(layer.built for layer in layers)
+        if is_whole and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(variables)
 
     def make_test_function(self, force: bool = False) -> Any:
         """As Keras's; see `make_train_function`."""

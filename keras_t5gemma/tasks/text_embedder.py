@@ -130,7 +130,7 @@ class TextEmbedder(EncoderTask):
             gradient_cache_rows: rows of a batch whose activations are in memory at a
                 time; they are recomputed for the backward pass (arXiv 2101.06983).
                 The result is the same, and large batches give many negatives. It must
-                divide the batch size.
+                divide the batch size of `fit`.
             **kwargs: `rematerialize`, and those of `keras.Model.compile`.
         """
         if is_auto(weighted_metrics):
@@ -138,6 +138,8 @@ class TextEmbedder(EncoderTask):
             weighted_metrics = [metric]
         if gradient_cache_rows is not None:
             rows_of_batch(gradient_cache_rows, "gradient_cache_rows")
+            if getattr(self.backbone.config, "dropout", False):
+                raise ValueError("`gradient_cache_rows` needs a model without dropout.")
         super().compile(
             optimizer=optimizer,
             loss=InfoNCE() if is_auto(loss) else loss,
@@ -171,15 +173,13 @@ class TextEmbedder(EncoderTask):
 
         Raises:
             ValueError: for data that is not pairs of texts, or `gradient_cache_rows`
-                that does not fit the batch size or the model.
+                that does not fit the batch size.
         """
         rows, size = self.gradient_cache_rows, 32 if batch_size is None else batch_size
         if rows is not None and (size % rows or rows < 1):
             raise ValueError(
                 f"`gradient_cache_rows` must divide `batch_size` {size}; got {rows!r}."
             )
-        if rows is not None and getattr(self.backbone.config, "dropout", False):
-            raise ValueError("`gradient_cache_rows` needs a model without dropout.")
         self._parts = 1 if rows is None else size // rows
         return super().fit(x, y, batch_size, **kwargs)
 

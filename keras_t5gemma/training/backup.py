@@ -103,7 +103,8 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"{self.folder} is the backup of a training on other data: "
                 f"{progress['data']}, here {here}. Remove the folder to start over."
             )
-        model.optimizer.build(model.trainable_variables)
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
         with contextlib.ExitStack() as stack:
             files = [self.folder / name for name in progress["files"]]
             files = [stack.enter_context(h5_file.open_file(path)) for path in files]

@@ -69,7 +69,8 @@ class CrossAttentionWarmUp(keras.callbacks.Callback):
                 "CrossAttentionWarmUp needs trainable cross-attention; none is among "
                 f"the model's {len(every)} trainable variables."
             )
-        self.model.optimizer.build(every)
+        if not self.model.optimizer.built:  # One with a loss scale builds twice.
+            self.model.optimizer.build(every)
         ids = {id(variable) for variable in alone}
         apply = functools.partial(_apply_to, self._optimizer, every, ids)
         _compat.replace_apply(self._optimizer, apply)

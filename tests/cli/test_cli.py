@@ -258,7 +258,7 @@ def test_the_command_line_is_recognized(monkeypatch, argv, orig_argv, expected):
     [
         ("finetune --preset p", "Missing options: --train, --output"),
         ("finetune --preset p --epoch 3", "Unrecognized options: --epoch 3$"),
-        ("convert preset folder", "Unrecognized options: folder$"),
+        ("convert preset folder -", "Unrecognized options: folder -$"),
         ("generate a --max-length many", "--max-length: .*'many'"),
         ("pretrain --objective mlm", "'mlm' for argument '--objective'.*ul2"),
         (

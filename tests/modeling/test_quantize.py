@@ -169,6 +169,8 @@ def test_filters_match_names_of_layers():
     for filters in ("(query", ["query", 3]):
         with pytest.raises(ValueError, match="`filters` must be regular expressions"):
             backbone.quantize("int8", filters=filters)
+    with pytest.raises(ValueError, match="`filters` must be a regular.*got 5"):
+        backbone.quantize("int8", filters=5)
     backbone.quantize("int8", filters=["gate|up"])
     encoder, decoder = backbone.encoder.blocks[0], backbone.decoder.blocks[0]
     assert encoder.mlp.gate.quantization_mode == "int8"

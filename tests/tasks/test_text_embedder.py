@@ -340,6 +340,9 @@ def test_refusals(embedder, model, tokenizer):
         embedder.fit({"anchor": ["a"], "positive": ["b", "c"]})
     with pytest.raises(ValueError, match="`temperature` must be a number above 0"):
         kt.InfoNCE(0)
+    dropped = make_embedder(tokenizer, lambda: one_block_config(dropout=0.1))
+    with pytest.raises(ValueError, match="`gradient_cache_rows` needs.*without drop"):
+        dropped.compile(gradient_cache_rows=5)
     embedder.compile(gradient_cache_rows=5)
     with pytest.raises(ValueError, match="must divide `batch_size` 32; got 5"):
         embedder.fit(PAIRS)

@@ -132,7 +132,9 @@ def test_accumulated_steps_are_updates():
 
 
 def test_mixed_float16():
-    _, before, look = train([CrossAttentionWarmUp(WARM_UP)], "mixed_float16")
+    model, before, look = train([CrossAttentionWarmUp(WARM_UP)], "mixed_float16")
+    paths = [v.path for v in model.optimizer.variables]
+    assert len(set(paths)) == len(paths)  # Built twice, it has two step counters.
     assert moved(before, look.weights[WARM_UP - 1]) == {
         p for p in before if "cross" in p
     }
