@@ -102,9 +102,8 @@ def main():
         measure(args.worker, args)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        if args.folder is None:
-            args.folder = Path(scratch)
-            load.make_folder(args.folder)
+        args.folder = args.folder or Path(scratch) / "checkpoint"
+        load.make_once(args.folder)
         print("| backend | step | s per step | base GB | above GB | x plain, peak |")
         print("|---" * 6 + "|")
         for backend in args.backends:

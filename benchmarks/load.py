@@ -64,6 +64,17 @@ def make_folder(folder):
     transformers.T5GemmaForConditionalGeneration(config).save_pretrained(folder)
 
 
+def make_once(folder, make=make_folder):
+    """Make the folder unless it exists."""
+    if not (folder / "config.json").exists():
+        # Elsewhere: Linux counts the memory of this process as the children's.
+        process = multiprocessing.get_context("spawn").Process(
+            target=make, args=(folder,)
+        )
+        process.start()
+        process.join()
+
+
 def make_large_folder(folder, shard_bytes=2 * 10**9):
     """Write random bfloat16 weights of 2B-2B's shapes, a shard in memory at a time."""
     import torch
@@ -231,14 +242,7 @@ def main():
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch) / "checkpoint"
-        if not (folder / "config.json").exists():
-            # Elsewhere: Linux counts the memory of this process as the children's.
-            make = make_large_folder if args.large else make_folder
-            process = multiprocessing.get_context("spawn").Process(
-                target=make, args=(folder,)
-            )
-            process.start()
-            process.join()
+        make_once(folder, make_large_folder if args.large else make_folder)
         if args.encoder:
             encoder_alone(args.encoder, folder)
             return

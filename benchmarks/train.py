@@ -224,9 +224,8 @@ def main():
         measure(args.worker, args)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        if args.folder is None:
-            args.folder = Path(scratch)
-            load.make_folder(args.folder)
+        args.folder = args.folder or Path(scratch) / "checkpoint"
+        load.make_once(args.folder)
         grow(args) if args.grow else compare(args)
 
 
