@@ -132,6 +132,9 @@ class TextEmbedder(EncoderTask):
                 The result is the same, and large batches give many negatives. It must
                 divide the batch size of `fit`.
             **kwargs: `rematerialize`, and those of `keras.Model.compile`.
+
+        Raises:
+            ValueError: for `gradient_cache_rows` below 1, or of a model with dropout.
         """
         if is_auto(weighted_metrics):
             metric = keras.metrics.MeanMetricWrapper(in_batch_accuracy, name="accuracy")
