@@ -9,6 +9,7 @@ import keras
 
 from keras_t5gemma import _compat
 from keras_t5gemma.modeling.blockwise_attention import uses_blocks
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.utils.backends import on_cpu
 
 # Programs of a step on TensorFlow for batches of long texts, one a shape.
@@ -40,7 +41,6 @@ class CompiledTraining:
     trainable_variables: Any
     optimizer: Any
     distribute_strategy: Any
-    _flatten_layers: Any
 
     def make_train_function(self, force: bool = False) -> Any:
         """As Keras's.
@@ -72,9 +72,8 @@ class CompiledTraining:
 
     def _build_optimizer(self):
         """Make its variables: TensorFlow traces a step that makes some twice."""
-        layers = [layer for layer in self._flatten_layers() if layer is not self]
         variables = self.trainable_variables
-        is_whole = variables and all(layer.built for layer in layers)
+        is_whole = variables and all(layer.built for layer in iter_layers(self))
         if is_whole and not self.optimizer.built:
             with self.distribute_strategy.scope():
                 self.optimizer.build(variables)
