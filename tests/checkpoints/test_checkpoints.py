@@ -34,6 +34,7 @@ def backbone():
     return enlarge(kt.Backbone(tiny_config()))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", ["ours", "ours sharded", "kerashub", "huggingface"])
 def test_encoder_alone_reads_only_its_bytes(backbone, tmp_path, kind, monkeypatch):
     if kind == "kerashub":
@@ -64,6 +65,7 @@ def test_encoder_alone_reads_only_its_bytes(backbone, tmp_path, kind, monkeypatc
     assert max_difference(tower(x)["encoder_sequence_output"], states) == 0
 
 
+@pytest.mark.one_backend
 def test_an_encoder_alone_is_a_preset_of_its_own(backbone, tmp_path):
     backbone.save_to_preset(tmp_path / "pair")
     tower = kt.Backbone.from_preset(tmp_path / "pair", encoder_only=True)
@@ -113,6 +115,7 @@ def test_own_presets_load_without_random_values(backbone, tmp_path, monkeypatch)
         assert max_difference(a, b) == 0
 
 
+@pytest.mark.one_backend
 def test_saving_again_replaces_and_keeps_what_is_not_its_own(backbone, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     backbone.save_to_preset(tmp_path, max_shard_size=1e-4)
@@ -167,6 +170,7 @@ except OSError as error:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.one_backend
 def test_an_interrupted_commit_is_finished_by_the_next_reader(backbone, tmp_path):
     """Die between the rename that decides and the moves that follow."""
     backbone.save_to_preset(tmp_path)
@@ -311,6 +315,7 @@ def test_upload_goes_through_kerashub(model, tmp_path, monkeypatch):
     assert uploaded["me/model"] >= {"config.json", "model.weights.h5", "task.json"}
 
 
+@pytest.mark.one_backend
 def test_files_that_lie_about_themselves_are_refused(backbone, tmp_path):
     backbone.save_to_preset(tmp_path, max_shard_size=1e-4)
     index = tmp_path / "model.weights.json"
@@ -333,6 +338,7 @@ def test_files_that_lie_about_themselves_are_refused(backbone, tmp_path):
         kt.Backbone.from_preset(tmp_path)
 
 
+@pytest.mark.one_backend
 def test_a_tensor_of_another_type_is_named(tmp_path, backbone):
     import h5py
 

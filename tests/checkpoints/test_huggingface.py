@@ -136,6 +136,7 @@ def test_beams_and_penalties_equal_transformers(ours, reference, options):
         assert mask.min() == 0
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_reads_every_float_type_sharded_or_not(tmp_path, dtype):
     whole = save_t5gemma(tmp_path / "a", dtype=getattr(torch, dtype))
@@ -271,6 +272,7 @@ def test_transformers_loads_the_export_and_gives_our_logits(tmp_path, tokenizer)
     assert (out[0].numpy() == ours[: len(out[0])]).all()
 
 
+@pytest.mark.one_backend
 def test_lora_is_merged_and_quantized_models_are_refused(tmp_path, tokenizer):
     from helpers.models import tiny_model
 
@@ -290,6 +292,7 @@ def test_lora_is_merged_and_quantized_models_are_refused(tmp_path, tokenizer):
     assert not (tmp_path / "int8").exists()
 
 
+@pytest.mark.one_backend
 def test_export_refuses_what_transformers_cannot_say(tmp_path):
     import dataclasses
 

@@ -55,6 +55,7 @@ def test_kerashub_presets_give_kerashubs_logits(tmp_path, dtype, shard, lora):
     assert max_difference(kernel, theirs.encoder_layers[1].mlp.up_proj.kernel) == 0
 
 
+@pytest.mark.one_backend
 def test_kerashub_task_presets_bring_tokenizer_and_template(tmp_path, proto):
     make_kerashub().save_to_preset(str(tmp_path / "t5gemma_b_b_ul2_it"))
     folder = tmp_path / "t5gemma_b_b_ul2_it"

@@ -122,6 +122,7 @@ def count_reads(monkeypatch):
     return count
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", ["ours", "transformers", "quantized", "embedded"])
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 def test_a_preset_is_resolved_once_and_its_config_read_once(
@@ -152,6 +153,7 @@ def test_a_preset_is_resolved_once_and_its_config_read_once(
     assert counts == dict.fromkeys(calls, (1, 1))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "cls", [kt.Seq2SeqLM, kt.Backbone, kt.Tokenizer, kt.Seq2SeqLMPreprocessor]
 )
@@ -200,6 +202,7 @@ def test_keras_hub_base_classes_find_our_preset_and_only_ours(tokenizer, tmp_pat
     assert all(v.__module__.startswith("keras_hub") for v in shared)
 
 
+@pytest.mark.one_backend
 def test_handles_go_through_the_hubs_own_clients(model, tmp_path, monkeypatch):
     """A published name from Hugging Face, ours from both hubs; only what is needed."""
     import huggingface_hub
@@ -386,6 +389,7 @@ def test_embedded_presets_are_small_and_documented():
             assert f"## {word}" in card
 
 
+@pytest.mark.one_backend
 def test_damaged_preset_is_refused(tmp_path, model):
     model.save_to_preset(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")

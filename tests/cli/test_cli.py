@@ -127,6 +127,7 @@ def test_presets_are_plain_lines_in_a_pipe(capsys):
     assert "\x1b" not in out
 
 
+@pytest.mark.one_backend
 def test_info(preset, capsys):
     _, out, _ = run(capsys, "info", preset)
     rows = dict(line.split("\t") for line in out.splitlines())
@@ -219,6 +220,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert all(f"usage: keras-t5gemma {name}".strip() in out for name in commands)
 
 
+@pytest.mark.one_backend
 def test_the_command_registers_what_a_library_user_gets():
     code = f"""{AS_COMMAND}
 import keras_t5gemma
@@ -326,6 +328,7 @@ def test_every_option_has_a_docstring(name):
     assert [f.name for f in dataclasses.fields(kind) if not docs.get(f.name)] == []
 
 
+@pytest.mark.one_backend
 def test_info_of_a_published_name_needs_no_network(capsys):
     _, out, _ = run(capsys, "info", "t5gemma_9b_2b_ul2")
     rows = dict(line.split("\t") for line in out.splitlines())
@@ -345,6 +348,7 @@ def gemma2(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.one_backend
 def test_adapt_convert_verify_info(gemma2, capsys, tmp_path):
     ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
     status, out, err = run(capsys, "adapt", gemma2, "--output", ours)

@@ -206,6 +206,7 @@ def test_written_config_is_what_keras_serializes(folders, tmp_path):
     assert str(tmp_path) not in (out / "config.json").read_text()
 
 
+@pytest.mark.one_backend
 def test_damage_is_found(folders, tmp_path):
     out = tmp_path / "out"
     adapt.adapt_to_folder(folders / "small", folder=out)
@@ -218,6 +219,7 @@ def test_damage_is_found(folders, tmp_path):
         check_checksums(out)
 
 
+@pytest.mark.one_backend
 def test_a_wrong_result_is_refused_before_it_appears(folders, tmp_path, monkeypatch):
     """Swap two norms behind the writer's back: the built-in check must notice."""
     original = adapt.plan_adaptation
@@ -234,6 +236,7 @@ def test_a_wrong_result_is_refused_before_it_appears(folders, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.one_backend
 def test_large_towers_are_checked_on_two_layers(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation_checks, "_VOCABULARY", 100)
     sources = {}
@@ -291,6 +294,7 @@ def test_other_models_are_refused_by_name(folders, tmp_path):
         kt.Backbone.from_preset(folders / "big")
 
 
+@pytest.mark.one_backend
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 def test_a_quantized_source_is_refused(tmp_path):
     source = make_gemma2(**SMALL)

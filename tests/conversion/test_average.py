@@ -30,6 +30,7 @@ def presets(shared_model, tmp_path_factory):
     return paths
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("weights", [None, [1, 0, 2.5]])
 def test_average_is_the_mean(presets, weights, tmp_path):
     average_presets(presets, tmp_path / "mean", weights)

@@ -98,6 +98,7 @@ def test_pieces():
     assert lengths.min() == 2 and lengths.max() == 7
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("batching", [None, "bucketed", "fixed"])
 def test_fit_on_plain_text_learns(tokenizer, batching):
     keras.utils.set_random_seed(0)

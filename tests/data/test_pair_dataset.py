@@ -190,7 +190,13 @@ class Rows(keras.callbacks.Callback):
         self.seen.setdefault(self.batches.epoch, []).append(self.batches.rows(batch))
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["before_fit", "in_fit"])
+@pytest.mark.parametrize(
+    "early",
+    [
+        pytest.param(True, id="before_fit", marks=pytest.mark.one_backend),
+        pytest.param(False, id="in_fit"),
+    ],
+)
 def test_fit_goes_on_in_the_middle_of_an_epoch(model, early):
     """Through Keras's own loop, which counts the batches of an epoch only once."""
     columns = {key: value[:16] for key, value in PAIRS.items()}

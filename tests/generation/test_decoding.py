@@ -39,6 +39,7 @@ def test_sampling_by_seed_whatever_the_batch(shared_model):
     assert len({text for row in many for text in row}) > 3
 
 
+@pytest.mark.one_backend
 def test_nearly_no_temperature_is_greedy(shared_model):
     greedy = generated_ids(shared_model, SOURCES, LENGTH)
     assert generated_ids(shared_model, SOURCES, LENGTH, temperature=1e-4) == greedy

@@ -22,6 +22,7 @@ def states(backbone):
     return numpy(backbone.encode(*encoder_inputs().values()))
 
 
+@pytest.mark.one_backend
 def test_a_loaded_int8_pair_can_be_saved_again(tmp_path):
     backbone = make_backbone()
     backbone.quantize("int8")

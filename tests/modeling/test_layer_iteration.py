@@ -8,6 +8,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", ["Backbone", "Seq2SeqLM", "Classifier", "Embedder"])
 @pytest.mark.parametrize("change", [None, "lora", "int8"])
 def test_iter_layers_finds_what_keras_does(kind, change, tokenizer):

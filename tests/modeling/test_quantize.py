@@ -145,6 +145,7 @@ def test_int8_generation_follows_the_int8_forward_pass(tokenizer):
             assert ids[0] != exact["token_ids"][i][0] or abs(got[0] - first) > 0
 
 
+@pytest.mark.one_backend
 def test_quantize_collects_no_garbage_layer_by_layer(monkeypatch):
     """Keras does: 60 s for S-S."""
     import gc

@@ -33,6 +33,7 @@ TINY = T5GemmaConfig(STACK, dataclasses.replace(STACK, hidden_dim=24), 64)
 TALL = ("t5gemma_9b_9b", 16, "80GB", 64, 4096)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("devices", [16, 64])
 def test_9b_9b_takes_its_share_of_weights_and_moments_and_allocates_nothing(devices):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -60,6 +61,7 @@ def test_9b_9b_takes_its_share_of_weights_and_moments_and_allocates_nothing(devi
         assert not big
 
 
+@pytest.mark.one_backend
 def test_data_parallel_repeats_everything():
     found = plan(*TALL, strategy="data")
     assert found.weights == 4 * PARAMETERS
@@ -105,6 +107,7 @@ def test_optimizer_state_is_that_of_the_optimizer(name):
     assert shapes == sorted((tuple(v.shape), v.dtype) for v in real)
 
 
+@pytest.mark.one_backend
 def test_adapters_alone_have_gradients_and_moments():
     found = plan(*TALL, lora_rank=8, strategy="data")
     # Query and value in three attentions: A (width, rank), B (rank, heads x 256).
@@ -114,6 +117,7 @@ def test_adapters_alone_have_gradients_and_moments():
     assert found.weights == 4 * (PARAMETERS + adapters)
 
 
+@pytest.mark.one_backend
 def test_int8_weights_take_a_byte_each_and_a_scale_a_row():
     found = plan(*TALL, lora_rank=8, quantize="int8", strategy="data")
     kernels = PARAMETERS - SCALES
@@ -124,6 +128,7 @@ def test_int8_weights_take_a_byte_each_and_a_scale_a_row():
     assert found.weights == kernels + 4 * (SCALES + scales + adapters)
 
 
+@pytest.mark.one_backend
 def test_cache_has_two_arrays_a_layer_of_own_and_of_source_tokens():
     stack = dataclasses.replace(STACK, sliding_window=4)
     config = T5GemmaConfig(stack, stack, 64)
@@ -144,6 +149,7 @@ def test_attention_in_blocks_grows_with_the_length():
         assert kept(1000) > 4 * kept(1000, cpu=True)  # There in blocks already.
 
 
+@pytest.mark.one_backend
 def test_rematerialization_and_split_heads_take_less():
     config = T5GemmaConfig(STACK, STACK, 64)
     kept = plan(config, 1, "1GB", 4, (64, 32), rematerialize=False)
@@ -154,6 +160,7 @@ def test_rematerialization_and_split_heads_take_less():
     assert split.activations < again.activations
 
 
+@pytest.mark.one_backend
 def test_layout_is_the_one_that_fits_with_least_communication():
     config = T5GemmaConfig(STACK, STACK, 2**16)
     roomy = plan(config, 4, "10GB", 8, 32)
@@ -178,6 +185,7 @@ def test_layout_is_the_one_that_fits_with_least_communication():
         assert other.total > memory or tight.received <= other.received
 
 
+@pytest.mark.one_backend
 def test_advice_when_nothing_fits_does_fit():
     found = plan("t5gemma_9b_9b", 4, "80GB", 16, 2048)
     assert not found.fits
@@ -187,6 +195,7 @@ def test_advice_when_nothing_fits_does_fit():
     assert not plan("t5gemma_9b_9b", 4, "1MB", 16, 2048).fits
 
 
+@pytest.mark.one_backend
 def test_global_clipping_holds_all_gradients():
     config = T5GemmaConfig(STACK, STACK, 2**16)
     free = keras.optimizers.AdamW(1e-3)
@@ -201,6 +210,7 @@ def test_global_clipping_holds_all_gradients():
     assert one.weights == both.weights and both.step >= one.step
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "memory, count",
     [("80GB", 80e9), ("80 GiB", 80 * 2**30), ("1.5TB", 1.5e12), (1024, 1024)],
@@ -232,6 +242,7 @@ BAD = [
 ]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("change, message", BAD, ids=lambda x: str(x)[:30])
 def test_bad_input_is_named(change, message):
     names = ("preset", "devices", "memory", "batch", "length")
@@ -246,6 +257,7 @@ def rows(text):
     return {row[0]: row[1:] for row in cells if len(row) > 1}
 
 
+@pytest.mark.one_backend
 def test_command_prints_a_table_and_json(capsys):
     command = ["plan", "--preset", "t5gemma_9b_9b", "--devices", "16"]
     command += ["--memory", "80GB", "--batch", "64", "--length", "4096"]

@@ -32,6 +32,7 @@ def kernels(model):
     return {v.path: numpy(v).copy() for v in model.backbone.weights}
 
 
+@pytest.mark.one_backend
 def test_fit_from_lists_lowers_the_loss(fresh):
     history = fresh.fit(SOURCES, TARGETS, batch_size=8, epochs=10, verbose=0)
     losses = history.history["loss"]
@@ -253,6 +254,7 @@ def test_validation_split_and_sample_weight(fresh):
     assert "val_loss" in history.history
 
 
+@pytest.mark.one_backend
 def test_adam_on_bfloat16_weights_is_refused(tokenizer):
     """Trap: it runs and never moves the weights."""
     model = tiny_model(tokenizer, dtype="bfloat16")
@@ -282,6 +284,7 @@ def test_mixed_float16_trains_and_pure_float16_is_refused(tokenizer):
     assert np.isfinite(history.history["loss"]).all()
 
 
+@pytest.mark.one_backend
 def test_truncation_is_reported_once_a_fit(fresh):
     fresh.preprocessor.encoder_sequence_length = 5
     with pytest.warns(UserWarning, match="encoder texts were longer than 5") as seen:

@@ -41,6 +41,7 @@ def train(classifier, y, x=TEXTS, rate=1e-2, epochs=12, **kwargs):
     return classifier.fit(x, y, **data, **kwargs).history
 
 
+@pytest.mark.one_backend
 def test_names_are_learned_and_come_back(tokenizer, tmp_path):
     classifier = make_classifier(tokenizer, dropout=0.1)
     history = train(classifier, LABELS, validation_data=(TEXTS, LABELS))

@@ -186,9 +186,8 @@ def test_a_step_is_the_plain_implementation(tokenizer, name, options):
         assert (before == numpy(variable)).all()
 
 
-@pytest.mark.parametrize(
-    "batching", ["packed", pytest.param("fixed", marks=pytest.mark.one_backend)]
-)
+@pytest.mark.one_backend
+@pytest.mark.parametrize("batching", ["packed", "fixed"])
 def test_on_disk_or_in_memory_is_the_same(tokenizer, tmp_path, batching):
     model = make_student(tokenizer, UL2.from_tokenizer(tokenizer))
     teacher = make_teacher()
@@ -203,6 +202,7 @@ def test_on_disk_or_in_memory_is_the_same(tokenizer, tmp_path, batching):
         assert abs(found[0] - found[1]) < 1e-3  # They lie there as float16.
 
 
+@pytest.mark.one_backend
 def test_a_student_comes_near_its_teacher(tokenizer):
     model = make_student(tokenizer, PrefixLM())
     teacher = make_teacher()

@@ -143,7 +143,7 @@ FULL = {"label_smoothing": 0.1, "z_loss": 1e-3}
     ("options", "prepare"),
     [
         ({}, None),
-        (FULL, None),
+        pytest.param(FULL, None, marks=pytest.mark.one_backend),
         ({}, lambda model: model.enable_lora(4)),
         (FULL, lambda model: model.quantize("int8")),
     ],

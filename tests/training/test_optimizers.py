@@ -36,7 +36,11 @@ def trained(optimizer, **options):
         ({"weight_decay": 3.0}, {}),
         ({"weight_decay": 3.0}, {"run_eagerly": True}),
         ({"weight_decay": 3.0, "gradient_accumulation_steps": 2}, {}),
-        ({"weight_decay": 3.0, "global_clipnorm": 0.1, "use_ema": True}, {}),
+        pytest.param(
+            {"weight_decay": 3.0, "global_clipnorm": 0.1, "use_ema": True},
+            {},
+            marks=pytest.mark.one_backend,
+        ),
     ],
 )
 def test_the_same_weights_as_with_keras(options, compiled):
