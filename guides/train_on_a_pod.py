@@ -59,7 +59,7 @@ PROCESSES = int(os.environ.get("POD_PROCESSES", "1"))
 INDEX = int(os.environ.get("POD_INDEX", "0"))
 ADDRESS = os.environ.get("POD_ADDRESS", "127.0.0.1:9876")
 
-MODULES = "argparse collections csv datetime functools json logging pathlib string"
+MODULES = "argparse csv functools json pathlib"
 
 
 def documents():
