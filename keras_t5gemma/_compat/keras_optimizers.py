@@ -18,6 +18,28 @@ def is_plain_adam(optimizer: keras.optimizers.Optimizer) -> bool:
     return kind in (keras.optimizers.Adam, keras.optimizers.AdamW)
 
 
+def of_any_backend(config: Any) -> Any:
+    """The serialized configuration of an optimizer, for every backend.
+
+    On PyTorch Keras writes the module of its private subclasses, which others cannot
+    import, or would make a PyTorch optimizer of.
+
+    Args:
+        config: of `keras.saving.serialize_keras_object`; also what contains it.
+
+    Returns:
+        A new configuration of the public classes.
+    """
+    if isinstance(config, list | tuple):
+        return [of_any_backend(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    found = {name: of_any_backend(part) for name, part in config.items()}
+    if str(config.get("module")).startswith("keras.src.backend.torch.optimizers."):
+        found |= {"module": "keras.optimizers", "registered_name": None}
+    return found
+
+
 def replace_update(optimizer: keras.optimizers.Optimizer, update: Callable) -> None:
     """Replace the update rule of an optimizer, on PyTorch and TensorFlow.
 

@@ -42,7 +42,8 @@ class LabelReader:
         """
         y = self._label_rows(y)
         if self.kind == "single_label":
-            return np.array([self._number(label) for label in y], "int32")
+            found = [self._number(label, f"y[{i}]") for i, label in enumerate(y)]
+            return np.array(found, "int32")
         if self.kind == "multi_label":
             return self._multi_hot(y)
         try:
@@ -71,7 +72,14 @@ class LabelReader:
                     f"classes {self._accepted()}; got the columns {names}."
                 )
             columns = [to_list(y[name], "y") for name in wanted]
-            return list(zip(*columns, strict=True))
+            rows = list(zip(*columns, strict=True))
+            for i, row in enumerate(rows):
+                if not _zeros_and_ones(row, self.num_classes):
+                    raise ValueError(
+                        f"`y` must have zeros and ones in its columns {names}; row {i} "
+                        f"is {shown(row)}."
+                    )
+            return rows
         if names is not None and len(names) == 1:
             y = y[names[0]]
         is_rows = isinstance(y, np.ndarray) and y.ndim or isinstance(y, range)
@@ -90,9 +98,7 @@ class LabelReader:
         is_row = [_zeros_and_ones(row, self.num_classes) for row in y]
         names = self.class_names or range(self.num_classes)
         for i, row in enumerate(y):
-            if isinstance(row, np.ndarray) and row.shape == (self.num_classes,):
-                if not is_row[i]:
-                    raise ValueError(f"`y` must be zeros and ones; got {row}.")
+            if is_row[i] and isinstance(row, np.ndarray):
                 labels[i] = row
             elif is_row[i]:
                 if not all(is_row) and any(value in names for value in row):
@@ -102,8 +108,15 @@ class LabelReader:
                         "for none."
                     )
                 labels[i] = row
+            elif _is_numbers(row) and len(row) == self.num_classes:
+                raise ValueError(f"`y[{i}]` must be zeros and ones; got {row}.")
             elif isinstance(row, list | tuple | set | np.ndarray):
-                labels[i, [self._number(label) for label in row]] = 1
+                chosen = [self._number(label, f"y[{i}]") for label in row]
+                if len(set(chosen)) < len(chosen):
+                    raise ValueError(
+                        f"`y[{i}]` must have each label once; got {shown(row)}."
+                    )
+                labels[i, chosen] = 1
             else:
                 raise ValueError(
                     f"`y[{i}]` must be a list of labels among {self._accepted()}, or "
@@ -118,7 +131,8 @@ class LabelReader:
 
     def _number(self, label, name="y"):
         if self.class_names is not None:
-            if not hasattr(label, "__len__") or isinstance(label, str):
+            # Others may have no truth value: `pandas.NA`, arrays.
+            if isinstance(label, str | numbers.Number | np.bool_):
                 if label in self.class_names:
                     return self.class_names.index(label)
         elif isinstance(label, int | np.integer | np.bool_):
@@ -156,10 +170,30 @@ class LabelReader:
         table = np.ones(self.num_classes, "float32")
         for label, weight in class_weight.items():
             name = f"class_weight[{shown(label)}]"
-            table[self._number(label, "class_weight")] = number(
-                weight, name, at_least=0
-            )
+            label = self._number(label, "class_weight")
+            table[label] = number(weight, name, at_least=0)
         return table[self.read(y)]
+
+    def beside_arrays(self, y: Any) -> Any:
+        """Labels of arrays of ids: arrays and tensors of numbers as they are."""
+        kind = getattr(getattr(y, "dtype", None), "kind", "")
+        if y is None or (hasattr(y, "shape") and kind not in ("U", "O", "S", "T")):
+            return y
+        return self.read(y)
+
+    def weights_by_number(self, class_weight: dict) -> dict:
+        """Weights by the number of the class, of a dict by name or by number."""
+        found = {}
+        for label, weight in class_weight.items():
+            is_name = self.class_names is None or label in self.class_names
+            if is_name or not isinstance(label, int | np.integer):
+                label = self._number(label, "class_weight")
+            found[int(label)] = weight
+        return found
+
+
+def _is_numbers(row):
+    return isinstance(row, np.ndarray) and row.ndim == 1 and row.dtype.kind in "biuf"
 
 
 def _zeros_and_ones(row, count):

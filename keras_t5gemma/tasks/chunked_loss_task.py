@@ -10,6 +10,7 @@ from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.chunked_cross_entropy import token_losses
 from keras_t5gemma.training.distillation import INPUTS as TEACHER_INPUTS
 from keras_t5gemma.training.distillation import Distillation
+from keras_t5gemma.training.loss_by_weight import mean_by_weight
 from keras_t5gemma.training.losses import Perplexity, TokenCrossEntropy
 from keras_t5gemma.utils.backends import replica_count
 from keras_t5gemma.utils.checks import is_auto, keras_object
@@ -35,7 +36,7 @@ class ChunkedLossTask(bases.Seq2SeqLMTask):
         **kwargs: Any,
     ) -> None:
         """`keras.Model.compile`; `weighted_metrics="auto"` is accuracy, perplexity."""
-        keras_object(loss, "loss")
+        loss = mean_by_weight(loss)
         keras_object(weighted_metrics, "weighted_metrics")
         own = is_auto(weighted_metrics)
         known = type(loss) in (TokenCrossEntropy, Distillation)

@@ -27,8 +27,8 @@ from keras_t5gemma.tasks.backbone_changes import ChangesBackbone
 from keras_t5gemma.tasks.fit import FitMixin, positions_of
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.training import loss_by_weight
 from keras_t5gemma.training.accumulation import weighted_batch
-from keras_t5gemma.training.loss_by_weight import LossByWeight, with_metrics
 from keras_t5gemma.training.optimizers import prepare_optimizer
 from keras_t5gemma.utils.buckets import SHORT, bucket
 from keras_t5gemma.utils.checks import (
@@ -197,19 +197,19 @@ class EncoderTask(
                 in `Seq2SeqLM.fit`, with the mean over rows by their weights.
             rematerialize: keep only the input of each block for the backward pass and
                 recompute the rest: less memory, more time.
-            **kwargs: of `keras.Model.compile`. `metrics` are counted by the weights of
-                rows, as `weighted_metrics` are: rows that fill up a batch have none.
+            **kwargs: of `keras.Model.compile`. Means, the `loss` and `metrics`, are by
+                the weights of rows: those that fill up a batch have none.
         """
         rematerialize = flag(rematerialize, "rematerialize")
-        for name in ("loss", "weighted_metrics"):
-            keras_object(kwargs.get(name), name)
+        keras_object(kwargs.get("weighted_metrics"), "weighted_metrics")
+        kwargs["loss"] = loss_by_weight.mean_by_weight(kwargs.get("loss"))
         optimizer = prepare_optimizer(optimizer, self.backbone.variable_dtype)
         if kwargs.get("metrics") is not None:
-            kwargs["weighted_metrics"] = with_metrics(
+            kwargs["weighted_metrics"] = loss_by_weight.with_metrics(
                 kwargs.get("weighted_metrics"), kwargs.pop("metrics")
             )
         super().compile(optimizer=optimizer, **kwargs)
-        tracker = LossByWeight()
+        tracker = loss_by_weight.LossByWeight()
         set_loss_tracker(self, tracker)
         self._loss_of_batch = functools.partial(tracker.of_batch, self.loss)
         if isinstance(self.backbone, Backbone):

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_t5gemma._compat.keras_optimizers import of_any_backend
 from keras_t5gemma.data.resumable import ResumableDataset, any_width, follow
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.prediction import SafeInference, exclusive_loop
@@ -198,7 +199,7 @@ class FitMixin(CompiledTraining, SafeInference):
             ValueError: for `class_weight` without classes.
         """
         if class_weight is not None and is_arrays(x) and self.has_classes:
-            kwargs["class_weight"] = class_weight
+            kwargs["class_weight"] = self._weights_by_number(class_weight)
         elif class_weight is not None:
             sample_weight = self._weights_by_class(y, class_weight, sample_weight)
         return super().train_on_batch(x, y, sample_weight, **kwargs)  # type: ignore[misc]
@@ -209,6 +210,10 @@ class FitMixin(CompiledTraining, SafeInference):
             "`class_weight` must be None: only a TextClassifier has classes. Pass "
             f"`sample_weight`; got {shown(class_weight)}."
         )
+
+    def _weights_by_number(self, class_weight):
+        """The `class_weight` of arrays, by the number of the class."""
+        raise NotImplementedError
 
     def preprocess_samples(
         self, x: Any, y: Any = None, sample_weight: Any = None
@@ -241,6 +246,7 @@ class FitMixin(CompiledTraining, SafeInference):
             encoder = getattr(self.backbone, "encoder", None)
             config["rematerialize"] = getattr(encoder, "rematerialize", False)
             config["optimizer_built"] = self.optimizer.built
+            config["optimizer"] = of_any_backend(config["optimizer"])
             if self._is_auto_jit_compile:  # Keras keeps the answer of this backend.
                 config["jit_compile"] = "auto"
         return config
@@ -248,6 +254,7 @@ class FitMixin(CompiledTraining, SafeInference):
     def compile_from_config(self, config: dict) -> None:
         config = dict(config)
         is_built = config.pop("optimizer_built", False)
+        config["optimizer"] = of_any_backend(config["optimizer"])
         self.compile(**self._compile_arguments(config))  # type: ignore[attr-defined]
         if is_built:  # It has a state to load.
             self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]

@@ -153,9 +153,9 @@ class Seq2SeqLM(GenerationDefaults, ChangesBackbone, AtomicSaveToPreset, TextPai
             optimizer: `"auto"` is Adafactor at 1e-4, as in the official fine-tuning
                 example; it needs little memory and works with bfloat16 weights. For
                 `gradient_accumulation_steps` see `fit`.
-            loss: `"auto"` is `TokenCrossEntropy()`, the mean over the target tokens
-                of the batch without padding. With the default metrics and no
-                `loss_weights`, and as a `Distillation`, it is computed in chunks.
+            loss: `"auto"` is `TokenCrossEntropy()`; with the default metrics and no
+                `loss_weights`, and as a `Distillation`, it is computed in chunks. The
+                mean of all losses is over the target tokens, without padding.
             weighted_metrics: `"auto"` is the accuracy of the next token, and
                 perplexity if the loss is computed in chunks.
             sampler: for `generate`: `"auto"` is `generation_defaults`, or greedy;

@@ -31,7 +31,6 @@ from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts, column_names, in_memory, to_list
 
 KINDS = ("single_label", "multi_label", "regression")
-_MEAN = "mean_with_sample_weight"
 _MANY = 2_000  # Texts; fewer are classified without a progress bar.
 
 
@@ -147,22 +146,23 @@ class TextClassifier(EncoderTask):
         Args:
             optimizer: `"auto"` is Adafactor at 1e-4.
             loss: `"auto"` is the cross-entropy of the classes, the binary one of each
-                class with `"multi_label"`, or the squared error. Others get logits.
+                class with `"multi_label"`, or the squared error. Others get logits; the
+                mean of all is by the weights of rows.
             weighted_metrics: `"auto"` is the accuracy, or the absolute error.
             **kwargs: `rematerialize`, and those of `keras.Model.compile`.
         """
         losses, metrics = keras.losses, keras.metrics
         auto = {
             "single_label": (
-                losses.SparseCategoricalCrossentropy(from_logits=True, reduction=_MEAN),
+                losses.SparseCategoricalCrossentropy(from_logits=True),
                 metrics.SparseCategoricalAccuracy("accuracy"),
             ),
             "multi_label": (
-                losses.BinaryCrossentropy(from_logits=True, reduction=_MEAN),
+                losses.BinaryCrossentropy(from_logits=True),
                 metrics.BinaryAccuracy("accuracy", threshold=0.0),
             ),
             "regression": (
-                losses.MeanSquaredError(reduction=_MEAN),
+                losses.MeanSquaredError(),
                 metrics.MeanAbsoluteError("absolute_error"),
             ),
         }[self.kind]
@@ -223,6 +223,17 @@ class TextClassifier(EncoderTask):
         if sample_weight is None:
             return weights
         return weights * row_weights(sample_weight, "sample_weight", len(weights))
+
+    def _weights_by_number(self, class_weight):
+        return self._label_reader().weights_by_number(class_weight)
+
+    def preprocess_samples(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> Any:
+        """Arrays of one batch; see `FitMixin`. Labels are those of `fit`."""
+        if is_arrays(x):
+            y = self._label_reader().beside_arrays(y)
+        return super().preprocess_samples(x, y, sample_weight)
 
     def predict(self, x: Any, batch_size: int = 32) -> np.ndarray:
         """Probabilities of the classes.

@@ -236,7 +236,6 @@ def test_a_wrong_result_is_refused_before_it_appears(folders, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.one_backend
 def test_large_towers_are_checked_on_two_layers(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation_checks, "_VOCABULARY", 100)
     sources = {}

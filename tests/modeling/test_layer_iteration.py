@@ -8,9 +8,15 @@ import keras_t5gemma as kt
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", ["Backbone", "Seq2SeqLM", "Classifier", "Embedder"])
-@pytest.mark.parametrize("change", [None, "lora", "int8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        pytest.param("lora", marks=pytest.mark.one_backend),
+        pytest.param("int8", marks=pytest.mark.one_backend),
+    ],
+)
 def test_iter_layers_finds_what_keras_does(kind, change, tokenizer):
     if not hasattr(keras.layers.Layer, "_flatten_layers"):
         pytest.fail("Only this test uses _flatten_layers: compare with a list by hand.")

@@ -295,3 +295,22 @@ def test_more_positional_arguments_are_refused(tokenizer):
     model = make("lm", tokenizer)
     with pytest.raises(ValueError, match="Seq2SeqLM must be passed by its keyword"):
         kt.Seq2SeqLM(model.backbone, model.preprocessor, "name")
+
+
+@pytest.mark.parametrize("loss_scale", [False, True])
+def test_an_optimizer_is_read_on_every_backend(model, loss_scale):
+    """On PyTorch Keras writes a private module, which others cannot import."""
+    optimizer = keras.optimizers.AdamW(1e-3)
+    if loss_scale:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer)
+    config = model.get_compile_config()
+    assert "backend" not in str(config["optimizer"])
+    # As files from PyTorch have it.
+    inner = config["optimizer"]["config"]["inner_optimizer"] if loss_scale else None
+    written = inner or config["optimizer"]
+    written["module"] = "keras.src.backend.torch.optimizers.torch_adamw"
+    written["registered_name"] = "AdamW"
+    model.compile_from_config(config)
+    found = model.optimizer.inner_optimizer if loss_scale else model.optimizer
+    assert type(found) is type(keras.optimizers.AdamW())

@@ -254,7 +254,6 @@ def test_validation_split_and_sample_weight(fresh):
     assert "val_loss" in history.history
 
 
-@pytest.mark.one_backend
 def test_adam_on_bfloat16_weights_is_refused(tokenizer):
     """Trap: it runs and never moves the weights."""
     model = tiny_model(tokenizer, dtype="bfloat16")

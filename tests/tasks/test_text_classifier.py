@@ -320,6 +320,43 @@ def test_class_weights_of_a_batch(tokenizer):
     assert found["loss"] == pytest.approx(weighted["loss"], rel=1e-5)
 
 
+def test_labels_beside_arrays(tokenizer):
+    """Names weigh as numbers do, and are labels as in `fit`."""
+    classifier = make_classifier(tokenizer)
+    classifier.compile(keras.optimizers.SGD(0.0))
+    arrays, y, _ = classifier.preprocess_samples(TEXTS[:2], ["game", "tool"])
+    number = NAMES.index("game")
+    found = [
+        classifier.train_on_batch(arrays, labels, class_weight=weights)[0]
+        for labels in (y, ["game", "tool"])
+        for weights in ({"game": 5.0}, {number: 5.0}, {})
+    ]
+    np.testing.assert_allclose(found[:3], found[3:], rtol=1e-5)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    assert abs(found[0] - found[2]) > 1e-3
+    with pytest.raises(ValueError, match="`class_weight` must be labels.*got 'food'"):
+        classifier.train_on_batch(arrays, y, class_weight={"food": 2.0})
+
+
+@pytest.mark.one_backend
+def test_what_looks_like_labels_is_not_guessed(tokenizer):
+    pandas = pytest.importorskip("pandas")
+    several = make_classifier(
+        tokenizer, class_names=None, num_classes=3, kind="multi_label"
+    )
+    counts = pandas.DataFrame({0: [0, 2], 1: [1, 0], 2: [1, 2]})
+    with pytest.raises(ValueError, match="zeros and ones in its columns.*row 1"):
+        several._labels(counts)
+    with pytest.raises(ValueError, match=r"`y\[0\]` must have each label once"):
+        several._labels([[2, 1, 1], [0, 2]])
+    with pytest.raises(ValueError, match=r"`y\[0\]` must be zeros and ones"):
+        several._labels([np.array([2, 1, 1])])
+    named = make_classifier(tokenizer, kind="multi_label")
+    assert named._labels([np.array(NAMES)]).tolist() == [[1, 1, 1]]
+    with pytest.raises(ValueError, match=r"`y\[1\]` must be labels among.*<NA>"):
+        make_classifier(tokenizer)._labels(["game", pandas.NA])
+
+
 @pytest.mark.one_backend
 def test_a_split_without_rows_is_refused(tokenizer):
     with pytest.raises(
