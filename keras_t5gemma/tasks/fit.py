@@ -215,6 +215,10 @@ class FitMixin(CompiledTraining, SafeInference):
         """The `class_weight` of arrays, by the number of the class."""
         raise NotImplementedError
 
+    def _labels_of_arrays(self, y):
+        """The labels of a batch of arrays, as arrays."""
+        return y
+
     def preprocess_samples(
         self, x: Any, y: Any = None, sample_weight: Any = None
     ) -> Any:
@@ -228,6 +232,7 @@ class FitMixin(CompiledTraining, SafeInference):
         if is_arrays(x) or self.preprocessor is None:
             if isinstance(x, dict):
                 check_names(x, list(self.input), "`x`")  # type: ignore[attr-defined]
+            y = self._labels_of_arrays(y)
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return self._text_batch(x, y, sample_weight)
 

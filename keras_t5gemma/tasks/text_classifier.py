@@ -227,13 +227,8 @@ class TextClassifier(EncoderTask):
     def _weights_by_number(self, class_weight):
         return self._label_reader().weights_by_number(class_weight)
 
-    def preprocess_samples(
-        self, x: Any, y: Any = None, sample_weight: Any = None
-    ) -> Any:
-        """Arrays of one batch; see `FitMixin`. Labels are those of `fit`."""
-        if is_arrays(x):
-            y = self._label_reader().beside_arrays(y)
-        return super().preprocess_samples(x, y, sample_weight)
+    def _labels_of_arrays(self, y):
+        return self._label_reader().beside_arrays(y)
 
     def predict(self, x: Any, batch_size: int = 32) -> np.ndarray:
         """Probabilities of the classes.
