@@ -44,7 +44,8 @@ class TextClassifier(EncoderTask):
     Args:
         backbone: a `Backbone` without a decoder; or KerasHub's `GemmaBackbone`, the
             same head on a decoder-only model.
-        preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays only.
+        preprocessor: a `Seq2SeqLMPreprocessor`, or `None` for arrays only, in
+            `train_on_batch`, `test_on_batch` and `predict_on_batch`.
         class_names: names of the classes, two or more; labels are these names.
         num_classes: number of classes, when labels are numbers from 0.
         kind: `"single_label"`, `"multi_label"` (any number of classes per text) or

@@ -46,7 +46,8 @@ class TextEmbedder(EncoderTask):
 
     Args:
         backbone: a `Backbone` without a decoder.
-        preprocessor: a `Seq2SeqLMPreprocessor`, or `None` to work on arrays only.
+        preprocessor: a `Seq2SeqLMPreprocessor`, or `None` for arrays only, in
+            `train_on_batch`, `predict_on_batch` and `predict`.
         pooling: `"mean"`, `"last"`, `"first"` or `"weighted"`, see `pool`.
         projection_dim: width of a learned linear map on top, or `None` for none.
         normalize: scale vectors to length 1.
@@ -340,7 +341,8 @@ class TextEmbedder(EncoderTask):
         """Vectors of texts, as `embed`; or of arrays, by `keras.Model.predict`.
 
         Args:
-            x: a list of strings; or arrays of ids, or a dataset of them.
+            x: a list of strings; or arrays of ids, without a preprocessor also a
+                dataset of them.
             batch_size: maximum number of rows in a batch, 32 when `None`.
             **kwargs: for arrays those of `keras.Model.predict`.
 
