@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import hashlib
+import os
 from pathlib import Path
 
 import keras
@@ -16,6 +18,7 @@ from keras_t5gemma.tasks.text_classifier import TextClassifier
 from keras_t5gemma.tasks.text_embedder import TextEmbedder
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
+from keras_t5gemma.utils.files import read_bytes
 
 # A decoder-only Gemma expects bos before every text.
 _AFTER_BOS = "<bos>{text}"
@@ -66,9 +69,25 @@ class Model:
     def name(self) -> str:
         """Name in tables; of a run's preset the name of the run."""
         folder = Path(self.preset)
+        folder = Path(os.path.abspath(folder)) if folder.exists() else folder
         name = folder.parent.name if folder.name == "preset" else folder.name
         more = {"scratch": " from scratch", "decoder_only": " (decoder-only)"}
         return name + more.get(self.kind, "")
+
+    def fingerprint(self) -> str:
+        """Hex digest that changes with the weights; the name of a published preset."""
+        folder = Path(self.preset)
+        if not folder.is_dir():
+            return self.preset
+        contents = [_read(folder / "config.json")]
+        if self.kind != "scratch":
+            contents.append(_read(folder / "checksums.json"))
+            if not contents[-1]:
+                weights = [*folder.glob("*.h5"), *folder.glob("*.safetensors")]
+                stats = [(path.name, path.stat()) for path in sorted(weights)]
+                times = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+                contents.append(repr(times).encode())
+        return hashlib.sha256(repr(contents).encode()).hexdigest()
 
     def check(self) -> None:
         """Raise the errors of loading, before any training."""
@@ -186,6 +205,10 @@ class TfIdf:
 
     name, has_seeds = "TF-IDF, linear", False
 
+    def fingerprint(self) -> str:
+        """Its name: there is nothing to load."""
+        return self.name
+
     def check(self) -> None:
         """Nothing to load."""
 
@@ -210,3 +233,7 @@ class TfIdf:
 
 def _joined(texts):
     return ["\n".join(t) if isinstance(t, tuple) else t for t in texts]
+
+
+def _read(file):
+    return read_bytes(file) if file.exists() else b""

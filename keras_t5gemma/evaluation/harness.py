@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import numbers
@@ -57,24 +58,27 @@ def evaluate_encoders(o: EvaluateOptions) -> Scores:
     )
     for model in models:
         model.check()
-    tasks = {
-        name: _shortened(read_task(name, o.data), o.train_rows)
-        for name in _names(o.tasks, "tasks")
-    }
+    tasks = _tasks(o)
     options = {**dataclasses.asdict(recipe), "train_rows": o.train_rows}
     if Path(o.output).is_file():
         raise ValueError(f"`output` {o.output} is a file; it must be a folder.")
     with folder_lock(o.output):
         runs = Runs(o.output, {**options, "learning_rates": rates})
         runs.write(OPTIONS, as_yaml("evaluate", vars(o)))
-        _measure(runs, list(tasks.values()), models, recipe, o.seeds, rates)
-        print(runs.table({name: task.measures for name, task in tasks.items()}))
+        _measure(runs, tasks, models, recipe, o.seeds, rates)
+        print(runs.table({task.name: task.measures for task in tasks}))
     return runs.summary()
 
 
 def _measure(runs, tasks, models, recipe, seeds, rates):
     """Add the runs that are missing."""
     total = sum(seeds if model.has_seeds else 1 for model in models) * len(tasks)
+    data = {task.name: task.fingerprint() for task in tasks}
+    weights = {model.name: model.fingerprint() for model in models}
+    for task, model in itertools.product(data, weights):
+        measured_on = {"data": data[task], "model": weights[model]}
+        for seed in range(seeds):
+            runs.require_same(f"{task}/{model}/{seed}", measured_on)
     with progress_bar("Measuring", total) as advance:
         for task in tasks:
             for model in models:
@@ -82,7 +86,12 @@ def _measure(runs, tasks, models, recipe, seeds, rates):
                 for seed in range(seeds if model.has_seeds else 1):
                     name = f"{task.name}/{model.name}/{seed}"
                     if name not in runs:
-                        runs[name] = _best(model, task, recipe, seed, chosen)
+                        run = _best(model, task, recipe, seed, chosen)
+                        measured_on = {
+                            "data": data[task.name],
+                            "model": weights[model.name],
+                        }
+                        runs[name] = {**run, "measured_on": measured_on}
                         print(f"{name}: {_short(runs[name]['measures'])}", flush=True)
                     chosen = [runs[name]["learning_rate"]]
                     advance(1)
@@ -92,6 +101,20 @@ def _names(names: PathsOrNames, name: str) -> list[str]:
     if isinstance(names, str | os.PathLike):
         names = [names]
     return [str(path(each, name)) for each in to_list(names, name)]
+
+
+def _tasks(o: EvaluateOptions) -> list[Task]:
+    """Tasks to measure on, which must have different names."""
+    names = _names(o.tasks, "tasks")
+    if not names:
+        raise ValueError("`tasks` must name one task at least; got none.")
+    tasks = [_shortened(read_task(name, o.data), o.train_rows) for name in names]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ValueError(
+            "`tasks` must have different names of folders; got "
+            f"{[task.name for task in tasks]}."
+        )
+    return tasks
 
 
 def _models(o: EvaluateOptions) -> list[Model | TfIdf]:
@@ -179,10 +202,14 @@ class Runs:
         self.runs: dict[str, dict[str, Any]] = {}
         file = self.folder / RESULTS
         if not file.exists():
-            if (self.folder / TABLE).exists():
+            # A run that was interrupted early has its options alone.
+            others = set(os.listdir(folder)) if self.folder.exists() else set()
+            others = {name for name in others - {OPTIONS} if name[0] != "."}
+            if others:
                 raise ValueError(
-                    f"`output` {self.folder} has a {TABLE} without {RESULTS}, which "
-                    "would be replaced; choose another folder."
+                    f"`output` {self.folder} must be a new folder or one of an "
+                    f"evaluation; it has {sorted(others)[:3]} and no {RESULTS}. Choose "
+                    "another folder."
                 )
             return
         try:
@@ -201,6 +228,16 @@ class Runs:
                 "choose another folder."
             )
         self.runs = found["runs"]
+
+    def require_same(self, name: str, measured_on: dict[str, str]) -> None:
+        """Raise `ValueError` if a finished run is of other data or another model."""
+        found = self.runs.get(name, {}).get("measured_on", measured_on)
+        for what, value in measured_on.items():
+            if found.get(what) != value:
+                raise ValueError(
+                    f"`output` {self.folder} has results of {name!r} with other "
+                    f"contents of the {what}; choose another folder."
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.runs

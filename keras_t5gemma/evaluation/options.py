@@ -84,4 +84,9 @@ class EvaluateOptions:
             flag(getattr(self, name), name)
         if self.dtype is not None:
             string(self.dtype, "dtype")
+            if self.dtype.startswith(("int", "float8")) and not self.frozen:
+                raise ValueError(
+                    f"`dtype` {self.dtype!r} has quantized weights, which are not "
+                    "trained: pass `frozen`, or a type of floats."
+                )
         number(self.dropout, "dropout", at_least=0, below=1)

@@ -1,18 +1,21 @@
 """Evaluation tasks: text classification and retrieval, from SuperGLUE or a folder."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from keras_t5gemma.data.readers import read_objects
 from keras_t5gemma.evaluation import superglue
+from keras_t5gemma.utils.checks import shown, string
 
 CLASSES, RETRIEVAL = "classes", "retrieval"
 SPLITS = ("train", "valid", "test")
 MEASURES = {CLASSES: ("accuracy",), RETRIEVAL: ("recall@10",)}
 TASKS = tuple(superglue.TASKS)
 # kind: (field of the text or query, field of the class or document)
+_TEXTS = ("text", "text_pair", "query")
 _FIELDS = {CLASSES: ("text", "label"), RETRIEVAL: ("query", "document")}
 
 
@@ -65,6 +68,11 @@ class Task:
         """Sorted class names of the training rows."""
         return sorted(set(self.train.y))
 
+    def fingerprint(self) -> str:
+        """Hex digest of all rows."""
+        splits = [dataclasses.astuple(getattr(self, name)) for name in SPLITS]
+        return hashlib.sha256(repr(splits).encode("utf-8", "replace")).hexdigest()
+
 
 def read_task(name: str, data: str | os.PathLike) -> Task:
     """Read an evaluation task.
@@ -95,7 +103,8 @@ def read_task(name: str, data: str | os.PathLike) -> Task:
         rows = {split: _rows(folder, split) for split in SPLITS}
         kind = _kind_of(folder, first=rows["train"][0][1])
         parts = {split: _examples(found, kind) for split, found in rows.items()}
-        task = Task(folder.name, kind, **parts, measures=MEASURES[kind])
+        name = Path(os.path.abspath(folder)).name  # Of "a/b", ".", "../b" too.
+        task = Task(name, kind, **parts, measures=MEASURES[kind])
     _check_classes(task)
     return task
 
@@ -142,6 +151,16 @@ def _examples(rows, kind):
             if field not in row:
                 raise ValueError(f"{place}: no field {field!r}; got {sorted(row)}.")
         text, label = (row[field] for field in fields)
+        texts = {name: row[name] for name in _TEXTS if name in row}
+        if kind == RETRIEVAL:
+            texts[fields[1]] = label
+        elif not isinstance(label, str | int):  # A bool is an int.
+            raise ValueError(
+                f"{place}: 'label' must be a string or a whole number; got "
+                f"{shown(label)}."
+            )
+        for name, value in texts.items():
+            string(value, f"{place}: {name}")
         x.append((text, row["text_pair"]) if "text_pair" in row else text)
         y.append(label if kind == RETRIEVAL else str(label))
     return Examples(x, y)
