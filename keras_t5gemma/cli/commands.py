@@ -16,6 +16,7 @@ from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
 from keras_t5gemma.utils.checks import rows_of_batch
 from keras_t5gemma.utils.files import named_values, read_text
+from keras_t5gemma.utils.progress import to_terminal
 
 if TYPE_CHECKING:
     from keras_t5gemma.checkpoints.presets import Source
@@ -326,7 +327,7 @@ def print_rows(
     rows: Iterable[Sequence[Any]], header: Sequence[str] | None = None
 ) -> None:
     """Print a table on a terminal, tab-separated lines otherwise."""
-    if not sys.stdout.isatty():
+    if not to_terminal():
         for row in rows:
             print("\t".join(map(str, row)))
         return

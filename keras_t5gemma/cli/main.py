@@ -142,6 +142,9 @@ def _insert_config(argv: list[str]) -> list[str]:
         if word == "--":
             break
         if name == "--config" and (equals or i + 1 < len(argv)):
+            rest = itertools.takewhile(lambda word: word != "--", argv[i + 1 :])
+            if "--config" in [word.partition("=")[0] for word in rest]:
+                raise UsageError("--config must be given once.")
             inserted = config_arguments(command, path if equals else argv[i + 1])
             return argv[:start] + inserted + argv[start:]
     return argv

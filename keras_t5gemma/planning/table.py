@@ -1,10 +1,9 @@
 """A plan as text: what each device holds and receives, and the limit."""
 
-import sys
-
 from keras_t5gemma.planning.costs import Plan
 from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.planning.planner import read_config, read_length
+from keras_t5gemma.utils.progress import to_terminal
 
 Row = tuple[str, str, str]  # Name, bytes, note.
 
@@ -18,7 +17,7 @@ def print_plan(o: PlanOptions, plan: Plan) -> None:
     """
     print("\n".join(header(o, plan)))
     for title, rows in sections(o, plan).items():
-        if sys.stdout.isatty():
+        if to_terminal():
             _print_table(title, rows)
         else:
             print(f"\n{title}")

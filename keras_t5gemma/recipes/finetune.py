@@ -114,6 +114,7 @@ def _train(
         sampler="greedy",
         rematerialize=o.rematerialize,
     )
+    model.generate([], **_generate_options(o))  # Wrong options fail before training.
     folder.begin("finetune", config, clear)
     log = keras.callbacks.CSVLogger(folder.log, append=True)
     callbacks = _callbacks(o, folder, data.get("valid"), log)
@@ -139,6 +140,8 @@ def _load(o: FinetuneOptions) -> Seq2SeqLM:
     if o.lora_rank is not None:
         parts = None if o.lora_parts is None else list(o.lora_parts)
         model.enable_lora(o.lora_rank, parts=parts)
+    else:
+        training_setup.require_float_weights(o, model)
     if o.freeze is not None:
         getattr(model.backbone, o.freeze).trainable = False
     return model

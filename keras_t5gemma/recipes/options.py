@@ -247,5 +247,6 @@ class PretrainOptions(TrainingOptions, PretrainData):
                 "`average_last` and `ema_momentum` both average weights: take one."
             )
         if self.teacher is None and self.teacher_scores is None:
-            if self.top_k is not None:
-                raise ValueError("`top_k` needs a `teacher` or `teacher_scores`.")
+            for name in ("top_k", "temperature", "label_weight"):
+                if getattr(self, name) != getattr(PretrainOptions, name):
+                    raise ValueError(f"`{name}` needs a `teacher` or `teacher_scores`.")

@@ -104,6 +104,7 @@ def make_objective(name: str, tokenizer: Tokenizer) -> PrefixLM | UL2:
 
 def _load(o: PretrainOptions) -> Seq2SeqLM:
     model = training_setup.load_base(o)
+    training_setup.require_float_weights(o, model)
     preprocessor = model.preprocessor
     preprocessor.template = None
     preprocessor.objective = make_objective(o.objective, preprocessor.tokenizer)
@@ -204,6 +205,11 @@ def _callbacks(
     """Callbacks in the order of an epoch's end."""
     callbacks: list[keras.callbacks.Callback] = []
     warm_up = o.cross_attention_steps
+    if warm_up is not None and warm_up >= epochs * steps:
+        raise ValueError(
+            f"`cross_attention_steps` must be below the {epochs * steps} steps of the "
+            f"training; got {warm_up}."
+        )
     if warm_up is None:
         lineage = open_checkpoint(o.preset).lineage or {}
         warm_up = min(_CROSS_ATTENTION_STEPS, epochs * steps // 10 + 1)

@@ -20,6 +20,7 @@ from keras_t5gemma.checkpoints.atomic import (
 )
 from keras_t5gemma.checkpoints.folder_lock import folder_lock
 from keras_t5gemma.training.callbacks import SaveBest
+from keras_t5gemma.utils.checks import path as checked_path
 from keras_t5gemma.utils.files import open_regular, read_json_file, sha256
 from keras_t5gemma.utils.options import as_json, as_yaml
 
@@ -48,7 +49,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = checked_path(path, "output")
         self.options = self.path / "run.yaml"
         self.config = self.path / "config.json"
         self.log = self.path / "log.csv"

@@ -2,17 +2,19 @@
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 import keras
 
+from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.recipes.options import TrainingOptions
 from keras_t5gemma.recipes.run_directory import RunDirectory
 from keras_t5gemma.tasks.seq2seq_lm import Seq2SeqLM
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.training.optimizers import OPTIMIZERS
+from keras_t5gemma.utils.checks import shown
+from keras_t5gemma.utils.progress import to_terminal
 
 SPLITS = ("train", "valid", "test")
 
@@ -23,7 +25,7 @@ def with_verbosity(o: Options) -> Options:
     """Copy of the options in which `verbose` is a number."""
     if o.verbose != "auto":
         return dataclasses.replace(o)
-    return dataclasses.replace(o, verbose=1 if sys.stdout.isatty() else 2)
+    return dataclasses.replace(o, verbose=1 if to_terminal() else 2)
 
 
 def load_base(o: Any) -> Seq2SeqLM:
@@ -36,6 +38,22 @@ def load_base(o: Any) -> Seq2SeqLM:
     lengths = {n: getattr(o, n) for n in names if getattr(o, n) is not None}
     preprocessor = Seq2SeqLMPreprocessor.from_preset(o.preset, **lengths)
     return Seq2SeqLM.from_preset(o.preset, dtype=o.dtype, preprocessor=preprocessor)
+
+
+def require_float_weights(o: Any, model: Seq2SeqLM) -> None:
+    """Raise `ValueError` for quantized weights, which are not trained.
+
+    Args:
+        o: `FinetuneOptions` or `PretrainOptions`.
+        model: that was loaded, without adapters.
+    """
+    layers = iter_layers(model.backbone)
+    if any(getattr(layer, "quantization_mode", None) for layer in layers):
+        adapters = ", or `lora_rank` for adapters" if hasattr(o, "lora_rank") else ""
+        raise ValueError(
+            "`preset` must have float weights: quantized ones are not trained. Pass a "
+            f"float `dtype`{adapters}; got {shown(o.preset)} with `dtype` {o.dtype!r}."
+        )
 
 
 def number_of_updates(o: TrainingOptions, steps: int) -> int:

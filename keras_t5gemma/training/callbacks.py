@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -137,7 +138,10 @@ class GenerationMetrics(keras.callbacks.Callback):
         rows = list(zip(self.sources, self.references, answers, strict=True))
         for row in rows[: self.examples]:
             for label, text in zip(labels, row, strict=True):
-                print(f"  {label:<10} {_one_line(text)}")
+                # A console may have few characters, which must not end training.
+                encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+                line = _one_line(text).encode(encoding, "backslashreplace")
+                print(f"  {label:<10} {line.decode(encoding)}")
             print()
 
     def _append(self, epoch, answers):

@@ -1,10 +1,16 @@
 """Progress bar on the standard error of a terminal."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
+
+
+def to_terminal() -> bool:
+    """Whether standard output is a terminal; a closed one is `None`."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 @contextlib.contextmanager

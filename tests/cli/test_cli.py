@@ -119,6 +119,11 @@ def test_generate_takes_the_options_of_python(preset, capsys):
         assert status == 1 and not out and "`--batch-size` must be" in err
 
 
+def test_presets_with_a_closed_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main.main(["presets"]) == 0
+
+
 def test_presets_are_plain_lines_in_a_pipe(capsys):
     _, out, _ = run(capsys, "presets")
     rows = [line.split("\t") for line in out.splitlines()]
@@ -271,6 +276,7 @@ def test_the_command_line_is_recognized(monkeypatch, argv, orig_argv, expected):
         ("", "Expected one of .*generate"),
         ("finetune --config nowhere.yaml", "nowhere.yaml: .*No such file"),
         ("info --config nowhere.yaml", "info does not accept --config"),
+        ("finetune --config a.yaml --config=b.yaml", "--config must be given once"),
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(capsys, argv, message):

@@ -187,6 +187,10 @@ def test_bad_input_is_named_and_nothing_written(files, tmp_path):
         ({"objective": "mlm"}, "`objective`"),
         ({"top_k": 3}, "`top_k` needs"),
         ({"warmup_steps": 9}, "`warmup_steps` must be below"),
+        ({"cross_attention_steps": 99}, "`cross_attention_steps` must be below"),
+        ({"temperature": 2.0}, "`temperature` needs a `teacher`"),
+        ({"label_weight": 0.5}, "`label_weight` needs a `teacher`"),
+        ({"dtype": "int8"}, "`preset` must have float weights"),
         ({"encoder_sequence_length": 1, "decoder_sequence_length": 2}, "too short"),
     ):
         with pytest.raises(ValueError, match=message):

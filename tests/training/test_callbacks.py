@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import sys
 
@@ -337,3 +338,16 @@ def test_average_of_the_weights_is_left_after_fit(model, capsys):
     assert any(
         np.abs(a - b).max() > 1e-4 for a, b in zip(averages[0], left, strict=True)
     )
+
+
+@pytest.mark.one_backend
+def test_answers_on_a_console_of_few_characters(monkeypatch):
+    """Training must not end because one cannot be printed."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    generation = GenerationMetrics(["\u3042 A"], ["B"])
+    generation._last = {}
+    generation._print(0, ["\u3042"])
+    console.flush()
+    printed = console.buffer.getvalue().decode("cp1252")
+    assert "source     \\u3042 A" in printed and "answer     \\u3042" in printed
