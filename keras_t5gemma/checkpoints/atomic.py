@@ -181,8 +181,9 @@ def check_overwrite(folder: Path, overwrite: bool) -> None:
         finish_interrupted_save(folder)
         occupied = has_files(folder)
     else:
-        occupied = folder.exists()
-        overwrite = False  # A file is not a checkpoint.
+        if folder.exists():
+            raise ValueError(f"`folder` {folder} is a file; it must be a folder.")
+        occupied = False
     if occupied and not overwrite:
         raise ValueError(
             f"`folder` {folder} exists already; pass `overwrite` (--overwrite) to "

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -14,7 +15,7 @@ from keras_t5gemma.cli import options
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
-from keras_t5gemma.utils.checks import rows_of_batch
+from keras_t5gemma.utils.checks import number, rows_of_batch
 from keras_t5gemma.utils.files import named_values, read_text
 from keras_t5gemma.utils.progress import to_terminal
 
@@ -292,6 +293,7 @@ def run_verify(o: options.Verify) -> int:
             )
         print(f"{o.preset}: all {count} tensors match their checksums.")
         return 0
+    number(o.tolerance, "tolerance", at_least=0)
     found = compare.verify(o.preset, o.other, o.seed)
     rows = [("configuration differs", line) for line in found.configs]
     rows += [(f"only in {o.preset}", path) for path in found.only_a]
@@ -301,7 +303,9 @@ def run_verify(o: options.Verify) -> int:
     rows += [
         ("tensors compared", f"{len(differences):,}, {len(unequal):,} of them differ")
     ]
-    rows += [(path, f"{difference:.3g}") for path, difference in unequal[:10]]
+    for path, difference in unequal[:10]:
+        other = "another shape, or NaN" if math.isnan(difference) else None
+        rows.append((path, other or f"{difference:.3g}"))
     logits = f"not computed: {found.note}" if found.note else f"{found.logits:.3g}"
     rows += [("logits, max|difference|", logits)]
     same = found.within(o.tolerance)

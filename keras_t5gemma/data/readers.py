@@ -214,16 +214,19 @@ def _tsv(path, names):
 def _end_of_quoted_row(lines, start, count):
     """Where a row ends whose quoted cells hold line breaks; else the next line.
 
-    A line that has all cells of a row by itself is a row: the quotation mark before it
-    was an ordinary character.
+    After a line that has all cells of a row, another such line is a row of its own: the
+    quotation mark before it was an ordinary character.
     """
     row = lines[start]
+    may_be_whole = count > 1 and len(_cells(row)) == count
     for end in range(start + 1, len(lines)):
-        if count > 1 and len(_cells(lines[end])) == count:
+        if may_be_whole and len(_cells(lines[end])) == count:
             break
         row += lines[end]
         if len(row) > MAX_RECORD:
             break
+        if '"' not in lines[end]:
+            continue
         cells = _cells(row)
         if len(cells) == count and not any(map(_is_open, cells)):
             return end + 1
@@ -265,7 +268,8 @@ def _csv(path, names):
                         )
                     yield f"line {reader.line_num}", row
             except csv.Error as error:
-                place = f"{path}, line {reader.line_num}"
+                # `DictReader` counts the rows that it has returned.
+                place = f"{path}, line {reader.reader.line_num}"
                 raise ValueError(f"{place}: {error}") from error
     finally:
         csv.field_size_limit(largest)

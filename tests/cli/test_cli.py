@@ -379,6 +379,10 @@ def test_adapt_convert_verify_info(gemma2, capsys, tmp_path):
     assert status == 1 and "differ at 1e-05" in out
     status, _, err = run(capsys, "adapt", gemma2, "--output", ours)
     assert status == 1 and "--overwrite" in err
+    status, out, _ = run(capsys, "verify", ours, "t5gemma_mini")
+    assert status == 1 and "another shape" in out
+    status, _, err = run(capsys, "verify", ours, theirs, "--tolerance", "-1")
+    assert status == 1 and "`tolerance` must be a number at least 0; got -1" in err
     status, _, err = run(capsys, "verify", theirs)
     assert status == 1 and "has no checksums.json" in err
     status, _, err = run(capsys, "convert", ours, "--output", "x", "--to", "onnx")

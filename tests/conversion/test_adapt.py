@@ -315,6 +315,10 @@ def test_an_output_that_exists_is_kept(folders, tmp_path):
     adapt.adapt_to_folder(folders / "small", folder=out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
     kt.Backbone.from_preset(out)
+    file = out / "notes.txt"
+    with pytest.raises(ValueError, match="notes.txt is a file; it must be a folder"):
+        adapt.adapt_to_folder(folders / "small", folder=file, overwrite=True)
+    assert file.read_text() == "mine"
 
 
 def test_a_disk_without_room_is_noticed_before_writing(folders, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ GOOD = '{"source": "a", "target": "b"}\n'
         ("a.csv", "source,target,source\na,b,c\n", "'source' 2 times.*Rename"),
         ("a.tsv", "target\tsource\ttarget\na\tb\tc\n", "'target' 2 times"),
         ("a.csv", "source,target\na\n", "line 2: 'target' must be a string.*None"),
-        ("a.csv", 'source,target\na,"b\n', r"line \d: unexpected end of data"),
+        ("a.csv", 'source,target\na,"b\n', "line 2: unexpected end of data"),
     ],
 )
 def test_bad_files(tmp_path, name, text, message):
@@ -159,6 +159,9 @@ def test_quotation_marks_in_tsv_are_characters(tmp_path):
     }
     path.write_text('source\ttarget\n"a\tb\nc"\td\n', encoding="utf-8")
     assert read_pairs(path)["encoder_text"] == ['"a', 'c"']  # Not one merged row.
+    # The first line is no row by itself: as `csv.writer` quotes a line break.
+    path.write_text('source\ttarget\n"a\nb"\tc\nd\te\n', encoding="utf-8")
+    assert read_pairs(path)["encoder_text"] == ["a\nb", "d"]
     path.write_text('source\ttarget\n"a\tb\nc"\td\n\te\tf\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 4: 3 cells, but the header has 2"):
         read_pairs(path)
