@@ -162,17 +162,20 @@ class LabelReader:
         """
         if y is None:
             raise ValueError("`class_weight` needs the labels as `y`; got None.")
+        self._check_weights(class_weight)
+        table = np.ones(self.num_classes, "float32")
+        for label, weight in class_weight.items():
+            table[self._number(label, "class_weight")] = weight
+        return table[self.read(y)]
+
+    def _check_weights(self, class_weight):
         if self.kind != "single_label" or not isinstance(class_weight, dict):
             raise ValueError(
                 "`class_weight` must be a dict of labels and weights, for labels `y` "
                 f"of kind 'single_label'; got {shown(class_weight)} for {self.kind!r}."
             )
-        table = np.ones(self.num_classes, "float32")
         for label, weight in class_weight.items():
-            name = f"class_weight[{shown(label)}]"
-            label = self._number(label, "class_weight")
-            table[label] = number(weight, name, at_least=0)
-        return table[self.read(y)]
+            number(weight, f"class_weight[{shown(label)}]", at_least=0)
 
     def beside_arrays(self, y: Any) -> Any:
         """Labels of arrays of ids: arrays and tensors of numbers as they are."""
@@ -183,12 +186,14 @@ class LabelReader:
 
     def weights_by_number(self, class_weight: dict) -> dict:
         """Weights by the number of the class, of a dict by name or by number."""
+        self._check_weights(class_weight)
+        numbers_only = LabelReader(self.kind, None, self.num_classes)
         found = {}
         for label, weight in class_weight.items():
-            is_name = self.class_names is None or label in self.class_names
-            if is_name or not isinstance(label, int | np.integer):
-                label = self._number(label, "class_weight")
-            found[int(label)] = weight
+            is_name = self.class_names is not None and label in self.class_names
+            is_number = isinstance(label, int | np.integer)
+            reader = numbers_only if is_number and not is_name else self
+            found[reader._number(label, "class_weight")] = weight
         return found
 
 

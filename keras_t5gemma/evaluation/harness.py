@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import numbers
@@ -75,10 +74,7 @@ def _measure(runs, tasks, models, recipe, seeds, rates):
     total = sum(seeds if model.has_seeds else 1 for model in models) * len(tasks)
     data = {task.name: task.fingerprint() for task in tasks}
     weights = {model.name: model.fingerprint() for model in models}
-    for task, model in itertools.product(data, weights):
-        measured_on = {"data": data[task], "model": weights[model]}
-        for seed in range(seeds):
-            runs.require_same(f"{task}/{model}/{seed}", measured_on)
+    runs.require_same(data, weights)  # Of what was measured before, too.
     with progress_bar("Measuring", total) as advance:
         for task in tasks:
             for model in models:
@@ -229,15 +225,23 @@ class Runs:
             )
         self.runs = found["runs"]
 
-    def require_same(self, name: str, measured_on: dict[str, str]) -> None:
-        """Raise `ValueError` if a finished run is of other data or another model."""
-        found = self.runs.get(name, {}).get("measured_on", measured_on)
-        for what, value in measured_on.items():
-            if found.get(what) != value:
-                raise ValueError(
-                    f"`output` {self.folder} has results of {name!r} with other "
-                    f"contents of the {what}; choose another folder."
-                )
+    def require_same(self, data: dict[str, str], models: dict[str, str]) -> None:
+        """Raise `ValueError` if a finished run is of other data or another model.
+
+        Args:
+            data: fingerprints by the name of the task.
+            models: fingerprints by the name of the model.
+        """
+        for name, run in self.runs.items():
+            task, model, _ = name.split("/")
+            found = run.get("measured_on", {})
+            now = {"data": data.get(task), "model": models.get(model)}
+            for what, value in now.items():
+                if value is not None and found.get(what, value) != value:
+                    raise ValueError(
+                        f"`output` {self.folder} has results of {name!r} with other "
+                        f"contents of the {what}; choose another folder."
+                    )
 
     def __contains__(self, name: str) -> bool:
         return name in self.runs

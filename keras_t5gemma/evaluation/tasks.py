@@ -15,7 +15,6 @@ SPLITS = ("train", "valid", "test")
 MEASURES = {CLASSES: ("accuracy",), RETRIEVAL: ("recall@10",)}
 TASKS = tuple(superglue.TASKS)
 # kind: (field of the text or query, field of the class or document)
-_TEXTS = ("text", "text_pair", "query")
 _FIELDS = {CLASSES: ("text", "label"), RETRIEVAL: ("query", "document")}
 
 
@@ -151,10 +150,9 @@ def _examples(rows, kind):
             if field not in row:
                 raise ValueError(f"{place}: no field {field!r}; got {sorted(row)}.")
         text, label = (row[field] for field in fields)
-        texts = {name: row[name] for name in _TEXTS if name in row}
-        if kind == RETRIEVAL:
-            texts[fields[1]] = label
-        elif not isinstance(label, str | int):  # A bool is an int.
+        read = (*fields, "text_pair") if kind == RETRIEVAL else ("text", "text_pair")
+        texts = {name: row[name] for name in read if name in row}
+        if kind != RETRIEVAL and not isinstance(label, str | int):  # A bool is an int.
             raise ValueError(
                 f"{place}: 'label' must be a string or a whole number; got "
                 f"{shown(label)}."

@@ -60,7 +60,15 @@ class FunctionLoss(keras.losses.Loss):
         self.function = function
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """What the function returns."""
+        """What the function returns, of labels with the rank of the outputs.
+
+        As in Keras, a last axis of one is added or taken away.
+        """
+        ranks = len(y_true.shape), len(y_pred.shape)
+        if ranks[0] == ranks[1] - 1 and y_pred.shape[-1] == 1:
+            y_true = keras.ops.expand_dims(y_true, -1)
+        elif ranks[0] == ranks[1] + 1 and y_true.shape[-1] == 1:
+            y_true = keras.ops.squeeze(y_true, -1)
         return self.function(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
@@ -99,6 +107,8 @@ def _by_weight(loss):
         if loss.lower() in ("crossentropy", "ce"):
             return loss
         loss = keras.losses.get(loss)
+    if isinstance(loss, type):  # Keras makes one of a class.
+        loss = loss()
     if not isinstance(loss, keras.losses.Loss):
         return FunctionLoss(loss) if callable(loss) else loss
     if loss.reduction not in ("sum_over_batch_size", "mean"):

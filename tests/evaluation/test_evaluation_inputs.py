@@ -43,6 +43,8 @@ def test_results_of_other_rows_are_not_shown(evaluate, tmp_path):
     message = "results of 'pets/TF-IDF, linear/0' with other contents of the data"
     with pytest.raises(ValueError, match=message):
         evaluate()
+    with pytest.raises(ValueError, match=message):  # Their table is one.
+        evaluate(tfidf=False, presets=["t5gemma_mini"])
     # Files of earlier versions do not say.
     file = tmp_path / "results/results.json"
     found = json.loads(file.read_text())

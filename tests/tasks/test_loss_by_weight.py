@@ -85,6 +85,13 @@ def test_functions_and_names_are_saved(tokenizer, tmp_path, loss):
         found = each.evaluate(TEXTS, numbers, batch_size=32, verbose=0)[0]
         np.testing.assert_allclose(found, expected, rtol=2e-3)
     assert mean_by_weight("crossentropy") == "crossentropy"
+    made = mean_by_weight(keras.losses.MeanSquaredError)  # Of a class.
+    assert made.reduction == "mean_with_sample_weight"
+    # Labels without the last axis of the outputs, as Keras reads them.
+    squares = mean_by_weight(lambda a, b: keras.ops.square(a - b))
+    arrays = np.array([1.0, 2.0]), np.array([[1.0], [4.0]])
+    for labels in (arrays[0], arrays[0][:, None]):
+        assert float(squares(labels, arrays[1])) == 2.0
     total = keras.losses.MeanSquaredError(reduction="sum")
     assert mean_by_weight(total) is total
 

@@ -336,6 +336,9 @@ def test_labels_beside_arrays(tokenizer):
     assert abs(found[0] - found[2]) > 1e-3
     with pytest.raises(ValueError, match="`class_weight` must be labels.*got 'food'"):
         classifier.train_on_batch(arrays, y, class_weight={"food": 2.0})
+    for weights in ({7: 1.0}, {"game": -1.0}, [1.0]):
+        with pytest.raises(ValueError, match="`class_weight"):
+            classifier.train_on_batch(arrays, y, class_weight=weights)
 
 
 @pytest.mark.one_backend
