@@ -84,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 for an error, 2 for wrong arguments, 130 when
         interrupted. `verify` and `plan` also return 1 for a negative answer.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # A console may have few characters.
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         environment.choose_backend(arguments.backend)

@@ -229,32 +229,6 @@ def test_refusals(tokenizer, model):
 
 
 @pytest.mark.one_backend
-def test_rows_of_zeros_and_ones(tokenizer):
-    ones = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
-    for names in ({"class_names": NAMES}, {"num_classes": 3}):
-        classifier = make_classifier(tokenizer, kind="multi_label", **names)
-        for cast in (
-            list,
-            lambda y: [tuple(map(float, row)) for row in y],
-            lambda y: [list(map(bool, row)) for row in y],
-            lambda y: np.array(y, "bool"),
-            lambda y: list(np.array(y, "float32")),
-        ):
-            assert classifier._labels(cast(ones)).tolist() == ones
-    assert classifier._labels([[0, 2], [], [np.int64(1)]]).tolist() == ones
-    with pytest.raises(ValueError, match=r"`y\[1\]` is \[1, 0, 0\], labels or one"):
-        classifier._labels([[0, 2], [1, 0, 0]])
-    with pytest.raises(ValueError, match=r"among 0..2; got 0.5.*integers.*zeros and"):
-        classifier._labels([[0.5, 0, 1]])
-    with pytest.raises(ValueError, match=r"`y\[0\]` must be a list of labels.*got 1"):
-        classifier._labels([1, 0, 1])
-    two = make_classifier(tokenizer, kind="multi_label", num_classes=2)
-    assert two._labels([[0, 1], [1, 0]]).tolist() == [[0, 1], [1, 0]]
-    with pytest.raises(ValueError, match="labels or one number per class"):
-        two._labels([[0, 1], [1]])
-
-
-@pytest.mark.one_backend
 def test_labels_in_columns_and_tables(tokenizer):
     pyarrow = pytest.importorskip("pyarrow")
     single = make_classifier(tokenizer)
@@ -339,36 +313,6 @@ def test_labels_beside_arrays(tokenizer):
     for weights in ({7: 1.0}, {"game": -1.0}, [1.0]):
         with pytest.raises(ValueError, match="`class_weight"):
             classifier.train_on_batch(arrays, y, class_weight=weights)
-
-
-@pytest.mark.one_backend
-def test_what_looks_like_labels_is_not_guessed(tokenizer):
-    class Table(dict):  # As a data frame.
-        columns = property(dict.keys)
-
-    class Missing:  # As `pandas.NA`.
-        def __eq__(self, other):
-            return self
-
-        def __bool__(self):
-            raise TypeError("boolean value of NA is ambiguous")
-
-        __hash__ = None
-
-    several = make_classifier(
-        tokenizer, class_names=None, num_classes=3, kind="multi_label"
-    )
-    counts = Table({0: [0, 2], 1: [1, 0], 2: [1, 2]})
-    with pytest.raises(ValueError, match="zeros and ones in its columns.*row 1"):
-        several._labels(counts)
-    with pytest.raises(ValueError, match=r"`y\[0\]` must have each label once"):
-        several._labels([[2, 1, 1], [0, 2]])
-    with pytest.raises(ValueError, match=r"`y\[0\]` must be zeros and ones"):
-        several._labels([np.array([2, 1, 1])])
-    named = make_classifier(tokenizer, class_names=NAMES, kind="multi_label")
-    assert named._labels([np.array(NAMES)]).tolist() == [[1, 1, 1]]
-    with pytest.raises(ValueError, match=r"`y\[1\]` must be labels among"):
-        make_classifier(tokenizer)._labels(["game", Missing()])
 
 
 @pytest.mark.one_backend
