@@ -214,7 +214,7 @@ def _tsv(path, names):
 def _end_of_quoted_row(lines, start, count):
     """Where a row ends whose quoted cells hold line breaks; else the next line.
 
-    After a line that has all cells of a row, another such line is a row of its own: the
+    After a line that has all cells of a row, another such line is the next row: the
     quotation mark before it was an ordinary character.
     """
     row = lines[start]

@@ -27,7 +27,6 @@ class FitMixin(CompiledTraining, SafeInference):
     backbone: Any
     preprocessor: Any
     optimizer: Any
-    has_classes = False
 
     def _data(self, x: Any, y: Any = None, *args: Any, **kwargs: Any) -> dict:
         """Keyword arguments of `keras.Model.fit` for a user's data.
@@ -198,7 +197,7 @@ class FitMixin(CompiledTraining, SafeInference):
         Raises:
             ValueError: for `class_weight` without classes.
         """
-        if class_weight is not None and is_arrays(x) and self.has_classes:
+        if class_weight is not None and is_arrays(x):
             kwargs["class_weight"] = self._weights_by_number(class_weight)
         elif class_weight is not None:
             sample_weight = self._weights_by_class(y, class_weight, sample_weight)
@@ -206,14 +205,14 @@ class FitMixin(CompiledTraining, SafeInference):
 
     def _weights_by_class(self, y, class_weight, sample_weight):
         """Weights of texts by their labels `y`, times `sample_weight`."""
+        return self._weights_by_number(class_weight)
+
+    def _weights_by_number(self, class_weight):
+        """The `class_weight` of arrays, by the number of the class."""
         raise ValueError(
             "`class_weight` must be None: only a TextClassifier has classes. Pass "
             f"`sample_weight`; got {shown(class_weight)}."
         )
-
-    def _weights_by_number(self, class_weight):
-        """The `class_weight` of arrays, by the number of the class."""
-        raise NotImplementedError
 
     def _labels_of_arrays(self, y):
         """The labels of a batch of arrays, as arrays."""

@@ -72,7 +72,6 @@ class TextClassifier(EncoderTask):
     """
 
     HEAD = ("class_names", "num_classes", "kind")
-    has_classes = True
 
     def __init__(
         self,
