@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_t5gemma._compat.keras_optimizers import of_any_backend
+from keras_t5gemma._compat import of_any_backend
 from keras_t5gemma.data.resumable import ResumableDataset, any_width, follow
 from keras_t5gemma.distribution import process_group
 from keras_t5gemma.distribution.prediction import SafeInference, exclusive_loop

@@ -41,6 +41,25 @@ def test_every_function_has_a_test():
     assert public and {f"test_{name}" for name in public} <= set(globals())
 
 
+def test_of_any_backend():
+    """What Keras wrote is read by the public names, inside other configurations too."""
+    optimizer = keras.optimizers.AdamW(0.25, weight_decay=0.5)
+    config = keras.saving.serialize_keras_object(optimizer)
+    if BACKEND == "torch":
+        assert config["module"].startswith("keras.src.backend.torch.optimizers."), (
+            "Keras writes another module for an optimizer of PyTorch: see which "
+            "prefix `of_any_backend` has to replace, or whether none is left."
+        )
+    for found in (
+        _compat.of_any_backend(config),
+        _compat.of_any_backend({"inner": [config]})["inner"][0],
+    ):
+        assert found["module"] == "keras.optimizers"
+        assert found["class_name"] == "AdamW"
+        loaded = keras.saving.deserialize_keras_object(found)
+        assert loaded.get_config() == optimizer.get_config()
+
+
 def test_is_plain_adam():
     class Other(keras.optimizers.Adam):
         pass
