@@ -218,7 +218,7 @@ def test_other_writers_refuse_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="best.json that SaveBest has not written"):
         kt.callbacks.SaveBest(tmp_path)
     (tmp_path / "results.md").write_text("")
-    with pytest.raises(ValueError, match="`output` .* has a results.md without"):
+    with pytest.raises(ValueError, match="`output` .*results.md.*and no results.json"):
         Runs(tmp_path, {})
     (tmp_path / "results.json").write_text("[1]")
     with pytest.raises(ValueError, match="results.json that was not written by"):
