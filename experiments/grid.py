@@ -121,6 +121,12 @@ def make_grid():
             add(run, tuned=False)
     add(_pretrain("medium-medium", "prefixlm", 0))
     runs.append(Run("decoder-only/medium/0", "decoder-only", "medium"))
+    for seed in SEEDS[1:]:
+        for size in ("medium", "large"):
+            add(_pretrain(f"{size}-{size}", "prefixlm", seed))
+            name = f"decoder-only/{size}/{seed}"
+            runs.append(Run(name, "decoder-only", size, seed=seed))
+        add(_pretrain("large-small", "prefixlm", seed))
     # b: when both have learned to copy.
     for seed in SEEDS:
         add(_pretrain("small-small", "prefixlm-long", seed, times=LONGER))

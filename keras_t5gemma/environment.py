@@ -1,8 +1,10 @@
 """Checks of the installation, made before Keras is imported."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,15 @@ def _version():
 
 
 VERSION = _version()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package, and the libraries below it that are there."""
+    found = {DISTRIBUTION: VERSION, "python": platform.python_version()}
+    for name in ("keras", "keras-hub", *BACKENDS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def defers_imports() -> bool:

@@ -186,7 +186,7 @@ def check_overwrite(folder: Path, overwrite: bool) -> None:
         occupied = False
     if occupied and not overwrite:
         raise ValueError(
-            f"`folder` {folder} exists already; pass `overwrite` (--overwrite) to "
+            f"`folder` {folder} exists already; pass `overwrite` to "
             "replace the checkpoint in it."
         )
 

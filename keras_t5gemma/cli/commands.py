@@ -15,8 +15,8 @@ from keras_t5gemma.cli import options
 from keras_t5gemma.evaluation.options import EvaluateOptions
 from keras_t5gemma.planning.options import PlanOptions
 from keras_t5gemma.recipes.options import FinetuneOptions, PretrainOptions
-from keras_t5gemma.utils.checks import number, rows_of_batch
-from keras_t5gemma.utils.files import named_values, read_text
+from keras_t5gemma.utils.checks import number, renamed, rows_of_batch
+from keras_t5gemma.utils.files import read_text
 from keras_t5gemma.utils.progress import to_terminal
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run_generate(o: options.Generate) -> None:
     texts = read_texts(o)
     if o.stream and len(texts) > 1:
         raise ValueError(f"--stream takes one text; got {len(texts)}.")
-    rows_of_batch(o.batch_size, "--batch-size")
+    rows_of_batch(o.batch_size, "batch_size")
     kt = load_package()
     _cache_programs(kt, o.compilation_cache)
     model = kt.Seq2SeqLM.from_preset(o.preset, dtype=o.dtype)
@@ -81,7 +81,7 @@ def run_generate(o: options.Generate) -> None:
     sampling = fields_of(o, options.Sampling)
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if o.draft is not None:
-        with named_values("--draft"):
+        with renamed(preset="draft"):
             sampling["draft"] = kt.Seq2SeqLM.from_preset(o.draft, dtype=o.dtype)
     if o.stream:
         for piece in model.stream(texts[0], o.max_length, **sampling):
@@ -249,7 +249,8 @@ def run_adapt(o: options.Adapt) -> None:
     from keras_t5gemma.conversion.adapt import adapt_to_folder
 
     keywords = fields_of(o, options.Adapt)
-    lineage, report = adapt_to_folder(folder=keywords.pop("output"), **keywords)
+    with renamed(folder="output"):
+        lineage, report = adapt_to_folder(folder=keywords.pop("output"), **keywords)
     print(
         f"{o.output}: encoder from {lineage['encoder']}, decoder from "
         f"{lineage['decoder']}."
@@ -275,7 +276,8 @@ def run_convert(o: options.Convert) -> None:
     load_package()
     from keras_t5gemma.conversion.convert import convert
 
-    convert(o.preset, o.output, to=o.to, dtype=o.dtype, overwrite=o.overwrite)
+    with renamed(folder="output"):
+        convert(o.preset, o.output, to=o.to, dtype=o.dtype, overwrite=o.overwrite)
     print(f"{o.output}: {o.preset} as {o.to}.")
 
 

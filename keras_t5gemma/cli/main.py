@@ -19,6 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -68,6 +69,8 @@ class Arguments:
     command: SUBCOMMANDS
     backend: Literal["tensorflow", "jax", "torch"] | None = None
     """Keras backend; without it KERAS_BACKEND, else Keras's choice."""
+    version: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the versions of this package and its libraries, and exit."""
 
 
 class UsageError(Exception):
@@ -87,8 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A console may have few characters.
             stream.reconfigure(errors="backslashreplace")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = None
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
+        if list(argv) == ["--version"]:
+            print(", ".join(f"{k} {v}" for k, v in environment.versions().items()))
+            return 0
+        arguments = parse(argv)
         environment.choose_backend(arguments.backend)
         kinds = {kind: run for kind, run in COMMANDS.values()}
         return kinds[type(arguments.command)](arguments.command) or 0
@@ -102,8 +110,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"keras-t5gemma: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"keras-t5gemma: {error}", file=sys.stderr)
+        message = str(error)
+        if arguments is not None:
+            message = with_options(message, type(arguments.command))
+        print(f"keras-t5gemma: {message}", file=sys.stderr)
         return 1
+
+
+def with_options(message: str, command: type) -> str:
+    """A message of a function with the command's options for the arguments it names.
+
+    Args:
+        message: with names of arguments in backticks.
+        command: class of options.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+
+    def spelled(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in hints:
+            return match[0]
+        if tyro.conf.Positional in getattr(hints[name], "__metadata__", ()):
+            return name.upper()
+        return f"--{name.replace('_', '-')}"
+
+    return re.sub(r"`(\w+)`", spelled, message)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -193,6 +224,7 @@ def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_fields)
     registry.primitive_rule(_text)
+    registry.primitive_rule(_path)
     return registry
 
 
@@ -237,6 +269,25 @@ def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         metavar="NAME [NAME ...]" if is_list else "NAME",
         instance_from_str=tuple if is_list else lambda words: words[0],
         is_instance=lambda value: True,
+        str_from_instance=_words,
+    )
+
+
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Paths, of which `Path` takes an empty one for the current folder."""
+    if info.type is not Path:
+        return None
+
+    def read(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("a path must not be empty.")
+        return Path(words[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Path),
         str_from_instance=_words,
     )
 

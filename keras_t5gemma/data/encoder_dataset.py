@@ -6,7 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_t5gemma.data.fit_adapters import rows_for_training
 from keras_t5gemma.data.pair_dataset import PairDataset, tokenize
+from keras_t5gemma.data.text_batches import check_batched, may_be_cut, width_for
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.token_ids import named, pad
 from keras_t5gemma.utils.buckets import (
@@ -16,7 +18,7 @@ from keras_t5gemma.utils.buckets import (
     power_of_two,
     round_up,
 )
-from keras_t5gemma.utils.checks import rows_of_batch
+from keras_t5gemma.utils.checks import row_weights, rows_of_batch, shown
 from keras_t5gemma.utils.ragged import Ragged
 from keras_t5gemma.utils.texts import as_texts
 
@@ -45,11 +47,7 @@ class EncoderDataset(PairDataset):
         token_rows: Callable[[dict], list],
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("batching") == "packed":
-            raise ValueError(
-                "`batching` must be 'bucketed' or 'fixed' for an encoder alone; got "
-                "'packed'."
-            )
+        _check_batching(kwargs.get("batching"))
         self.labels = labels
         self.names = list(columns)
         self._rows_of = token_rows
@@ -81,6 +79,144 @@ class EncoderDataset(PairDataset):
         labels = np.zeros((len(rows), *self.labels.shape[1:]), self.labels.dtype)
         labels[: len(chosen)] = self.labels[chosen]
         return x, labels, weights
+
+
+def _check_batching(batching):
+    if batching == "packed":
+        raise ValueError(
+            "`batching` must be 'bucketed' or 'fixed' for an encoder alone; got "
+            "'packed'."
+        )
+
+
+def encoder_arguments(
+    make: Callable[..., EncoderDataset],
+    columns: dict,
+    labels: np.ndarray | None,
+    sample_weight: Any,
+    validation_split: float,
+    like: Any,
+    training: dict[str, Any],
+) -> dict[str, Any]:
+    """Keyword arguments of `keras.Model.fit` for texts in memory.
+
+    Args:
+        make: `EncoderDataset` with the arguments that all rows share.
+        columns: `{input name: texts}`.
+        labels: see `EncoderDataset`.
+        sample_weight: one weight per row, or `None`.
+        validation_split: share of the rows to hold out, from their end.
+        like: the training data, when this is validation data: its widths are used.
+        training: keyword arguments of the dataset for training alone.
+
+    Returns:
+        The dict; with a validation split, `"held_out"` is the dict for validation.
+    """
+    count = len(next(iter(columns.values())))
+    if sample_weight is not None:
+        sample_weight = row_weights(sample_weight, "sample_weight", count)
+
+    def dataset(rows, like, **kwargs):
+        return make(
+            {key: column[rows] for key, column in columns.items()},
+            None if labels is None else labels[rows],
+            sample_weight=None if sample_weight is None else sample_weight[rows],
+            widths=like.widths if isinstance(like, EncoderDataset) else None,
+            **kwargs,
+        )
+
+    cut = rows_for_training(count, validation_split)
+    data = dataset(slice(cut), like, **training)
+    result = {"x": data, "shuffle": False, "steps_per_epoch": None}
+    if cut < count:
+        result["held_out"] = {"x": dataset(slice(cut, None), data)}
+    return result
+
+
+def check_lengths(
+    columns: dict, labels: np.ndarray | None, name: str, first: str
+) -> None:
+    """Raise `ValueError` unless all columns have the same number of rows.
+
+    Args:
+        columns: `{input name: texts}`.
+        labels: one per row, or `None`.
+        name: what has the columns, for the message.
+        first: what users call the column of the model's first input.
+    """
+    lengths = {
+        first if key == "encoder" else key: len(column)
+        for key, column in columns.items()
+    }
+    if labels is not None:
+        lengths["labels"] = len(labels)
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"{name} must have the same number of rows in every column; got {lengths}."
+        )
+
+
+def unpack_batch(batch: Any, name: str) -> tuple[Any, Any, Any]:
+    """`(x, y, sample_weight)` of a batch that a user makes; the last two may be `None`.
+
+    Args:
+        batch: `(x, y)` or `(x, y, sample_weight)`, or a dict or a table, which is `x`.
+        name: of the argument that the batches were passed as, for messages.
+
+    Raises:
+        ValueError: for another number of parts, and one string in place of a batch.
+    """
+    parts = list(batch) if isinstance(batch, list | tuple) else [batch, None]
+    if len(parts) not in (2, 3):
+        raise ValueError(
+            f"A batch of `{name}` must be (x, y), (x, y, sample_weight), or a dict of "
+            f"columns; got {shown(batch)}."
+        )
+    check_batched(parts[0], f"A batch of `{name}`")
+    return parts[0], parts[1], parts[2] if len(parts) == 3 else None
+
+
+def encoder_batch(
+    preprocessor: Any,
+    columns: dict,
+    labels: np.ndarray | None,
+    sample_weight: Any,
+    token_rows: Callable[[dict], list],
+    name: str,
+    batching: str | None,
+) -> tuple:
+    """Arrays of a batch of texts that a user makes.
+
+    Args:
+        preprocessor: a `Seq2SeqLMPreprocessor`, of which the encoder side is used.
+        columns: `{input name: texts}`.
+        labels: see `EncoderDataset`.
+        sample_weight: one weight per row; `None` is 1.
+        token_rows: see `EncoderDataset`.
+        name: of the argument that the batches were passed as, for messages.
+        batching: see `text_batches.map_batch`.
+
+    Returns:
+        `(x, labels, weights)` as of an `EncoderDataset`.
+    """
+    _check_batching(batching)
+    sides = encoder_ids(preprocessor, columns, name, token_rows)
+    count, limit = len(sides[0]), preprocessor.encoder_sequence_length
+    multiple = preprocessor.pad_to_multiple_of
+    x: dict[str, np.ndarray] = {}
+    for key, rows in zip(columns, sides, strict=False):
+        width, longest = limit, int(rows.lengths.max())
+        if may_be_cut(batching) and multiple:
+            width = min(limit, round_up(longest, multiple))
+        elif may_be_cut(batching):
+            width = width_for(longest, limit)
+        x |= arrays([rows[i] for i in range(count)], (count, width), key)
+    if labels is None:
+        labels = np.zeros(count, "int32")
+    weights = np.ones(count, "float32")
+    if sample_weight is not None:
+        weights = row_weights(sample_weight, f"sample_weight of {name}", count)
+    return mesh.fill_batch((x, labels, weights))
 
 
 def arrays(

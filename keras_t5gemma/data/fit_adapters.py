@@ -6,12 +6,15 @@ Keras's own adapters accept arrays of every kind; this module only adds the toke
 import functools
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_t5gemma.data.document_dataset import DocumentDataset
 from keras_t5gemma.data.pair_dataset import BATCHINGS, PairDataset
-from keras_t5gemma.data.text_batches import MappedBatches, stream
+from keras_t5gemma.data.text_batches import (
+    batch_arguments,
+    check_not_in_memory,
+    map_batch,
+)
 from keras_t5gemma.data.text_columns import as_columns, as_documents
 from keras_t5gemma.distribution import mesh
 from keras_t5gemma.tokenization.token_ids import INPUTS, check_ids
@@ -108,24 +111,13 @@ def fit_arguments(
         if validation_split:
             arrays["validation_split"] = validation_split
         return {**arrays, "shuffle": shuffle, "steps_per_epoch": steps}
-    if validation_split:
-        raise ValueError(
-            "`validation_split` needs data in memory; pass `validation_data` with "
-            "batches."
-        )
-    if sample_weight is not None:
-        raise ValueError(
-            "`sample_weight` needs data in memory: it must be None for batches, which "
-            f"hold their weights, (x, y, sample_weight); got `{name}` of type "
-            f"{type(x).__name__}."
-        )
     if preprocessor is None:
+        check_not_in_memory(x, name, sample_weight, validation_split)
         return {"x": x, "shuffle": shuffle, "steps_per_epoch": steps}
-    if isinstance(x, keras.utils.PyDataset):
-        batches = MappedBatches(preprocessor, x, shuffle, steps, name, batching)
-        return {"x": batches, **dataset_arguments}
-    x, steps = stream(preprocessor, x, steps, name, batching)
-    return {"x": x, "shuffle": False, "steps_per_epoch": steps}
+    convert = functools.partial(map_batch, preprocessor)
+    return batch_arguments(
+        convert, x, sample_weight, shuffle, steps, name, validation_split, batching
+    )
 
 
 def rows_for_training(rows: int, validation_split: float) -> int:

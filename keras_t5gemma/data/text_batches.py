@@ -2,8 +2,9 @@
 
 import itertools
 import threading
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -16,6 +17,8 @@ from keras_t5gemma.utils.buckets import ceil_div, round_up
 from keras_t5gemma.utils.checks import shown
 from keras_t5gemma.utils.texts import column_names, in_memory
 
+Convert: TypeAlias = Callable[[Any, str, str | None], Any]
+
 _STEPS = "`steps_per_epoch` (`steps`, `validation_steps`)"
 _PARTS = (8, 4, 2, 1)  # Of the preprocessor's lengths, the widths of batches.
 _MAX_COUNTED = 1_000_000  # Batches that are iterated to count them.
@@ -27,7 +30,8 @@ class MappedBatches(ResumableDataset):
     `start_at` is exact when the dataset does not change between epochs.
 
     Args:
-        preprocessor: a `Seq2SeqLMPreprocessor`.
+        convert: function `(batch, name, batching)` to arrays, e.g. `map_batch` with a
+            preprocessor.
         dataset: the `keras.utils.PyDataset`.
         shuffle: a new order of the batches in every epoch.
         steps: batches per epoch; the next epoch continues where this one ends. `None`
@@ -41,7 +45,7 @@ class MappedBatches(ResumableDataset):
 
     def __init__(
         self,
-        preprocessor: Any,
+        convert: Convert,
         dataset: keras.utils.PyDataset,
         shuffle: bool = False,
         steps: int | None = None,
@@ -53,7 +57,7 @@ class MappedBatches(ResumableDataset):
             use_multiprocessing=False,
             max_queue_size=dataset.max_queue_size,
         )
-        self.preprocessor = preprocessor
+        self.convert = convert
         self.dataset = dataset
         self.name = name
         self.batching = batching
@@ -76,7 +80,7 @@ class MappedBatches(ResumableDataset):
                 order = np.random.default_rng((self.seed, epoch)).permutation(count)
                 number = int(order[number])
         batch = self.dataset[number]
-        batch = map_batch(self.preprocessor, batch, self.name, self.batching)
+        batch = self.convert(batch, self.name, self.batching)
         return self._count(index, batch)
 
     def on_epoch_begin(self):
@@ -95,7 +99,7 @@ class StreamBatches(ResumableDataset):
     exact when the iterable gives the same batches in every run.
 
     Args:
-        preprocessor: a `Seq2SeqLMPreprocessor`.
+        convert: as in `MappedBatches`.
         batches: the iterable.
         length: batches per epoch.
         continues: `True` starts an epoch where the previous one ended, and restarts
@@ -106,7 +110,7 @@ class StreamBatches(ResumableDataset):
 
     def __init__(
         self,
-        preprocessor: Any,
+        convert: Convert,
         batches: Iterable,
         length: int,
         continues: bool = False,
@@ -116,7 +120,7 @@ class StreamBatches(ResumableDataset):
         super().__init__(workers=0)
         self.name = name
         self.batching = batching
-        self.preprocessor = preprocessor
+        self.convert = convert
         self.batches = batches
         self.length = length
         self.continues = continues
@@ -137,7 +141,7 @@ class StreamBatches(ResumableDataset):
             while self._place[1] <= wanted:
                 batch = self._next()
                 self._place = (epoch, self._place[1] + 1)
-        batch = map_batch(self.preprocessor, batch, self.name, self.batching)
+        batch = self.convert(batch, self.name, self.batching)
         return self._count(index, batch)
 
     def _next(self):
@@ -153,8 +157,69 @@ class StreamBatches(ResumableDataset):
         return batch
 
 
+def check_not_in_memory(
+    x: Any, name: str, sample_weight: Any, validation_split: float
+) -> None:
+    """Raise `ValueError` for arguments of data in memory beside batches."""
+    if validation_split:
+        raise ValueError(
+            "`validation_split` needs data in memory; pass `validation_data` with "
+            "batches."
+        )
+    if sample_weight is not None:
+        raise ValueError(
+            "`sample_weight` needs data in memory: it must be None for batches, which "
+            f"hold their weights, (x, y, sample_weight); got `{name}` of type "
+            f"{type(x).__name__}."
+        )
+
+
+def is_batches(x: Any) -> bool:
+    """Whether data is batches that a user makes, and no data in memory."""
+    if isinstance(x, keras.utils.PyDataset):
+        return True
+    if isinstance(x, str | bytes | dict | list | tuple | set | frozenset | Path | type):
+        return False
+    if not hasattr(x, "__iter__") or getattr(x, "shape", None) == ():
+        return False
+    return column_names(x) is None and in_memory(x) is x
+
+
+def batch_arguments(
+    convert: Convert,
+    x: Any,
+    sample_weight: Any = None,
+    shuffle: bool = False,
+    steps: int | None = None,
+    name: str = "x",
+    validation_split: float = 0.0,
+    batching: str | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of `keras.Model.fit` for batches that a user makes.
+
+    Args:
+        convert: as in `MappedBatches`.
+        x: a `keras.utils.PyDataset`, or an iterable.
+        sample_weight: must be `None`.
+        shuffle: a new order in every epoch, for a `PyDataset`.
+        steps: batches per epoch; `None` is all.
+        name: of the argument that `x` was passed as, for messages.
+        validation_split: must be 0.
+        batching: see `map_batch`.
+
+    Raises:
+        ValueError: for arguments of data in memory, and as `stream`.
+    """
+    check_not_in_memory(x, name, sample_weight, validation_split)
+    if isinstance(x, keras.utils.PyDataset):
+        batches = MappedBatches(convert, x, shuffle, steps, name, batching)
+        return {"x": batches, "shuffle": False, "steps_per_epoch": None}
+    x, steps = stream(convert, x, steps, name, batching)
+    return {"x": x, "shuffle": False, "steps_per_epoch": steps}
+
+
 def stream(
-    preprocessor: Any,
+    convert: Convert,
     batches: Iterable,
     steps: int | None = None,
     name: str = "x",
@@ -165,9 +230,8 @@ def stream(
     Generators, `tf.data`, Grain and PyTorch DataLoaders are all iterables.
 
     Args:
-        preprocessor: a `Seq2SeqLMPreprocessor`.
-        batches: the iterable; each item is a dict of text columns, or a
-            `(sources, targets)` pair of lists.
+        convert: as in `MappedBatches`.
+        batches: the iterable of what `convert` takes.
         steps: batches per epoch; with `None` an epoch is all of the iterable, which is
             iterated once to count when it has no length.
         name: of the argument that `batches` was passed as, for messages.
@@ -184,14 +248,14 @@ def stream(
         again = iter(batches) is not batches
     except TypeError:
         raise ValueError(
-            f"`{name}` must be text pairs (lists, a dict of lists) or an iterable "
-            f"of batches of them; got {shown(batches)}."
+            f"`{name}` must be text in memory (lists, a dict of lists) or an iterable "
+            f"of batches of it; got {shown(batches)}."
         ) from None
     if again:
         length = _length(batches, name) if steps is None else steps
         has_steps = steps is not None
         options = length, has_steps, name, batching
-        return StreamBatches(preprocessor, batches, *options), None
+        return StreamBatches(convert, batches, *options), None
     if steps is None:
         raise ValueError(
             f"`{name}` is an iterator ({type(batches).__name__}), which may be "
@@ -199,7 +263,7 @@ def stream(
         )
     if keras.config.backend() == "tensorflow":
         batching = "fixed"  # Keras takes the widths of the first two for those of all.
-    arrays = (map_batch(preprocessor, batch, name, batching) for batch in batches)
+    arrays = (convert(batch, name, batching) for batch in batches)
     return arrays, steps
 
 
@@ -263,16 +327,31 @@ def map_batch(
         check_names(columns, INPUTS, f"A batch of `{name}`")
         return batch
     for key, column in columns.items():
-        if isinstance(column, str | bytes) or getattr(column, "shape", None) == ():
-            raise ValueError(
-                f"{shown(key)} of `{name}` must be a batch of strings; got one string. "
-                "Batch the dataset first, e.g. `.batch(32)`."
-            )
+        check_batched(column, f"{shown(key)} of `{name}`")
     arrays = preprocessor.call(columns, sample_weight=weight)
-    is_whole = batching == "fixed" or preprocessor.pad_to_multiple_of is not None
-    if not is_whole and process_group.process_count() == 1:
+    if preprocessor.pad_to_multiple_of is None and may_be_cut(batching):
         arrays = _without_padding(*arrays)
     return mesh.fill_batch(arrays)
+
+
+def check_batched(column: Any, name: str) -> None:
+    """Raise `ValueError` for one string in place of a batch of them."""
+    if isinstance(column, str | bytes) or getattr(column, "shape", None) == ():
+        raise ValueError(
+            f"{name} must be a batch of strings; got one string. Batch the dataset "
+            "first, e.g. `.batch(32)`."
+        )
+
+
+def may_be_cut(batching: str | None) -> bool:
+    """Whether a batch need not have the preprocessor's lengths, see `map_batch`."""
+    return batching != "fixed" and process_group.process_count() == 1
+
+
+def width_for(length: int, limit: int) -> int:
+    """The smallest of an eighth, a quarter, half and all of `limit` that holds it."""
+    widths = [round_up(ceil_div(limit, part), 8) for part in _PARTS]
+    return next(width for width in widths if width >= length)
 
 
 def _without_padding(x, labels, weights):
@@ -282,8 +361,7 @@ def _without_padding(x, labels, weights):
         mask = x[f"{side}_padding_mask"]
         used = np.flatnonzero(np.any(mask, axis=0))
         length = used[-1] + 1 if len(used) else 0
-        widths = [round_up(ceil_div(mask.shape[1], part), 8) for part in _PARTS]
-        width = next(width for width in widths if width >= length)
+        width = width_for(length, mask.shape[1])
         for name in (f"{side}_token_ids", f"{side}_padding_mask"):
             cut[name] = x[name][:, :width]
     width = cut["decoder_token_ids"].shape[1]

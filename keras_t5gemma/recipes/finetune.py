@@ -19,6 +19,7 @@ from keras_t5gemma.training.callbacks import GenerationMetrics
 from keras_t5gemma.training.losses import TokenCrossEntropy
 from keras_t5gemma.training.plots import plot_history
 from keras_t5gemma.training.text_metrics import score_texts, text_metrics
+from keras_t5gemma.utils.checks import renamed
 from keras_t5gemma.utils.options import takes_options
 from keras_t5gemma.utils.progress import progress_bar
 
@@ -60,11 +61,11 @@ def finetune(o: FinetuneOptions) -> dict[str, Any]:
         text_metrics(o.metrics)
     if o.valid is not None:
         _check_monitor(o)
-    data = {
-        split: read_pairs(given[split], o.source, o.target)
-        for split in training_setup.SPLITS
-        if given[split] is not None
-    }
+    data = {}
+    for split in training_setup.SPLITS:
+        if given[split] is not None:
+            with renamed(path=split):
+                data[split] = read_pairs(given[split], o.source, o.target)
     folder = run_directory.RunDirectory(o.output)
     files = {k: (given[k], len(v["encoder_text"])) for k, v in data.items()}
     config = run_directory.describe(given, files)
@@ -139,7 +140,8 @@ def _load(o: FinetuneOptions) -> Seq2SeqLM:
         model.quantize(o.quantize)
     if o.lora_rank is not None:
         parts = None if o.lora_parts is None else list(o.lora_parts)
-        model.enable_lora(o.lora_rank, parts=parts)
+        with renamed(rank="lora_rank", parts="lora_parts"):
+            model.enable_lora(o.lora_rank, parts=parts)
     else:
         training_setup.require_float_weights(o, model)
     if o.freeze is not None:

@@ -27,6 +27,7 @@ from keras_t5gemma.training.plots import plot_history
 from keras_t5gemma.training.teacher_in_memory import TeacherInMemory
 from keras_t5gemma.training.teacher_scores import TeacherScores, write_teacher_scores
 from keras_t5gemma.training.warmup import CrossAttentionWarmUp
+from keras_t5gemma.utils.checks import renamed
 from keras_t5gemma.utils.options import takes_options
 
 _EVALUATIONS = 10  # Number of validations when `steps_per_epoch` is not given.
@@ -87,7 +88,8 @@ def _read_splits(
     for split, paths in (("train", o.train), ("valid", o.valid or [])):
         paths = [paths] if isinstance(paths, str | os.PathLike) else paths
         for i, path in enumerate(paths):
-            found = read_texts(path, o.field)
+            with renamed(path=split):
+                found = read_texts(path, o.field)
             texts.setdefault(split, []).extend(found)
             files[f"{split} {i + 1}" if i else split] = (path, len(found))
     if "train" not in texts:
@@ -172,7 +174,8 @@ def _loss(o: PretrainOptions, texts: list[str]) -> keras.losses.Loss:
             "write it first."
         )
     else:
-        teacher = TeacherInMemory.from_preset(str(o.teacher))
+        with renamed(preset="teacher"):
+            teacher = TeacherInMemory.from_preset(str(o.teacher))
         if o.teacher_scores is not None:
             preprocessor = _load(o).preprocessor
             teacher = write_teacher_scores(

@@ -102,13 +102,13 @@ class RunDirectory:
         if self.scores.exists() and not overwrite:
             raise ValueError(
                 f"`output` {self.path} is a finished run; pass `overwrite` "
-                "(--overwrite) to replace it."
+                "to replace it."
             )
         if differences and not overwrite:
             raise ValueError(
                 f"`output` {self.path} is a run with other options: "
                 f"{'; '.join(differences)}. Repeat those, choose another folder, or "
-                "pass `overwrite` (--overwrite) to replace it."
+                "pass `overwrite` to replace it."
             )
         return bool(differences) or self.scores.exists()
 

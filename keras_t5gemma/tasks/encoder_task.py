@@ -10,11 +10,19 @@ from typing import Any
 import keras
 
 from keras_t5gemma._compat import set_loss_tracker, track_parameters
-from keras_t5gemma.checkpoints import catalog, keras_format, presets
+from keras_t5gemma.checkpoints import keras_format, presets
 from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
-from keras_t5gemma.data.encoder_dataset import EncoderDataset, arrays, encoder_ids
-from keras_t5gemma.data.fit_adapters import rows_for_training
+from keras_t5gemma.data.encoder_dataset import (
+    EncoderDataset,
+    arrays,
+    check_lengths,
+    encoder_arguments,
+    encoder_batch,
+    encoder_ids,
+    unpack_batch,
+)
 from keras_t5gemma.data.pair_dataset import BATCHINGS
+from keras_t5gemma.data.text_batches import batch_arguments, is_batches
 from keras_t5gemma.distribution.prediction import predict_on_batch
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.backbone import Backbone
@@ -24,9 +32,11 @@ from keras_t5gemma.modeling.inference import inference
 from keras_t5gemma.modeling.layer_iteration import iter_layers
 from keras_t5gemma.modeling.weight_loading import normal_tensors
 from keras_t5gemma.tasks.backbone_changes import ChangesBackbone
-from keras_t5gemma.tasks.fit import FitMixin, positions_of
+from keras_t5gemma.tasks.encoder_loading import load_encoder
+from keras_t5gemma.tasks.fit import FitMixin, is_arrays, positions_of
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
+from keras_t5gemma.tokenization.token_ids import check_names
 from keras_t5gemma.training import loss_by_weight
 from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
@@ -37,7 +47,6 @@ from keras_t5gemma.utils.checks import (
     keras_object,
     number,
     one_of,
-    row_weights,
 )
 from keras_t5gemma.utils.files import named_values
 
@@ -296,47 +305,56 @@ class EncoderTask(
         if isinstance(x, EncoderDataset):
             return {"x": x, "shuffle": False, "steps_per_epoch": None}
         number(validation_split, "validation_split", at_least=0, below=1)
-        columns, labels = self._columns(x, y, name)
-        lengths = {
-            self._first_column if key == "encoder" else key: len(column)
-            for key, column in columns.items()
-        }
-        if labels is not None:
-            lengths["labels"] = len(labels)
-        if len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"`{name}` must have the same number of rows in every column; got "
-                f"{lengths}."
-            )
-        widths = like.widths if isinstance(like, EncoderDataset) else None
-
-        count = len(next(iter(columns.values())))
-        if sample_weight is not None:
-            sample_weight = row_weights(sample_weight, "sample_weight", count)
-
-        def batches(rows, **kwargs):
-            part = None if sample_weight is None else sample_weight[rows]
-            return EncoderDataset(
-                self._need_preprocessor(),
-                {key: column[rows] for key, column in columns.items()},
-                None if labels is None else labels[rows],
-                self._token_rows,
-                sample_weight=part,
-                batch_size=32 if batch_size is None else batch_size,
-                batching=batching or "bucketed",
-                name=name,
-                **kwargs,
-            )
-
         if batching is not None:
             one_of(batching, "batching", BATCHINGS)
-        cut = rows_for_training(count, validation_split)
-        data = batches(slice(cut), shuffle=shuffle, steps=steps, widths=widths)
-        result = {"x": data, "shuffle": False, "steps_per_epoch": None}
-        if cut < count:
-            held_out = batches(slice(cut, None), widths=data.widths)
-            result["held_out"] = {"x": held_out}
-        return result
+        if is_batches(x):
+            if y is not None:
+                raise ValueError(
+                    f"`y` must be None for batches as `{name}`, which hold it: (x, y)."
+                )
+            return batch_arguments(
+                self._arrays_of_batch,
+                x,
+                sample_weight,
+                shuffle,
+                steps,
+                name,
+                validation_split,
+                batching,
+            )
+        columns, labels = self._columns(x, y, name)
+        make = functools.partial(
+            EncoderDataset,
+            self._need_preprocessor(),
+            token_rows=self._token_rows,
+            batch_size=32 if batch_size is None else batch_size,
+            batching=batching or "bucketed",
+            name=name,
+        )
+        check_lengths(columns, labels, f"`{name}`", self._first_column)
+        training = {"shuffle": shuffle, "steps": steps}
+        return encoder_arguments(
+            make, columns, labels, sample_weight, validation_split, like, training
+        )
+
+    def _arrays_of_batch(self, batch, name, batching):
+        """Arrays of a batch that a user makes, see `MappedBatches`."""
+        x, y, weights = unpack_batch(batch, name)
+        if is_arrays(x):
+            check_names(x, list(self.input), f"A batch of `{name}`")
+            y = self._labels_of_arrays(y)
+            return keras.utils.pack_x_y_sample_weight(x, y, weights)
+        columns, labels = self._columns(x, y, name)
+        check_lengths(columns, labels, f"a batch of `{name}`", self._first_column)
+        return encoder_batch(
+            self._need_preprocessor(),
+            columns,
+            labels,
+            weights,
+            self._token_rows,
+            name,
+            batching,
+        )
 
     def predict_on_batch(self, x: Any) -> Any:
         """Outputs of one batch: of the texts of `fit` without labels, or of arrays."""
@@ -367,32 +385,3 @@ class EncoderTask(
 
     def get_config(self) -> dict:
         return {**super().get_config(), "pooling": self.pooling}
-
-
-def load_encoder(preset: Any, load_weights: bool, kwargs: dict) -> tuple:
-    """The encoder of a checkpoint, without a head.
-
-    Args:
-        preset: see `EncoderTask.from_preset`.
-        load_weights: `False` leaves the weights random.
-        kwargs: arguments of the caller, changed in place: those of the backbone are
-            taken out, and the checkpoint's preprocessor is added if there is none.
-
-    Returns:
-        `(source, backbone, options)`: the `presets.Source`, `None` if nothing was read;
-        a `Backbone` without a decoder; and the arguments taken out of `kwargs`.
-    """
-    flag(load_weights, "load_weights")
-    preset = presets.take_location(preset, kwargs)
-    is_offline = not load_weights and catalog.published_config(preset) is not None
-    source = None if is_offline else presets.resolve(preset)
-    of_backbone = ("dtype", "verify_checksums", "allow_non_finite")
-    options = {name: kwargs.pop(name) for name in of_backbone if name in kwargs}
-    backbone = Backbone.from_preset(
-        preset if source is None else source, load_weights, encoder_only=True, **options
-    )
-    if "preprocessor" not in kwargs:
-        kwargs["preprocessor"] = None
-        if source is not None:
-            kwargs["preprocessor"] = Seq2SeqLMPreprocessor.from_preset(source)
-    return source, backbone, options

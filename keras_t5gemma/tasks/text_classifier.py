@@ -189,6 +189,9 @@ class TextClassifier(EncoderTask):
         Args:
             x: a list of texts, or of pairs of texts; or a dict or a table of `"text"`
                 and, for pairs, `"text_pair"`. A list may be any container of `to_list`.
+                Or batches `(x, y)` or `(x, y, sample_weight)` of such: a generator, a
+                `keras.utils.PyDataset`, `tf.data.Dataset`, PyTorch `DataLoader`; see
+                `batching` of `Seq2SeqLM.fit`.
             y: one label per text: a name, or a number from 0 without names; with
                 `"regression"` a number. With `"multi_label"` a list of labels per text,
                 or a row with a zero or one for each class: rows of exactly

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.data.encoder_dataset import by_length
+from keras_t5gemma.data.text_batches import is_batches
 from keras_t5gemma.data.text_columns import pairs_of
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.encoder_states import (
@@ -165,7 +166,8 @@ class TextEmbedder(EncoderTask):
 
         Args:
             x: a dict of `"anchor"` and `"positive"`, lists of texts; a list of
-                `(anchor, positive)`; or a list of anchors, with `y`. The other
+                `(anchor, positive)`; or a list of anchors, with `y`; or batches as in
+                `TextClassifier.fit`, `(anchors, positives)` or such a dict. The other
                 positives of a batch are the negatives of an anchor.
             y: the list of positives, when `x` does not have them.
             batch_size: pairs per step, 32 when `None`; more pairs give more negatives.
@@ -180,6 +182,11 @@ class TextEmbedder(EncoderTask):
                 that does not fit the batch size.
         """
         rows, size = self.gradient_cache_rows, 32 if batch_size is None else batch_size
+        if rows is not None and is_batches(x):
+            raise ValueError(
+                "`gradient_cache_rows` needs data in memory, whose batches have one "
+                f"size; got `x` of type {type(x).__name__}."
+            )
         if rows is not None and (size % rows or rows < 1):
             raise ValueError(
                 f"`gradient_cache_rows` must divide `batch_size` {size}; got {rows!r}."

@@ -17,7 +17,7 @@ from keras_t5gemma.modeling.encoder_states import (
 )
 from keras_t5gemma.modeling.trainability import warn_of_adapters
 from keras_t5gemma.modeling.weight_loading import normal_tensors
-from keras_t5gemma.tasks.encoder_task import load_encoder
+from keras_t5gemma.tasks.encoder_loading import load_encoder
 from keras_t5gemma.tasks.hidden_states import padding_mask, token_rows
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.token_ids import pad

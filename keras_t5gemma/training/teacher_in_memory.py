@@ -1,5 +1,6 @@
 """Distillation teacher in memory: a causal LM that reads the texts of each batch."""
 
+import os
 from typing import Any
 
 import keras
@@ -55,12 +56,25 @@ class TeacherInMemory:
 
     @classmethod
     def from_preset(cls, preset: str) -> "TeacherInMemory":
-        """Load a KerasHub preset by name, folder or handle; needs no TensorFlow."""
+        """Load a KerasHub preset; needs no TensorFlow.
+
+        Args:
+            preset: name, folder or handle of a causal LM.
+
+        Raises:
+            ImportError: without KerasHub.
+            ValueError: for another preset.
+        """
         keras_hub = require_keras_hub("A teacher in memory")
+        names = keras_hub.models.CausalLM.presets
+        if not (preset in names or "://" in preset or os.path.isdir(preset)):
+            raise ValueError(
+                "`preset` must be a name, folder or handle of a KerasHub causal LM, "
+                f"e.g. 'gemma2_2b_en'; got {preset!r}."
+            )
         model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None)
         try:
-            known = keras_hub.models.CausalLM.presets.get(preset, {})
-            location = known.get("kaggle_handle", preset)
+            location = names.get(preset, {}).get("kaggle_handle", preset)
             path = hub.get_file(location, f"assets/tokenizer/{presets.VOCABULARY_FILE}")
         except Exception:  # KerasHub raises what the hub's library does.
             return cls(model)

@@ -1,9 +1,10 @@
 """Argument checks whose messages name the argument, what is accepted and the value."""
 
+import contextlib
 import math
 import numbers
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -246,6 +247,24 @@ def path(value: Any, name: str) -> Path:
             f"`{name}` must be the path of a file or folder; got {shown(value)}."
         )
     return Path(text)
+
+
+@contextlib.contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Errors name the caller's argument, in place of that of a function it calls.
+
+    Args:
+        names: the caller's name by the function's: `renamed(rank="lora_rank")`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for inner, outer in names.items():
+            text = text.replace(f"`{inner}`", f"`{outer}`")
+        if text == str(error) or type(error) is not ValueError:
+            raise
+        raise ValueError(text) from error
 
 
 def _is_utf8(text):

@@ -104,19 +104,19 @@ def test_generate_takes_the_options_of_python(preset, capsys):
     status, _, err = run(
         capsys, "generate", "A board", *options, *flags, "--speculate", "source"
     )
-    assert status == 1 and "`speculate` must be None with a `draft`" in err
+    assert status == 1 and "--speculate must be None with a --draft" in err
     for name in ("", "none"):
         status, _, err = run(capsys, "generate", "A", *options, "--draft", name)
-        assert status == 1 and "--draft: `preset` must be" in err
+        assert status == 1 and "--draft must be" in err
         assert f"got {name!r}" in err
     flags = ["--top-p", "2"]
     status, _, err = run(capsys, "generate", "A board", *options, *flags)
-    assert status == 1 and "`top_p` must be a number above 0 and at most 1" in err
+    assert status == 1 and "--top-p must be a number above 0 and at most 1" in err
     status, _, err = run(capsys, "generate", "A", "B", "--stream", *options)
     assert status == 1 and "--stream takes one text; got 2" in err
     for size in ("0", "-1"):
         status, out, err = run(capsys, "generate", "A", "--batch-size", size, *options)
-        assert status == 1 and not out and "`--batch-size` must be" in err
+        assert status == 1 and not out and "--batch-size must be" in err
 
 
 def test_presets_with_a_closed_output(monkeypatch):
@@ -382,7 +382,7 @@ def test_adapt_convert_verify_info(gemma2, capsys, tmp_path):
     status, out, _ = run(capsys, "verify", ours, "t5gemma_mini")
     assert status == 1 and "another shape" in out
     status, _, err = run(capsys, "verify", ours, theirs, "--tolerance", "-1")
-    assert status == 1 and "`tolerance` must be a number at least 0; got -1" in err
+    assert status == 1 and "--tolerance must be a number at least 0; got -1" in err
     status, _, err = run(capsys, "verify", theirs)
     assert status == 1 and "has no checksums.json" in err
     status, _, err = run(capsys, "convert", ours, "--output", "x", "--to", "onnx")

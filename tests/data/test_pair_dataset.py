@@ -1,5 +1,7 @@
 """Batches of an epoch: what is in them, in which order, from where on."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.data.fit_adapters import fit_arguments
 from keras_t5gemma.data.pair_dataset import BATCHINGS, PairDataset
 from keras_t5gemma.data.resumable import any_width, follow
-from keras_t5gemma.data.text_batches import MappedBatches, StreamBatches
+from keras_t5gemma.data.text_batches import MappedBatches, StreamBatches, map_batch
 
 WORDS = " ".join(SENTENCES).split()
 SOURCES = [" ".join(WORDS[i : i + 1 + i % 9]) for i in range(35)]
@@ -265,15 +267,18 @@ def sources(batch):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p, steps: MappedBatches(p, SevenBatches(), steps=steps),
-        lambda p, steps: StreamBatches(p, stream_of_seven(), steps or 7, bool(steps)),
+        lambda convert, steps: MappedBatches(convert, SevenBatches(), steps=steps),
+        lambda convert, steps: StreamBatches(
+            convert, stream_of_seven(), steps or 7, bool(steps)
+        ),
     ],
     ids=["PyDataset", "stream"],
 )
 @pytest.mark.parametrize("steps", [None, 3])
 def test_batches_of_a_user_start_anywhere(preprocessor, make, steps):
     expected = [sources(preprocessor(b)) for b in stream_of_seven()]
-    batches, length = make(preprocessor, steps), steps or 7
+    convert = functools.partial(map_batch, preprocessor)
+    batches, length = make(convert, steps), steps or 7
     for number in (0, 1, 2):
         first = number * length
         wanted = [expected[i % 7] for i in range(first, first + length)]
@@ -282,7 +287,7 @@ def test_batches_of_a_user_start_anywhere(preprocessor, make, steps):
     masks = [x[f"{side}_padding_mask"] for side in ("encoder", "decoder")]
     assert [mask.shape for mask in masks] == [(5, 16), (5, 16)]
     assert batches.counts(0) == (sum((m > 0).sum() for m in masks), 5 * (16 + 16))
-    again = make(preprocessor, steps)
+    again = make(convert, steps)
     again.start_at(1, 2)
     again[0], again[1]  # Keras looks at the first ones to build.
     assert [sources(b) for b in epoch(again, 1)] == [
@@ -294,7 +299,8 @@ def test_batches_of_a_user_start_anywhere(preprocessor, make, steps):
 
 
 def test_shuffled_batches_of_a_user(preprocessor):
-    batches = MappedBatches(preprocessor, SevenBatches(), shuffle=True)
+    convert = functools.partial(map_batch, preprocessor)
+    batches = MappedBatches(convert, SevenBatches(), shuffle=True)
     orders = [[sources(b)[0] for b in epoch(batches, number)] for number in (0, 1)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
