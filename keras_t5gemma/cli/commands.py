@@ -296,7 +296,8 @@ def run_verify(o: options.Verify) -> int:
         print(f"{o.preset}: all {count} tensors match their checksums.")
         return 0
     number(o.tolerance, "tolerance", at_least=0)
-    found = compare.verify(o.preset, o.other, o.seed)
+    with renamed(a="preset", b="other"):
+        found = compare.verify(o.preset, o.other, o.seed)
     rows = [("configuration differs", line) for line in found.configs]
     rows += [(f"only in {o.preset}", path) for path in found.only_a]
     rows += [(f"only in {o.other}", path) for path in found.only_b]

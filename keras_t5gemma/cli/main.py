@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = None
     try:
-        if list(argv) == ["--version"]:
+        if "--version" in argv and not set(argv) & set(COMMANDS):
             print(", ".join(f"{k} {v}" for k, v in environment.versions().items()))
             return 0
         arguments = parse(argv)
@@ -275,7 +275,7 @@ def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Paths, of which `Path` takes an empty one for the current folder."""
-    if info.type is not Path:
+    if set(typing.get_args(info.type) or [info.type]) - {types.NoneType} != {Path}:
         return None
 
     def read(words: list[str]) -> Path:
@@ -312,4 +312,6 @@ def _one_line(message: str) -> str:
         names = dict.fromkeys(flag.group() for flag in flags if flag)
         return f"Missing options: {', '.join(names)}"
     paragraphs = re.split(r"^\W*$", "\n".join(lines[1:]), flags=re.MULTILINE)
-    return " ".join(next(filter(str.strip, paragraphs), message).split())
+    text = " ".join(next(filter(str.strip, paragraphs), message).split())
+    # Of a positional argument tyro says the name of its field.
+    return re.sub(r"'command\.(\w+)'", lambda field: field[1].upper(), text)

@@ -22,7 +22,7 @@ from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
 from keras_t5gemma.tokenization.tokenizer import Tokenizer
-from keras_t5gemma.utils.checks import number, one_of, whole_number
+from keras_t5gemma.utils.checks import number, one_of, renamed, whole_number
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.sizes import parse_shard_size
 
@@ -127,8 +127,10 @@ def plan_adaptation(
         one_of(value, name, accepted)
     number(initializer_std, "initializer_std", above=0)
     seed = whole_number(seed, "seed", 0)
-    encoder = open_gemma2(encoder, "encoder")
-    decoder = encoder if decoder is None else open_gemma2(decoder, "decoder")
+    with renamed(preset="encoder"):
+        encoder = open_gemma2(encoder, "encoder")
+    with renamed(preset="decoder"):
+        decoder = encoder if decoder is None else open_gemma2(decoder, "decoder")
     sources = {"encoder": encoder, "decoder": decoder}
     _check_vocabularies(encoder, decoder)
     balanced = encoder.stack == decoder.stack

@@ -14,7 +14,7 @@ from keras_t5gemma.checkpoints import checkpoint, integrity
 from keras_t5gemma.checkpoints.lazy_tensors import LazyTensor
 from keras_t5gemma.modeling import weight_loading
 from keras_t5gemma.modeling.backbone import Backbone
-from keras_t5gemma.utils.checks import whole_number
+from keras_t5gemma.utils.checks import renamed, whole_number
 
 _CHUNK = 4_000_000  # Elements of a tensor that are compared at a time.
 
@@ -78,7 +78,10 @@ def verify(a: str | Path, b: str | Path, seed: int = 0) -> Comparison:
         True
     """
     whole_number(seed, "seed", 0)
-    opened = [checkpoint.open_checkpoint(x) for x in (a, b)]
+    opened = []
+    for name, preset in (("a", a), ("b", b)):
+        with renamed(preset=name):
+            opened.append(checkpoint.open_checkpoint(preset))
     first, second = (c.config.to_dict() for c in opened)
     configs = config_differences(first, second)
     tensors = [c.tensors() for c in opened]

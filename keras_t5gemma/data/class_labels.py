@@ -82,6 +82,8 @@ class LabelReader:
             return rows
         if names is not None and len(names) == 1:
             y = y[names[0]]
+        if self.kind == "single_label" and getattr(y, "shape", ())[1:] == (1,):
+            y = np.asarray(y)[:, 0]
         is_rows = isinstance(y, np.ndarray) and y.ndim or isinstance(y, range)
         y = list(y) if is_rows else in_memory(y)
         if not isinstance(y, list | tuple):
@@ -130,6 +132,8 @@ class LabelReader:
         return self.class_names or f"0..{self.num_classes - 1}"
 
     def _number(self, label, name="y"):
+        if isinstance(label, bytes):  # Of `tf.data` and of NumPy.
+            label = label.decode("utf-8", "replace")
         if self.class_names is not None:
             # Others may have no truth value: `pandas.NA`, arrays.
             if isinstance(label, str | numbers.Number | np.bool_):
@@ -140,6 +144,11 @@ class LabelReader:
                 return int(label)
         is_float = self.class_names is None and isinstance(label, float | np.floating)
         hint = " Numbers of classes are integers, not floats." if is_float else ""
+        if self.class_names is not None and isinstance(label, int | np.integer):
+            hint = " For numbers make the model with `num_classes`, without names."
+        elif self.kind == "single_label" and hasattr(label, "__len__"):
+            if not isinstance(label, str):
+                hint = " Of rows of zeros and ones pass the number of the one."
         if self.kind == "multi_label":
             hint += f" A row of {self.num_classes} zeros and ones is accepted too."
         raise ValueError(

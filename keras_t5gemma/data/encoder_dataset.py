@@ -156,23 +156,36 @@ def check_lengths(
         )
 
 
+def _is_list(part):
+    return isinstance(part, list | tuple) or getattr(part, "shape", ()) != ()
+
+
 def unpack_batch(batch: Any, name: str) -> tuple[Any, Any, Any]:
     """`(x, y, sample_weight)` of a batch that a user makes; the last two may be `None`.
 
     Args:
         batch: `(x, y)` or `(x, y, sample_weight)`, or a dict or a table, which is `x`.
+            In `x` pairs are a dict or a table of columns.
         name: of the argument that the batches were passed as, for messages.
 
     Raises:
-        ValueError: for another number of parts, and one string in place of a batch.
+        ValueError: for another number of parts, one string in place of a batch, and
+            lists in a list, which may be pairs or columns.
     """
     parts = list(batch) if isinstance(batch, list | tuple) else [batch, None]
     if len(parts) not in (2, 3):
         raise ValueError(
-            f"A batch of `{name}` must be (x, y), (x, y, sample_weight), or a dict of "
-            f"columns; got {shown(batch)}."
+            f"A batch must be (x, y), (x, y, sample_weight), or a dict of columns with "
+            f"the names that `{name}` has in memory; got {shown(batch)}."
         )
     check_batched(parts[0], f"A batch of `{name}`")
+    if isinstance(parts[0], list | tuple) and any(map(_is_list, parts[0])):
+        raise ValueError(
+            f"Pairs in a batch of `{name}` must be a dict of two columns, with the "
+            f"names that they have in memory; got {shown(parts[0])}."
+        )
+    if isinstance(parts[0], list | tuple) and not parts[0]:
+        raise ValueError("it is empty.")
     return parts[0], parts[1], parts[2] if len(parts) == 3 else None
 
 

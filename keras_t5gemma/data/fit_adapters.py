@@ -112,11 +112,11 @@ def fit_arguments(
             arrays["validation_split"] = validation_split
         return {**arrays, "shuffle": shuffle, "steps_per_epoch": steps}
     if preprocessor is None:
-        check_not_in_memory(x, name, sample_weight, validation_split)
+        check_not_in_memory(x, y, name, sample_weight, validation_split)
         return {"x": x, "shuffle": shuffle, "steps_per_epoch": steps}
     convert = functools.partial(map_batch, preprocessor)
     return batch_arguments(
-        convert, x, sample_weight, shuffle, steps, name, validation_split, batching
+        convert, x, y, sample_weight, shuffle, steps, name, validation_split, batching
     )
 
 

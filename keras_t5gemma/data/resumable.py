@@ -10,7 +10,7 @@ import numpy as np
 from keras_t5gemma import _compat
 from keras_t5gemma.distribution import process_group
 
-MASKS = ("encoder_padding_mask", "decoder_padding_mask")
+MASK = "_padding_mask"  # The end of the names of such arrays.
 
 
 class ResumableDataset(keras.utils.PyDataset):
@@ -96,11 +96,16 @@ class ResumableDataset(keras.utils.PyDataset):
     def _count(self, step, batch):
         """Record the `counts` of a batch, and return the batch."""
         x = batch[0] if isinstance(batch, tuple) else batch
-        if isinstance(x, dict) and all(name in x for name in MASKS):
-            masks = [keras.ops.convert_to_numpy(x[name]) for name in MASKS]
+        names = [name for name in x if name.endswith(MASK)] if _is_dict(x) else []
+        if names:
+            masks = [keras.ops.convert_to_numpy(x[name]) for name in names]
             tokens = sum(int((mask > 0).sum()) for mask in masks)
             self._counts[step] = (tokens, sum(mask.size for mask in masks))
         return batch
+
+
+def _is_dict(x):
+    return isinstance(x, dict) and all(isinstance(name, str) for name in x)
 
 
 def draw_seed() -> int:

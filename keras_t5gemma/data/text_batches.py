@@ -1,5 +1,6 @@
 """Batches of text that users make, tokenized one by one: datasets and iterables."""
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable
@@ -20,14 +21,25 @@ from keras_t5gemma.utils.texts import column_names, in_memory
 Convert: TypeAlias = Callable[[Any, str, str | None], Any]
 
 _STEPS = "`steps_per_epoch` (`steps`, `validation_steps`)"
+_EMPTY = "`{}` is empty: it has no batches."
 _PARTS = (8, 4, 2, 1)  # Of the preprocessor's lengths, the widths of batches.
 _MAX_COUNTED = 1_000_000  # Batches that are iterated to count them.
+
+
+@contextlib.contextmanager
+def _numbered(number, name):
+    """Errors in a batch say which one it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"In batch {number} of `{name}`: {error}") from error
 
 
 class MappedBatches(ResumableDataset):
     """A user's PyDataset of text batches, tokenized batch by batch.
 
-    `start_at` is exact when the dataset does not change between epochs.
+    `start_at` is exact when the dataset does not change between epochs. Batches are
+    read in one thread: with several workers Keras changes their order.
 
     Args:
         convert: function `(batch, name, batching)` to arrays, e.g. `map_batch` with a
@@ -53,7 +65,7 @@ class MappedBatches(ResumableDataset):
         batching: str | None = None,
     ) -> None:
         super().__init__(
-            workers=dataset.workers,
+            workers=min(1, dataset.workers),
             use_multiprocessing=False,
             max_queue_size=dataset.max_queue_size,
         )
@@ -67,6 +79,8 @@ class MappedBatches(ResumableDataset):
             self.seed = draw_seed()
         if self.length is None:
             raise _endless(name)
+        if not self.length:
+            raise ValueError(_EMPTY.format(name))
 
     def batches_an_epoch(self):
         """Batches of a whole epoch."""
@@ -80,7 +94,8 @@ class MappedBatches(ResumableDataset):
                 order = np.random.default_rng((self.seed, epoch)).permutation(count)
                 number = int(order[number])
         batch = self.dataset[number]
-        batch = self.convert(batch, self.name, self.batching)
+        with _numbered(number, self.name):
+            batch = self.convert(batch, self.name, self.batching)
         return self._count(index, batch)
 
     def on_epoch_begin(self):
@@ -141,7 +156,8 @@ class StreamBatches(ResumableDataset):
             while self._place[1] <= wanted:
                 batch = self._next()
                 self._place = (epoch, self._place[1] + 1)
-        batch = self.convert(batch, self.name, self.batching)
+        with _numbered(wanted, self.name):
+            batch = self.convert(batch, self.name, self.batching)
         return self._count(index, batch)
 
     def _next(self):
@@ -158,9 +174,14 @@ class StreamBatches(ResumableDataset):
 
 
 def check_not_in_memory(
-    x: Any, name: str, sample_weight: Any, validation_split: float
+    x: Any, y: Any, name: str, sample_weight: Any, validation_split: float
 ) -> None:
     """Raise `ValueError` for arguments of data in memory beside batches."""
+    if y is not None and is_batches(x):
+        raise ValueError(
+            f"`y` must be None for batches, which hold it: (x, y); `{name}` is of type "
+            f"{type(x).__name__}. For data in memory pass lists."
+        )
     if validation_split:
         raise ValueError(
             "`validation_split` needs data in memory; pass `validation_data` with "
@@ -188,6 +209,7 @@ def is_batches(x: Any) -> bool:
 def batch_arguments(
     convert: Convert,
     x: Any,
+    y: Any = None,
     sample_weight: Any = None,
     shuffle: bool = False,
     steps: int | None = None,
@@ -200,6 +222,7 @@ def batch_arguments(
     Args:
         convert: as in `MappedBatches`.
         x: a `keras.utils.PyDataset`, or an iterable.
+        y: must be `None`.
         sample_weight: must be `None`.
         shuffle: a new order in every epoch, for a `PyDataset`.
         steps: batches per epoch; `None` is all.
@@ -210,7 +233,7 @@ def batch_arguments(
     Raises:
         ValueError: for arguments of data in memory, and as `stream`.
     """
-    check_not_in_memory(x, name, sample_weight, validation_split)
+    check_not_in_memory(x, y, name, sample_weight, validation_split)
     if isinstance(x, keras.utils.PyDataset):
         batches = MappedBatches(convert, x, shuffle, steps, name, batching)
         return {"x": batches, "shuffle": False, "steps_per_epoch": None}
@@ -233,7 +256,8 @@ def stream(
         convert: as in `MappedBatches`.
         batches: the iterable of what `convert` takes.
         steps: batches per epoch; with `None` an epoch is all of the iterable, which is
-            iterated once to count when it has no length.
+            iterated once to count when it has no length. For validation this many
+            batches of an iterator are kept in memory.
         name: of the argument that `batches` was passed as, for messages.
         batching: see `map_batch`.
 
@@ -261,6 +285,13 @@ def stream(
             f"`{name}` is an iterator ({type(batches).__name__}), which may be "
             f"endless: pass {_STEPS}, or an iterable that can be iterated again."
         )
+    if name == "validation_data":  # Each validation is of the same batches.
+        batches = list(itertools.islice(batches, steps))
+        if len(batches) < steps:
+            raise ValueError(
+                f"`{name}` must have {steps} batches; it ended after {len(batches)}."
+            )
+        return StreamBatches(convert, batches, steps, False, name, batching), None
     if keras.config.backend() == "tensorflow":
         batching = "fixed"  # Keras takes the widths of the first two for those of all.
     arrays = (convert(batch, name, batching) for batch in batches)
@@ -278,7 +309,7 @@ def _length(batches, name):
     if length > _MAX_COUNTED:
         raise _endless(name)
     if not length:
-        raise ValueError(f"`{name}` is empty.")
+        raise ValueError(_EMPTY.format(name))
     return length
 
 

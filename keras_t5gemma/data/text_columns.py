@@ -6,7 +6,7 @@ from typing import Any
 from keras_t5gemma.data.readers import read_pairs, read_texts
 from keras_t5gemma.tokenization.token_ids import INPUTS
 from keras_t5gemma.utils.checks import shown
-from keras_t5gemma.utils.texts import column_names, in_memory, to_list
+from keras_t5gemma.utils.texts import as_texts, column_names, in_memory, to_list
 
 TEXT_KEYS = ("encoder_text", "decoder_text")
 
@@ -202,3 +202,23 @@ def pairs_of(x: Any, y: Any, names: tuple[str, str], name: str = "x") -> dict:
             f"{shown(list(x)) if isinstance(x, dict) else ''}."
         )
     return _lists({key: columns[key] for key in names})
+
+
+def texts_of(x: Any, name: str) -> dict:
+    """Texts as columns: `{"encoder": texts}`, and `"text_pair"` for pairs.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    names = ("text", "text_pair")
+    if isinstance(x, str | bytes):
+        raise ValueError(f"`{name}` must be a list of texts; got {shown(x)}.")
+    found = in_memory(x, names)
+    x = found if found or column_names(x) is None else to_list(x, name)
+    if isinstance(x, dict) and set(x) == {"text"}:
+        x = x["text"]
+    is_rows = isinstance(x, list | tuple) and len(x) and hasattr(x[0], "__len__")
+    if isinstance(x, dict) or (is_rows and not isinstance(x[0], str | bytes)):
+        columns = pairs_of(x, None, names, name)
+        return dict(zip(("encoder", "text_pair"), columns.values(), strict=True))
+    return {"encoder": as_texts(x, name)}

@@ -167,7 +167,8 @@ def _loss(o: PretrainOptions, texts: list[str]) -> keras.losses.Loss:
         return TokenCrossEntropy(o.label_smoothing)
     teacher: Any = None
     if o.teacher_scores is not None and Path(o.teacher_scores).exists():
-        teacher = TeacherScores(o.teacher_scores)
+        with renamed(folder="teacher_scores"):
+            teacher = TeacherScores(o.teacher_scores)
     elif o.teacher is None:
         raise ValueError(
             f"`teacher_scores` {o.teacher_scores} does not exist; pass `teacher` to "

@@ -36,7 +36,7 @@ from keras_t5gemma.tasks.encoder_loading import load_encoder
 from keras_t5gemma.tasks.fit import FitMixin, is_arrays, positions_of
 from keras_t5gemma.tokenization.compatibility import check_preprocessor
 from keras_t5gemma.tokenization.preprocessor import Seq2SeqLMPreprocessor
-from keras_t5gemma.tokenization.token_ids import check_names
+from keras_t5gemma.tokenization.token_ids import check_names, id_array
 from keras_t5gemma.training import loss_by_weight
 from keras_t5gemma.training.accumulation import weighted_batch
 from keras_t5gemma.training.optimizers import prepare_optimizer
@@ -47,6 +47,7 @@ from keras_t5gemma.utils.checks import (
     keras_object,
     number,
     one_of,
+    row_weights,
 )
 from keras_t5gemma.utils.files import named_values
 
@@ -308,13 +309,10 @@ class EncoderTask(
         if batching is not None:
             one_of(batching, "batching", BATCHINGS)
         if is_batches(x):
-            if y is not None:
-                raise ValueError(
-                    f"`y` must be None for batches as `{name}`, which hold it: (x, y)."
-                )
             return batch_arguments(
                 self._arrays_of_batch,
                 x,
+                y,
                 sample_weight,
                 shuffle,
                 steps,
@@ -342,8 +340,12 @@ class EncoderTask(
         x, y, weights = unpack_batch(batch, name)
         if is_arrays(x):
             check_names(x, list(self.input), f"A batch of `{name}`")
-            y = self._labels_of_arrays(y)
-            return keras.utils.pack_x_y_sample_weight(x, y, weights)
+            x = {key: id_array(x[key], f"{key} of `{name}`") for key in self.input}
+            if weights is not None:
+                weights = row_weights(weights, "sample_weight", len(x[INPUTS[0]]))
+            return keras.utils.pack_x_y_sample_weight(
+                x, self._labels_of_arrays(y), weights
+            )
         columns, labels = self._columns(x, y, name)
         check_lengths(columns, labels, f"a batch of `{name}`", self._first_column)
         return encoder_batch(

@@ -9,7 +9,8 @@ import numpy as np
 from keras_t5gemma.checkpoints import huggingface_names, presets
 from keras_t5gemma.data.class_labels import LabelReader
 from keras_t5gemma.data.encoder_dataset import by_length
-from keras_t5gemma.data.text_columns import pairs_of
+from keras_t5gemma.data.text_batches import is_batches
+from keras_t5gemma.data.text_columns import texts_of
 from keras_t5gemma.modeling import bases
 from keras_t5gemma.modeling.heads import pool
 from keras_t5gemma.tasks.encoder_task import EncoderTask
@@ -28,7 +29,7 @@ from keras_t5gemma.utils.checks import (
 )
 from keras_t5gemma.utils.progress import progress_bar
 from keras_t5gemma.utils.ragged import Ragged
-from keras_t5gemma.utils.texts import as_texts, column_names, in_memory, to_list
+from keras_t5gemma.utils.texts import to_list
 
 KINDS = ("single_label", "multi_label", "regression")
 _MANY = 2_000  # Texts; fewer are classified without a progress bar.
@@ -211,6 +212,11 @@ class TextClassifier(EncoderTask):
             ValueError: for unknown labels, rows that may be labels or zeros and ones,
                 NaN, or empty texts.
         """
+        if class_weight is not None and is_batches(x):
+            raise ValueError(
+                "`class_weight` needs data in memory; batches hold weights of rows: "
+                "(texts, labels, weights)."
+            )
         if class_weight is not None:
             held_out = kwargs.get("validation_split", 0.0)
             number(held_out, "validation_split", at_least=0, below=1)
@@ -325,7 +331,10 @@ class TextClassifier(EncoderTask):
 
     def _columns(self, x, y, name):
         if y is None:
-            raise ValueError(f"`{name}` must come with labels, `y`; got None.")
+            raise ValueError(
+                f"`{name}` must come with labels: as `y`, or in batches (texts, "
+                f"labels) of an iterable; got none with {type(x).__name__}."
+            )
         return texts_of(x, name), self._labels(y)
 
     def _unlabeled(self, x):
@@ -376,23 +385,3 @@ def _names(class_names):
     for name in names:
         instance(name, "class_names", str | int, "strings or whole numbers")
     return names
-
-
-def texts_of(x: Any, name: str) -> dict:
-    """Texts as columns: `{"encoder": texts}`, and `"text_pair"` for pairs.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    names = ("text", "text_pair")
-    if isinstance(x, str | bytes):
-        raise ValueError(f"`{name}` must be a list of texts; got {shown(x)}.")
-    found = in_memory(x, names)
-    x = found if found or column_names(x) is None else to_list(x, name)
-    if isinstance(x, dict) and set(x) == {"text"}:
-        x = x["text"]
-    is_rows = isinstance(x, list | tuple) and len(x) and hasattr(x[0], "__len__")
-    if isinstance(x, dict) or (is_rows and not isinstance(x[0], str | bytes)):
-        columns = pairs_of(x, None, names, name)
-        return dict(zip(("encoder", "text_pair"), columns.values(), strict=True))
-    return {"encoder": as_texts(x, name)}

@@ -62,6 +62,20 @@ def test_files_and_folders(capsys, tmp_path, preset):
     assert "pass --overwrite to replace" in error
 
 
+def test_arguments_of_two_presets(capsys, preset, tmp_path):
+    for command in (["verify", preset, "nope"], ["generate", "--draft", "nope", "A"]):
+        options = ["--preset", preset] if command[0] == "generate" else []
+        status, error = error_of(capsys, *command, *options)
+        name = "OTHER" if command[0] == "verify" else "--draft"
+        assert status == 1 and error.startswith(f"{name} must be one of"), error
+    status, error = error_of(capsys, "adapt", preset, f"--output={tmp_path / 'new'}")
+    assert status == 1 and "ENCODER" in error
+    status, error = error_of(capsys, "convert", "--output=a")
+    assert status == 2 and "command." not in error and "PRESET" in error
+    status, error = error_of(capsys, "generate", "--file=")
+    assert (status, error) == (2, "Error parsing --file: a path must not be empty.")
+
+
 def test_an_unknown_teacher(capsys, tmp_path, preset):
     pytest.importorskip("keras_hub")
     data = tmp_path / "texts.txt"

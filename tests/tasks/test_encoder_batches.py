@@ -98,10 +98,12 @@ def test_a_classifier_learns_from_batches_as_from_lists(tokenizer, form):
     memory = {"sample_weight": WEIGHTS, "batch_size": 2, "batching": "fixed"}
     expected = train(TEXTS, LABELS, validation_data=(TEXTS, LABELS, WEIGHTS), **memory)
     data = form(batches_of(TEXTS, LABELS, WEIGHTS))
-    steps = {"steps_per_epoch": 3} if form is endless else {"validation_data": data}
-    found = train(data, **steps)
+    validation = form(batches_of(TEXTS, LABELS, WEIGHTS))
+    steps = {"steps_per_epoch": 3, "validation_steps": 3} if form is endless else {}
+    found = train(data, validation_data=validation, **steps)
     assert set(found) >= {"loss", "accuracy"}
-    for name, values in found.items():
+    for name in set(found) - {"padding", "tokens_per_second"}:
+        values = found[name]
         assert np.allclose(values, expected[name], atol=1e-5), name
     assert abs(expected["loss"][1] - expected["loss"][0]) > 0.01  # It trains.
 
@@ -164,16 +166,28 @@ def test_evaluate_arrays_and_kinds_of_labels(tokenizer):
     ("batch", "kwargs", "message"),
     [
         (("a text", 0), {}, "A batch of `x` must be a batch of strings.*Batch the"),
-        ((TEXTS,), {}, r"A batch of `x` must be \(x, y\).*got \(\["),
+        ((TEXTS,), {}, r"In batch 0 of `x`: A batch must be \(x, y\).*got \(\["),
+        (([], []), {}, "In batch 0 of `x`: it is empty"),
+        (([("a", "b")], [0]), {}, "Pairs in a batch of `x` must be a dict of two colu"),
+        (([TEXTS, OTHERS], [0, 1]), {}, "Pairs in a batch of `x` must be a dict"),
         ((TEXTS, LABELS[:2]), {}, "a batch of `x` must have the same number of rows"),
-        ({"text": TEXTS}, {}, "`x` must come with labels"),
-        ((TEXTS, [9] * 5), {}, r"`y\[0\]` must be labels among 0..2; got 9"),
+        ({"text": TEXTS}, {}, "`x` must come with labels.*got none with dict"),
+        ((TEXTS, [9] * 5), {}, r"0 of `x`: `y\[0\]` must be labels among 0..2; got 9"),
+        ((TEXTS, np.eye(5)), {}, "pass the number of the one"),
         ((TEXTS, LABELS, [1.0]), {}, "`sample_weight of x` must have one weight"),
         ((["a", ""], [0, 1]), {}, "1 of 2 texts of `x` are empty"),
-        ((TEXTS, LABELS), {"y": LABELS}, "`y` must be None for batches as `x`"),
+        (
+            (TEXTS, LABELS),
+            {"y": LABELS},
+            "`y` must be None for batches",
+        ),
         ((TEXTS, LABELS), {"sample_weight": WEIGHTS}, "`sample_weight` needs data in"),
         ((TEXTS, LABELS), {"validation_split": 0.2}, "`validation_split` needs data"),
-        ((TEXTS, LABELS), {"class_weight": {0: 2}}, "`class_weight` needs the labels"),
+        (
+            (TEXTS, LABELS),
+            {"class_weight": {0: 2}},
+            "`class_weight` needs data",
+        ),
         ((TEXTS, LABELS), {"batching": "packed"}, "`batching` must be 'bucketed' or"),
     ],
 )
@@ -181,6 +195,46 @@ def test_bad_batches(tokenizer, batch, kwargs, message):
     classifier = make(kt.TextClassifier, tokenizer, num_classes=3)
     with pytest.raises(ValueError, match=message):
         classifier.fit(Numbered([batch]), verbose=0, **kwargs)
+
+
+@pytest.mark.one_backend
+def test_labels_of_other_libraries(tokenizer):
+    """`label_mode="int"` gives `(n, 1)` in some, and strings are bytes in `tf.data`."""
+    named = make(kt.TextClassifier, tokenizer, class_names=["a", "b", "c"])
+    names = np.array(named.class_names)[LABELS]
+    expected = named.evaluate(TEXTS, list(names), verbose=0)
+    data = of_tensorflow(batches_of(TEXTS, names))
+    assert np.allclose(named.evaluate(data, verbose=0), expected, atol=1e-5)
+    assert named._labels(names.astype("S")).tolist() == LABELS
+    with pytest.raises(ValueError, match="For numbers make the model with `num_cl"):
+        named.fit(Numbered(batches_of(TEXTS, LABELS)))
+    numbered = make(kt.TextClassifier, tokenizer, num_classes=3)
+    assert numbered._labels(np.array(LABELS)[:, None]).tolist() == LABELS
+
+
+@pytest.mark.one_backend
+def test_arrays_in_batches_are_checked(tokenizer):
+    classifier = make(kt.TextClassifier, tokenizer, num_classes=3)
+    x, y, _ = classifier._data(TEXTS, LABELS, batch_size=5, batching="fixed")["x"][0]
+    lists = {key: value.tolist() for key, value in x.items()}
+    expected = classifier.evaluate(Again([(x, y, np.array(WEIGHTS))]), verbose=0)
+    found = classifier.evaluate(Again([(lists, y, WEIGHTS)]), verbose=0)
+    assert np.allclose(found, expected)
+    with pytest.raises(ValueError, match="`sample_weight` must have one weight for"):
+        classifier.evaluate(Again([(x, y, [1.0])]), verbose=0)
+
+
+@pytest.mark.one_backend
+def test_workers_do_not_change_the_order(tokenizer):
+    """Keras reads the batches of several workers in another order."""
+
+    def train(workers):
+        data = Numbered(batches_of(TEXTS, LABELS))
+        data.workers = workers
+        model = make(kt.TextClassifier, tokenizer, num_classes=3)
+        return losses(model, data)["loss"]
+
+    assert train(3) == train(1)
 
 
 @pytest.mark.one_backend
@@ -196,6 +250,11 @@ def test_truncation_is_reported_once(tokenizer):
 @pytest.mark.one_backend
 def test_iterators_need_steps(tokenizer):
     classifier = make(kt.TextClassifier, tokenizer, num_classes=3)
+    short = iter(batches_of(TEXTS, LABELS))
+    with pytest.raises(ValueError, match="`validation_data` must have 4 batches; it"):
+        classifier.fit(TEXTS, LABELS, validation_data=short, validation_steps=4)
+    with pytest.raises(ValueError, match="`x` is empty: it has no batches"):
+        classifier.fit(Numbered([]))
     with pytest.raises(ValueError, match="`x` is an iterator.*pass `steps_per_epoch`"):
         classifier.fit(endless(batches_of(TEXTS, LABELS)), verbose=0)
     embedder = make(kt.TextEmbedder, tokenizer)

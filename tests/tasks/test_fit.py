@@ -341,7 +341,7 @@ def test_saved_and_loaded_models_give_the_same_logits(fresh, tmp_path):
         ("a", "b", "`x` must be a list of strings; got the string 'a'"),
         (["a"], "b", "'decoder_text' must be a list of strings; got 'b'"),
         ([], [], "`x` is empty"),
-        (3, None, "`x` must.*iterable of batches of them; got 3"),
+        (3, None, "`x` must.*iterable of batches of it; got 3"),
         ([{"encoder_text": "a", "decoder_text": 3}], None, "must be a string; got int"),
         (
             [{"encoder_text": ["a"], "decoder_text": ["b"]}],
