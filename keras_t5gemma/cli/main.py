@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = None
     try:
-        if "--version" in argv and not set(argv) & set(COMMANDS):
+        if "--version" in itertools.takewhile(lambda word: word != "--", argv):
             print(", ".join(f"{k} {v}" for k, v in environment.versions().items()))
             return 0
         arguments = parse(argv)
@@ -125,6 +125,8 @@ def with_options(message: str, command: type) -> str:
         command: class of options.
     """
     hints = typing.get_type_hints(command, include_extras=True)
+    hints.pop("config", None)  # In messages it is that of a model.
+    message, of_file, rest = message.partition(".json: ")  # That has its own names.
 
     def spelled(match: re.Match[str]) -> str:
         name = match[1]
@@ -134,7 +136,7 @@ def with_options(message: str, command: type) -> str:
             return name.upper()
         return f"--{name.replace('_', '-')}"
 
-    return re.sub(r"`(\w+)`", spelled, message)
+    return re.sub(r"`(\w+)`", spelled, message) + of_file + rest
 
 
 def parse(argv: Sequence[str]) -> Arguments:

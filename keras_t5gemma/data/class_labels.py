@@ -132,6 +132,8 @@ class LabelReader:
         return self.class_names or f"0..{self.num_classes - 1}"
 
     def _number(self, label, name="y"):
+        if getattr(label, "shape", None) == ():  # A tensor of one number.
+            label = np.asarray(label).item()
         if isinstance(label, bytes):  # Of `tf.data` and of NumPy.
             label = label.decode("utf-8", "replace")
         if self.class_names is not None:
@@ -144,7 +146,8 @@ class LabelReader:
                 return int(label)
         is_float = self.class_names is None and isinstance(label, float | np.floating)
         hint = " Numbers of classes are integers, not floats." if is_float else ""
-        if self.class_names is not None and isinstance(label, int | np.integer):
+        names = self.class_names or [0]
+        if isinstance(label, int) and all(isinstance(n, str) for n in names):
             hint = " For numbers make the model with `num_classes`, without names."
         elif self.kind == "single_label" and hasattr(label, "__len__"):
             if not isinstance(label, str):

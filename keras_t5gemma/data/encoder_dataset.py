@@ -47,7 +47,7 @@ class EncoderDataset(PairDataset):
         token_rows: Callable[[dict], list],
         **kwargs: Any,
     ) -> None:
-        _check_batching(kwargs.get("batching"))
+        check_batching(kwargs.get("batching"))
         self.labels = labels
         self.names = list(columns)
         self._rows_of = token_rows
@@ -81,7 +81,8 @@ class EncoderDataset(PairDataset):
         return x, labels, weights
 
 
-def _check_batching(batching):
+def check_batching(batching: str | None) -> None:
+    """Raise `ValueError` for packed rows, which an encoder alone does not read."""
     if batching == "packed":
         raise ValueError(
             "`batching` must be 'bucketed' or 'fixed' for an encoder alone; got "
@@ -172,8 +173,8 @@ def unpack_batch(batch: Any, name: str) -> tuple[Any, Any, Any]:
         ValueError: for another number of parts, one string in place of a batch, and
             lists in a list, which may be pairs or columns.
     """
-    parts = list(batch) if isinstance(batch, list | tuple) else [batch, None]
-    if len(parts) not in (2, 3):
+    parts = list(batch) if isinstance(batch, list | tuple) else [batch]
+    if len(parts) not in (1, 2, 3):
         raise ValueError(
             f"A batch must be (x, y), (x, y, sample_weight), or a dict of columns with "
             f"the names that `{name}` has in memory; got {shown(batch)}."
@@ -186,7 +187,8 @@ def unpack_batch(batch: Any, name: str) -> tuple[Any, Any, Any]:
         )
     if isinstance(parts[0], list | tuple) and not parts[0]:
         raise ValueError("it is empty.")
-    return parts[0], parts[1], parts[2] if len(parts) == 3 else None
+    x, y, weights = [*parts, None, None][:3]
+    return x, y, weights
 
 
 def encoder_batch(
@@ -207,14 +209,16 @@ def encoder_batch(
         sample_weight: one weight per row; `None` is 1.
         token_rows: see `EncoderDataset`.
         name: of the argument that the batches were passed as, for messages.
-        batching: see `text_batches.map_batch`.
+        batching: with `"fixed"` the width is the preprocessor's length; otherwise the
+            smallest multiple of `pad_to_multiple_of` that holds the texts, or without
+            it the smallest of an eighth, a quarter, half and all of the length.
 
     Returns:
         `(x, labels, weights)` as of an `EncoderDataset`.
     """
-    _check_batching(batching)
     sides = encoder_ids(preprocessor, columns, name, token_rows)
     count, limit = len(sides[0]), preprocessor.encoder_sequence_length
+    filled = mesh.round_up(count)  # With empty rows, which no loss counts.
     multiple = preprocessor.pad_to_multiple_of
     x: dict[str, np.ndarray] = {}
     for key, rows in zip(columns, sides, strict=False):
@@ -223,13 +227,18 @@ def encoder_batch(
             width = min(limit, round_up(longest, multiple))
         elif may_be_cut(batching):
             width = width_for(longest, limit)
-        x |= arrays([rows[i] for i in range(count)], (count, width), key)
+        x |= arrays([rows[i] for i in range(count)], (filled, width), key)
     if labels is None:
         labels = np.zeros(count, "int32")
     weights = np.ones(count, "float32")
     if sample_weight is not None:
-        weights = row_weights(sample_weight, f"sample_weight of {name}", count)
-    return mesh.fill_batch((x, labels, weights))
+        weights = row_weights(sample_weight, "sample_weight", count)
+
+    def fill(values):
+        more = [(0, filled - count)] + [(0, 0)] * (values.ndim - 1)
+        return np.pad(values, more)
+
+    return x, fill(labels), fill(weights)
 
 
 def arrays(

@@ -79,7 +79,7 @@ class MappedBatches(ResumableDataset):
             self.seed = draw_seed()
         if self.length is None:
             raise _endless(name)
-        if not self.length:
+        if 0 in (self.length, dataset.num_batches):
             raise ValueError(_EMPTY.format(name))
 
     def batches_an_epoch(self):
@@ -201,9 +201,8 @@ def is_batches(x: Any) -> bool:
         return True
     if isinstance(x, str | bytes | dict | list | tuple | set | frozenset | Path | type):
         return False
-    if not hasattr(x, "__iter__") or getattr(x, "shape", None) == ():
-        return False
-    return column_names(x) is None and in_memory(x) is x
+    is_iterable = hasattr(x, "__iter__") and getattr(x, "shape", None) != ()
+    return is_iterable and column_names(x) is None and in_memory(x) is x
 
 
 def batch_arguments(
@@ -286,12 +285,14 @@ def stream(
             f"endless: pass {_STEPS}, or an iterable that can be iterated again."
         )
     if name == "validation_data":  # Each validation is of the same batches.
-        batches = list(itertools.islice(batches, steps))
-        if len(batches) < steps:
-            raise ValueError(
-                f"`{name}` must have {steps} batches; it ended after {len(batches)}."
-            )
-        return StreamBatches(convert, batches, steps, False, name, batching), None
+        kept = []
+        for i, batch in enumerate(itertools.islice(batches, steps)):
+            with _numbered(i, name):
+                kept.append(convert(batch, name, batching))
+        if len(kept) < steps:
+            found = f"it ended after {len(kept)}"
+            raise ValueError(f"`{name}` must have {steps} batches; {found}.")
+        return StreamBatches(lambda batch, *_: batch, kept, steps, name=name), None
     if keras.config.backend() == "tensorflow":
         batching = "fixed"  # Keras takes the widths of the first two for those of all.
     arrays = (convert(batch, name, batching) for batch in batches)

@@ -15,6 +15,7 @@ from keras_t5gemma.checkpoints.preset_saving import AtomicSaveToPreset
 from keras_t5gemma.data.encoder_dataset import (
     EncoderDataset,
     arrays,
+    check_batching,
     check_lengths,
     encoder_arguments,
     encoder_batch,
@@ -77,6 +78,7 @@ class EncoderTask(
     backbone_cls = Backbone
     preprocessor_cls = Seq2SeqLMPreprocessor
     HEAD: tuple[str, ...] = ()  # Arguments that define the weights of the head.
+    _has_labels = False
     _first_column = "text"  # As users call it; in batches it is the model's input.
 
     def __init__(
@@ -309,6 +311,7 @@ class EncoderTask(
         if batching is not None:
             one_of(batching, "batching", BATCHINGS)
         if is_batches(x):
+            check_batching(batching)
             return batch_arguments(
                 self._arrays_of_batch,
                 x,
@@ -340,7 +343,9 @@ class EncoderTask(
         x, y, weights = unpack_batch(batch, name)
         if is_arrays(x):
             check_names(x, list(self.input), f"A batch of `{name}`")
-            x = {key: id_array(x[key], f"{key} of `{name}`") for key in self.input}
+            if y is None and self._has_labels:
+                raise ValueError(f"A batch of `{name}` must have labels: (arrays, y).")
+            x = {key: id_array(ids, f"{key} of `{name}`") for key, ids in x.items()}
             if weights is not None:
                 weights = row_weights(weights, "sample_weight", len(x[INPUTS[0]]))
             return keras.utils.pack_x_y_sample_weight(

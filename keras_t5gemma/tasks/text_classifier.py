@@ -73,6 +73,7 @@ class TextClassifier(EncoderTask):
     """
 
     HEAD = ("class_names", "num_classes", "kind")
+    _has_labels = True
 
     def __init__(
         self,
@@ -190,9 +191,9 @@ class TextClassifier(EncoderTask):
         Args:
             x: a list of texts, or of pairs of texts; or a dict or a table of `"text"`
                 and, for pairs, `"text_pair"`. A list may be any container of `to_list`.
-                Or batches `(x, y)` or `(x, y, sample_weight)` of such: a generator, a
-                `keras.utils.PyDataset`, `tf.data.Dataset`, PyTorch `DataLoader`; see
-                `batching` of `Seq2SeqLM.fit`.
+                Or batches `(x, y)` or `(x, y, sample_weight)`, in which pairs are a
+                dict: a generator, a `keras.utils.PyDataset`, `tf.data.Dataset`, PyTorch
+                `DataLoader`; see `batching` of `Seq2SeqLM.fit`.
             y: one label per text: a name, or a number from 0 without names; with
                 `"regression"` a number. With `"multi_label"` a list of labels per text,
                 or a row with a zero or one for each class: rows of exactly

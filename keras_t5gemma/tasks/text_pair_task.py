@@ -59,10 +59,10 @@ class TextPairTask(FitMixin, Exportable, ChunkedLossTask):
                 pairs or of dicts, a dict of `"encoder_text"` and
                 `"decoder_text"` lists, a `datasets.Dataset` with these columns, a
                 `pathlib.Path` (see `read_pairs`); or batches of such: a generator,
-                a `keras.utils.PyDataset`, `tf.data.Dataset`, Grain dataset or
-                loader, PyTorch `DataLoader`; or the arrays that
-                `preprocessor(...)` returns. With an objective in the preprocessor,
-                plain text instead of pairs: a list of strings, a dict or
+                a `keras.utils.PyDataset` (read in one thread, in its order),
+                `tf.data.Dataset`, Grain dataset or loader, PyTorch `DataLoader`; or the
+                arrays that `preprocessor(...)` returns. With an objective in the
+                preprocessor, plain text instead of pairs: a list of strings, a dict or
                 `datasets.Dataset` with `"text"`, a `pathlib.Path` (see
                 `read_texts`), or batches of such.
             y: the list of target strings, or target ids.
@@ -76,7 +76,8 @@ class TextPairTask(FitMixin, Exportable, ChunkedLossTask):
             steps_per_epoch: batches per epoch, required for an iterator, which may be
                 endless; or for a part of the pairs. The next epoch continues where
                 this one ends.
-            validation_steps: batches of a validation, always the first ones.
+            validation_steps: batches of a validation, always the first ones; those of
+                an iterator are kept in memory.
             validation_batch_size: `batch_size` when `None`.
             batching: how in-memory text fills batches. `"bucketed"`: pairs of
                 similar length together, padded to at most four different shapes,
@@ -87,8 +88,8 @@ class TextPairTask(FitMixin, Exportable, ChunkedLossTask):
                 objective, else bucketed. Batches that you make keep their rows: each
                 side is padded to an eighth, a quarter or half of the preprocessor's
                 length, or to all of it (few shapes, each a compiled program); always
-                to all of it if `"fixed"`, for iterators on TensorFlow, and with several
-                processes.
+                to all of it if `"fixed"`, for training on iterators on TensorFlow, and
+                with several processes.
             callbacks: of `keras.Model.fit`, or of `keras_t5gemma.callbacks`. A NaN loss
                 always stops the training, see `StopOnNaN`.
             **kwargs: further arguments of `keras.Model.fit`.

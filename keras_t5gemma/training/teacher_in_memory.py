@@ -72,7 +72,11 @@ class TeacherInMemory:
                 "`preset` must be a name, folder or handle of a KerasHub causal LM, "
                 f"e.g. 'gemma2_2b_en'; got {preset!r}."
             )
-        if os.path.isdir(preset) and not os.path.exists(f"{preset}/config.json"):
+        if (
+            preset not in names
+            and os.path.isdir(preset)
+            and not os.path.exists(f"{preset}/config.json")
+        ):
             raise ValueError(f"`preset` {preset} has no config.json of KerasHub.")
         model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None)
         try:

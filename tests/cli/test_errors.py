@@ -27,6 +27,8 @@ def test_version(capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"keras-t5gemma {environment.VERSION}, python 3.")
     assert ", keras 3." in out and out.endswith("\n")
+    assert main.main(["finetune", "--version"]) == 0
+    assert capsys.readouterr().out == out
 
 
 @pytest.mark.parametrize("command", ["adapt", "convert"])
@@ -96,6 +98,10 @@ def test_names_in_messages():
     )
     assert main.with_options(message, options.Info) == (
         "`lora_rank` of `fit` needs PRESET."
+    )
+    of_file = "`preset`: a/preprocessor.json: `seed` must be"
+    assert main.with_options(of_file, options.Finetune) == (
+        "--preset: a/preprocessor.json: `seed` must be"
     )
     with pytest.raises(ValueError, match="^`b` and `c`$"), renamed(a="b"):
         raise ValueError("`a` and `c`")

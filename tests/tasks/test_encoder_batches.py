@@ -8,6 +8,7 @@ import pytest
 from helpers.models import one_block_config
 
 import keras_t5gemma as kt
+from keras_t5gemma.distribution import mesh
 
 TEXTS = [
     "a game of chess for two",
@@ -166,7 +167,8 @@ def test_evaluate_arrays_and_kinds_of_labels(tokenizer):
     ("batch", "kwargs", "message"),
     [
         (("a text", 0), {}, "A batch of `x` must be a batch of strings.*Batch the"),
-        ((TEXTS,), {}, r"In batch 0 of `x`: A batch must be \(x, y\).*got \(\["),
+        ((1, 2, 3, 4), {}, r"In batch 0 of `x`: A batch must be \(x, y\).*got \(1"),
+        ((TEXTS,), {}, "`x` must come with labels.*got none with list"),
         (([], []), {}, "In batch 0 of `x`: it is empty"),
         (([("a", "b")], [0]), {}, "Pairs in a batch of `x` must be a dict of two colu"),
         (([TEXTS, OTHERS], [0, 1]), {}, "Pairs in a batch of `x` must be a dict"),
@@ -174,7 +176,7 @@ def test_evaluate_arrays_and_kinds_of_labels(tokenizer):
         ({"text": TEXTS}, {}, "`x` must come with labels.*got none with dict"),
         ((TEXTS, [9] * 5), {}, r"0 of `x`: `y\[0\]` must be labels among 0..2; got 9"),
         ((TEXTS, np.eye(5)), {}, "pass the number of the one"),
-        ((TEXTS, LABELS, [1.0]), {}, "`sample_weight of x` must have one weight"),
+        ((TEXTS, LABELS, [1.0]), {}, "0 of `x`: `sample_weight` must have one weight"),
         ((["a", ""], [0, 1]), {}, "1 of 2 texts of `x` are empty"),
         (
             (TEXTS, LABELS),
@@ -210,6 +212,8 @@ def test_labels_of_other_libraries(tokenizer):
         named.fit(Numbered(batches_of(TEXTS, LABELS)))
     numbered = make(kt.TextClassifier, tokenizer, num_classes=3)
     assert numbered._labels(np.array(LABELS)[:, None]).tolist() == LABELS
+    scalars = [keras.ops.convert_to_tensor(i) for i in LABELS]
+    assert numbered._labels(scalars).tolist() == LABELS
 
 
 @pytest.mark.one_backend
@@ -222,6 +226,43 @@ def test_arrays_in_batches_are_checked(tokenizer):
     assert np.allclose(found, expected)
     with pytest.raises(ValueError, match="`sample_weight` must have one weight for"):
         classifier.evaluate(Again([(x, y, [1.0])]), verbose=0)
+    with pytest.raises(ValueError, match="A batch of `x` must have labels"):
+        classifier.evaluate(Again([x]), verbose=0)
+    embedder = make(kt.TextEmbedder, tokenizer)
+    whole = embedder._data(TEXTS, OTHERS, batch_size=5, batching="fixed")["x"][0]
+    expected = embedder.evaluate(TEXTS, OTHERS, verbose=0)
+    found = embedder.evaluate(Again([whole]), verbose=0)
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_every_validation_is_of_the_same_batches(tokenizer):
+    """Also of an iterator that gives others later, and reuses its batch."""
+
+    def reused():
+        batch = {"anchor": None, "positive": None}
+        for i in range(100):
+            batch["anchor"], batch["positive"] = TEXTS[i % 5 :][:2], OTHERS[i % 5 :][:2]
+            yield batch
+
+    embedder = make(kt.TextEmbedder, tokenizer)
+    embedder.compile(keras.optimizers.SGD(0.0))
+    data = {"validation_data": reused(), "validation_steps": 3}
+    found = embedder.fit(TEXTS, OTHERS, epochs=3, verbose=0, **data).history
+    batches = [(TEXTS[i : i + 2], OTHERS[i : i + 2]) for i in range(3)]
+    expected = embedder.evaluate(Again(batches), verbose=0)[0]
+    assert np.allclose(found["val_loss"], expected, atol=1e-6)
+
+
+@pytest.mark.one_backend
+def test_a_mesh_fills_batches_with_empty_rows(tokenizer, monkeypatch):
+    """As datasets in memory do: a row twice would be a negative of itself."""
+    embedder = make(kt.TextEmbedder, tokenizer)
+    monkeypatch.setattr(mesh, "round_up", lambda rows: rows + rows % 2)
+    x, labels, weights = embedder._data(Numbered([(TEXTS, OTHERS)]))["x"][0]
+    assert weights.tolist() == [1] * 5 + [0] and labels.shape == (6,)
+    for name in ("encoder_padding_mask", "positive_padding_mask"):
+        assert x[name].shape[0] == 6 and not x[name][5].any() and x[name][4].any()
 
 
 @pytest.mark.one_backend
