@@ -287,7 +287,7 @@ def test_command_prints_a_table_and_json(capsys):
     assert "Would fit" in text and "model's 8192 positions" in text
     command[command.index("8GB")] = "much"
     assert main.main(command) == 1
-    assert "`memory` must be" in capsys.readouterr().err
+    assert "--memory must be" in capsys.readouterr().err
 
 
 def test_the_parts_of_a_step_are_at_least_its_peak():

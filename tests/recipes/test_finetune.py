@@ -366,7 +366,7 @@ BAD = [
     ({"monitor": "val_bleu"}, "`monitor` must be one of .*val_rougeL.*got 'val_bleu'"),
     ({"quantize": "int8"}, "`quantize` needs `lora_rank`"),
     ({"lora_rank": 2, "freeze": "encoder"}, "`freeze` is for training without"),
-    ({"lora_rank": 2, "lora_parts": ["head"]}, "`parts` must be .*'head'"),
+    ({"lora_rank": 2, "lora_parts": ["head"]}, "`lora_parts` must be .*'head'"),
     ({"steps_per_epoch": 9}, "`steps_per_epoch` must be at most 3.*got 9"),
     ({"warmup_steps": 6}, "`warmup_steps` must be below the 6 updates.*got 6"),
     ({"dtype": "int8"}, "`preset` must have float weights.*`dtype` 'int8'"),
