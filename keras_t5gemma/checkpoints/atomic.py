@@ -186,8 +186,8 @@ def check_overwrite(folder: Path, overwrite: bool) -> None:
         occupied = False
     if occupied and not overwrite:
         raise ValueError(
-            f"`folder` {folder} exists already; pass `overwrite` to "
-            "replace the checkpoint in it."
+            f"`folder` {folder} exists already; pass `overwrite` to replace the "
+            "checkpoint in it."
         )
 
 

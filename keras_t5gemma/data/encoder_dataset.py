@@ -226,7 +226,7 @@ def encoder_batch(
         if may_be_cut(batching) and multiple:
             width = min(limit, round_up(longest, multiple))
         elif may_be_cut(batching):
-            width = width_for(longest, limit)
+            width = min(limit, width_for(longest, limit))
         x |= arrays([rows[i] for i in range(count)], (filled, width), key)
     if labels is None:
         labels = np.zeros(count, "int32")

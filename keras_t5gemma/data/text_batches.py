@@ -176,7 +176,7 @@ class StreamBatches(ResumableDataset):
 def check_not_in_memory(
     x: Any, y: Any, name: str, sample_weight: Any, validation_split: float
 ) -> None:
-    """Raise `ValueError` for arguments of data in memory beside batches."""
+    """Raise `ValueError` for arguments that only data in memory has."""
     if y is not None and is_batches(x):
         raise ValueError(
             f"`y` must be None for batches, which hold it: (x, y); `{name}` is of type "

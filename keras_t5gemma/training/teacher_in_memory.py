@@ -67,16 +67,13 @@ class TeacherInMemory:
         """
         keras_hub = require_keras_hub("A teacher in memory")
         names = keras_hub.models.CausalLM.presets
-        if not (preset in names or "://" in preset or os.path.isdir(preset)):
+        is_folder = preset not in names and os.path.isdir(preset)
+        if not (preset in names or "://" in preset or is_folder):
             raise ValueError(
                 "`preset` must be a name, folder or handle of a KerasHub causal LM, "
                 f"e.g. 'gemma2_2b_en'; got {preset!r}."
             )
-        if (
-            preset not in names
-            and os.path.isdir(preset)
-            and not os.path.exists(f"{preset}/config.json")
-        ):
+        if is_folder and not os.path.exists(f"{preset}/config.json"):
             raise ValueError(f"`preset` {preset} has no config.json of KerasHub.")
         model = keras_hub.models.CausalLM.from_preset(preset, preprocessor=None)
         try:

@@ -137,6 +137,9 @@ def test_batches_are_padded_little(tokenizer):
 
     assert widths() == [(2, 16), (2, 32), (1, 16)]
     assert widths(batching="fixed") == [(2, 64), (2, 64), (1, 64)]
+    classifier.preprocessor.encoder_sequence_length = 31  # No multiple of 8.
+    assert widths() == [(2, 16), (2, 31), (1, 16)]
+    classifier.preprocessor.encoder_sequence_length = 64
     classifier.preprocessor.pad_to_multiple_of = 24
     assert widths() == [(2, 24), (2, 48), (1, 24)]
 
